@@ -16,5 +16,5 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let Command::Lab(lab) = Command::parse();
-    lab.run().await
+    ExitCode::from(lab.run().await)
 }

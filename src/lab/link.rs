@@ -20,6 +20,15 @@ pub(super) struct Link {
     name: String,
 }
 
+/// What a link has carried.
+#[derive(Clone, Debug)]
+pub(super) struct Carried {
+    /// IP bytes that both sites have put onto it, lost ones included.
+    pub(super) wire_bytes: u64,
+    /// Why figures measured across it are not to be used. Nothing, where they are.
+    pub(super) fault: Option<String>,
+}
+
 impl Link {
     /// The link `name`, whether it is up or not.
     pub(super) fn named(script: &Path, name: &str) -> Self {
@@ -49,13 +58,17 @@ impl Link {
         format!("{}-b", self.name)
     }
 
-    /// IP bytes that both sites have put onto the link since it is up, lost ones included.
-    pub(super) async fn wire_bytes(&self) -> Result<u64, LinkError> {
+    /// What the link has carried since it is up.
+    pub(super) async fn carried(&self) -> Result<Carried, LinkError> {
         let shown = self.script(&["show", "--name", &self.name]).await?;
         let unreadable = || LinkError::Unreadable { shown: shown.clone() };
         let value: Value = serde_json::from_str(&shown).map_err(|_| unreadable())?;
-        let direction = |name: &str| value[name]["ip_bytes"].as_u64().ok_or_else(unreadable);
-        Ok(direction("a_to_b")? + direction("b_to_a")?)
+        let offered = |direction: &str| value[direction]["offered"]["bytes"].as_u64().ok_or_else(unreadable);
+        let wire_bytes = offered("ab")?.saturating_add(offered("ba")?);
+        Ok(Carried {
+            wire_bytes,
+            fault: value["fault"].as_str().map(str::to_owned),
+        })
     }
 
     async fn script(&self, arguments: &[&str]) -> Result<String, LinkError> {

@@ -4,7 +4,7 @@
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::baseline::AllowedControls;
+use super::baseline::{allow_controls, restore_controls};
 use super::{DemoError, say};
 use crate::lab::link::Link;
 use crate::lab::process::{kill_in_namespace, run};
@@ -18,8 +18,6 @@ pub(super) struct Stage {
     pub(super) link: Link,
     /// The namespace that has no link.
     pub(super) floor: String,
-    /// The host's list of congestion controls.
-    pub(super) controls: AllowedControls,
 }
 
 impl Stage {
@@ -48,7 +46,6 @@ impl Stage {
             directory: Path::new("/tmp").join(format!("longhaul-{name}")),
             floor: format!("{name}-floor"),
             link: Link::named(link_script, &name),
-            controls: AllowedControls::default(),
         }
     }
 
@@ -57,6 +54,15 @@ impl Stage {
         run(&["ip", "netns", "add", &self.floor]).await?;
         run(&["ip", "-n", &self.floor, "link", "set", "lo", "up"]).await?;
         Ok(())
+    }
+
+    /// Lets the baselines use their congestion controls, until [`Stage::clean`].
+    pub(super) async fn allow_controls(&self) {
+        tell(allow_controls(&self.controls_note()).await);
+    }
+
+    fn controls_note(&self) -> PathBuf {
+        self.directory.join("allowed-controls")
     }
 
     /// Kills every process of the run in its namespaces.
@@ -70,7 +76,7 @@ impl Stage {
     }
 
     /// Removes everything; logs are copied to `logs` before. Problems are told and do not stop the rest.
-    pub(super) async fn clean(&mut self, logs: Option<&Path>) {
+    pub(super) async fn clean(&self, logs: Option<&Path>) {
         self.kill_all().await;
         if exists(&self.link.namespace_a()) || exists(&self.link.namespace_b()) {
             tell(self.link.down().await);
@@ -78,7 +84,7 @@ impl Stage {
         if exists(&self.floor) {
             tell(run(&["ip", "netns", "delete", &self.floor]).await);
         }
-        self.controls.restore();
+        tell(restore_controls(&self.controls_note()));
         if let Some(logs) = logs {
             tell(keep_logs(&self.directory, logs));
         }
@@ -92,6 +98,9 @@ impl Stage {
 fn keep_logs(directory: &Path, logs: &Path) -> std::io::Result<()> {
     for site in std::fs::read_dir(directory)? {
         let site = site?;
+        if !site.file_type()?.is_dir() {
+            continue;
+        }
         let kept = logs.join(site.file_name());
         std::fs::create_dir_all(&kept)?;
         for name in ["gateway.log", "gateway.toml", "qemu.log", "vm.console"] {
@@ -135,7 +144,7 @@ fn exists(namespace: &str) -> bool {
 
 fn tell<T, E: std::fmt::Display>(result: Result<T, E>) {
     if let Err(error) = result {
-        eprintln!("demo: while cleaning up: {error}");
+        say(&format!("preparing or cleaning up: {error}"));
     }
 }
 
