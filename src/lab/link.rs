@@ -50,6 +50,13 @@ impl Link {
         Ok(())
     }
 
+    /// Whether anything of the link exists, also of one that is half made.
+    pub(super) fn is_there(&self) -> bool {
+        let namespace = |end: &str| PathBuf::from(format!("/run/netns/{}-{end}", self.name));
+        let state = Path::new("/run/longhaul-link").join(&self.name);
+        state.exists() || ["a", "b", "wan"].iter().any(|end| namespace(end).exists())
+    }
+
     pub(super) fn namespace_a(&self) -> String {
         format!("{}-a", self.name)
     }
