@@ -1,1 +1,5 @@
 //! .
+mod channel;
+mod inbound;
+mod outbound;
+mod vmm_output;

@@ -6,11 +6,13 @@
 //! widens it, up to the budget, only where rounds stop shrinking.
 
 pub mod budget;
+pub mod estimate;
 pub mod forecast;
 pub mod outlook;
 pub mod policy;
 pub mod rounds;
 
+pub use estimate::{GoodputMeter, RatioMeter};
 pub use budget::{Budget, BudgetError, FixedCosts};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};

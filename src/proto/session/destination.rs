@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use super::SessionError;
 use crate::proto::wire::Frame;
-use crate::proto::wire::frame::HEADER_LEN;
 use crate::proto::wire::message::Held;
 
 /// Frames of one migration on their way in.
@@ -55,7 +54,7 @@ impl DestinationSession {
             }
             self.end = Some(sequence + 1);
         }
-        let bytes = (HEADER_LEN + frame.payload.len()) as u64;
+        let bytes = frame.lane_bytes();
         if self.waiting_bytes + bytes > self.window_bytes {
             return Err(SessionError::WindowExceeded {
                 buffered_bytes: self.waiting_bytes + bytes,
@@ -73,7 +72,7 @@ impl DestinationSession {
     /// [`SessionError::OutOfStep`] where the frame does not continue the stream.
     pub fn poll_frame(&mut self) -> Result<Option<Frame>, SessionError> {
         let Some(frame) = self.waiting.remove(&self.next) else { return Ok(None) };
-        self.waiting_bytes -= (HEADER_LEN + frame.payload.len()) as u64;
+        self.waiting_bytes -= frame.lane_bytes();
         if frame.header.stream_offset != self.stream_offset {
             return Err(SessionError::OutOfStep {
                 sequence: self.next,
@@ -134,18 +133,23 @@ impl DestinationSession {
 mod tests {
     use std::collections::BTreeSet;
 
-    use bytes::Bytes;
     use proptest::prelude::*;
 
-    use super::super::SourceSession;
+    use super::super::{EncodedFrame, SourceSession};
     use super::*;
     use crate::proto::page::MigrationId;
     use crate::proto::wire::FrameKind;
+    use crate::proto::wire::frame::HEADER_LEN;
+
+    fn encoded(payload: Vec<u8>) -> EncodedFrame {
+        let stream_bytes = u32::try_from(payload.len()).unwrap();
+        EncodedFrame { kind: FrameKind::Plain, payload: payload.into(), stream_bytes, held: false }
+    }
 
     fn frame(sequence: u64, last: bool) -> Frame {
         let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
         for at in 0..=sequence {
-            source.push(FrameKind::Plain, Bytes::from_static(b"ab"), 2, false, last && at == sequence);
+            source.push(encoded(b"ab".to_vec()), last && at == sequence);
         }
         std::iter::from_fn(|| source.poll_transmit()).last().unwrap()
     }
@@ -180,7 +184,7 @@ mod tests {
     #[test]
     fn an_acknowledgement_of_what_was_never_sent_is_refused() {
         let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
-        source.push(FrameKind::Plain, Bytes::from_static(b"ab"), 2, false, false);
+        source.push(encoded(b"ab".to_vec()), false);
         let held = Held { next: 1, beyond: Vec::new() };
         assert_eq!(source.on_ack(&held), Err(SessionError::AckBeyondSent { acknowledged: 1, sent: 0 }));
         assert!(source.poll_transmit().is_some());
@@ -199,8 +203,7 @@ mod tests {
             let mut source = SourceSession::new(MigrationId([1; 16]), window);
             let mut destination = DestinationSession::new(window);
             for (at, size) in sizes.iter().enumerate() {
-                let payload = Bytes::from(vec![u8::try_from(at).unwrap(); *size]);
-                source.push(FrameKind::Plain, payload, u32::try_from(*size).unwrap(), false, at + 1 == sizes.len());
+                source.push(encoded(vec![u8::try_from(at).unwrap(); *size]), at + 1 == sizes.len());
             }
             let mut lanes = Vec::new();
             let mut out = Vec::new();

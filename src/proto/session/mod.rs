@@ -9,10 +9,14 @@
 //! destination says what it holds and the source sends exactly the rest, the identical frames. This module knows neither
 //! sockets nor what a payload means.
 
+mod decoder;
 mod destination;
+mod encoder;
 mod source;
 
+pub use decoder::{DecodeError, Decoder};
 pub use destination::DestinationSession;
+pub use encoder::{EncodedFrame, Encoder, StreamSummary};
 pub use source::SourceSession;
 
 /// A frame that this session cannot take.

@@ -2,12 +2,10 @@
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
-
-use super::SessionError;
+use super::{EncodedFrame, SessionError};
 use crate::proto::page::MigrationId;
 use crate::proto::wire::message::Held;
-use crate::proto::wire::{Frame, FrameHeader, FrameKind};
+use crate::proto::wire::{Frame, FrameHeader};
 
 /// Frames of one migration on their way out.
 ///
@@ -62,26 +60,26 @@ impl SourceSession {
         }
     }
 
-    /// Appends a payload that stands for the next `stream_bytes` bytes of the vmm stream. `last`: nothing follows.
+    /// Appends the frame that continues the stream. `last`: nothing follows.
     ///
     /// # Panics
-    /// After the last payload; the caller has seen the stream's end only once.
-    pub fn push(&mut self, kind: FrameKind, payload: Bytes, stream_bytes: u32, held: bool, last: bool) {
-        assert!(!self.ended, "nothing follows the last payload");
+    /// After the last one; the caller has seen the stream's end only once.
+    pub fn push(&mut self, encoded: EncodedFrame, last: bool) {
+        assert!(!self.ended, "nothing follows the last frame");
         self.ended = last;
         let header = FrameHeader {
-            kind,
+            kind: encoded.kind,
             last,
-            held,
+            held: encoded.held,
             migration: self.migration,
             epoch: self.epoch,
             sequence: self.frames(),
             stream_offset: self.stream_offset,
-            stream_bytes,
+            stream_bytes: encoded.stream_bytes,
         };
-        self.stream_offset += u64::from(stream_bytes);
-        let frame = Frame { header, payload };
-        self.unsent_bytes += frame_bytes(&frame);
+        self.stream_offset += u64::from(encoded.stream_bytes);
+        let frame = Frame { header, payload: encoded.payload };
+        self.unsent_bytes += frame.lane_bytes();
         self.kept.push_back(Kept { frame, sent: Sent::Never });
     }
 
@@ -91,7 +89,7 @@ impl SourceSession {
         let found = self.kept.iter().skip(from).position(|kept| kept.sent != Sent::Now)? + from;
         self.cursor = found;
         let kept = &mut self.kept[found];
-        let bytes = frame_bytes(&kept.frame);
+        let bytes = kept.frame.lane_bytes();
         if self.outstanding_bytes > 0 && self.outstanding_bytes + bytes > self.window_bytes {
             return None;
         }
@@ -117,7 +115,7 @@ impl SourceSession {
         }
         while self.acknowledged < held.next {
             let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
-            let bytes = frame_bytes(&kept.frame);
+            let bytes = kept.frame.lane_bytes();
             match kept.sent {
                 Sent::Now => self.outstanding_bytes -= bytes,
                 Sent::Never | Sent::Again => self.unsent_bytes -= bytes,
@@ -140,7 +138,7 @@ impl SourceSession {
         self.epoch = epoch;
         self.cursor = 0;
         for kept in &mut self.kept {
-            let bytes = frame_bytes(&kept.frame);
+            let bytes = kept.frame.lane_bytes();
             let arrived = held.contains(kept.frame.header.sequence);
             match (kept.sent, arrived) {
                 (Sent::Now, false) => {
@@ -194,8 +192,4 @@ impl SourceSession {
     pub fn is_finished(&self) -> bool {
         self.ended && self.kept.is_empty()
     }
-}
-
-fn frame_bytes(frame: &Frame) -> u64 {
-    (super::super::wire::frame::HEADER_LEN + frame.payload.len()) as u64
 }

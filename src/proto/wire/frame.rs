@@ -75,16 +75,16 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The bytes of a lane.
+    /// The header's bytes; a lane is these and then the payload.
     ///
     /// # Panics
     /// Where the payload or the stream bytes exceed their limit, which the encoder of this process prevents.
     #[must_use]
-    pub fn encode(&self) -> Bytes {
+    pub fn encode_header(&self) -> Bytes {
         let header = &self.header;
         assert!(self.payload.len() <= MAX_PAYLOAD, "a payload is cut before it is framed");
         assert!(header.stream_bytes as usize <= MAX_RAW, "a batch is cut before it is framed");
-        let mut out = BytesMut::with_capacity(HEADER_LEN + self.payload.len());
+        let mut out = BytesMut::with_capacity(HEADER_LEN);
         out.put_u8(MAGIC);
         out.put_u8(FRAME_VERSION);
         out.put_u8(header.kind as u8);
@@ -95,8 +95,13 @@ impl Frame {
         out.put_u32_le(header.stream_bytes);
         out.put_u64_le(header.sequence);
         out.put_u64_le(header.stream_offset);
-        out.put_slice(&self.payload);
         out.freeze()
+    }
+
+    /// Bytes of the lane that carries this frame.
+    #[must_use]
+    pub fn lane_bytes(&self) -> u64 {
+        (HEADER_LEN + self.payload.len()) as u64
     }
 
     /// Reads a whole lane.
@@ -155,11 +160,6 @@ impl Frame {
         })
     }
 
-    /// The same frame for another incarnation of the session.
-    #[must_use]
-    pub fn in_epoch(&self, epoch: u32) -> Self {
-        Self { header: FrameHeader { epoch, ..self.header }, payload: self.payload.clone() }
-    }
 }
 
 /// A lane does not hold a frame.
@@ -221,6 +221,10 @@ mod tests {
 
     use super::*;
 
+    fn encode(frame: &Frame) -> Bytes {
+        [frame.encode_header(), frame.payload.clone()].concat().into()
+    }
+
     fn frame() -> Frame {
         Frame {
             header: FrameHeader {
@@ -249,13 +253,13 @@ mod tests {
             "0900000000000000",
             "616263"
         );
-        assert_eq!(crate::proto::page::hex(&frame().encode()), expected);
-        assert_eq!(Frame::decode(frame().encode()), Ok(frame()));
+        assert_eq!(crate::proto::page::hex(&encode(&frame())), expected);
+        assert_eq!(Frame::decode(encode(&frame())), Ok(frame()));
     }
 
     #[test]
     fn a_frame_with_one_byte_less_or_more_is_refused() {
-        let whole = frame().encode();
+        let whole = encode(&frame());
         for len in 0..whole.len() {
             assert!(Frame::decode(whole.slice(..len)).is_err(), "{len}");
         }
@@ -276,7 +280,7 @@ mod tests {
             }
             let bytes = Bytes::from(bytes);
             if let Ok(frame) = Frame::decode(bytes.clone()) {
-                prop_assert_eq!(frame.encode(), bytes);
+                prop_assert_eq!(encode(&frame), bytes);
             }
         }
     }
