@@ -23,7 +23,7 @@ const RESTORED_AHEAD: usize = 8;
 #[derive(Debug)]
 pub(crate) struct Inbound {
     shared: Arc<Shared>,
-    release: Option<oneshot::Sender<()>>,
+    release: Mutex<Option<oneshot::Sender<()>>>,
     outcome: watch::Receiver<Progress>,
 }
 
@@ -95,7 +95,7 @@ impl Inbound {
                 }
             }
         });
-        Self { shared, release: Some(release), outcome }
+        Self { shared, release: Mutex::new(Some(release)), outcome }
     }
 
     /// Sorts a frame in.
@@ -136,16 +136,16 @@ impl Inbound {
     }
 
     /// Ownership has moved: the vmm is given the tail and the end of the stream. Only the first call does something.
-    pub(crate) fn release_tail(&mut self) {
-        if let Some(release) = self.release.take() {
+    pub(crate) fn release_tail(&self) {
+        if let Some(release) = self.release.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // The writer is gone only where it has reported why.
             let _ = release.send(());
         }
     }
 
     /// Ends decoder and writer without delivering the tail.
-    pub(crate) fn stop(&mut self) {
-        self.release = None;
+    pub(crate) fn stop(&self) {
+        drop(self.release.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.shared.stopped.store(true, Ordering::Release);
         self.shared.arrived.notify_all();
     }

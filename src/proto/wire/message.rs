@@ -6,7 +6,6 @@
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
 //!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
-//!           Ownership                               ─▶ Reply::Ownership
 //! ```
 //!
 //! A message is a 32-bit little-endian length and that many bytes in postcard's encoding (version 1 of its wire format). Each
@@ -32,19 +31,13 @@ pub enum Request {
     Check(Offer),
     /// Begin this migration; the channel becomes its session.
     Open(Offer),
-    /// Continue the session of a migration on a new channel.
+    /// Go on with a migration on a new channel: its stream, or only the question of who owns the VM.
     Attach {
         /// The migration.
         migration: MigrationId,
-        /// Incarnation that begins now; every frame of an older one is refused.
-        epoch: u32,
-    },
-    /// A question about who owns a VM, outside any session: recovery.
-    Ownership {
-        /// The migration.
-        migration: MigrationId,
-        /// The question.
-        message: ownership::Message,
+        /// Incarnation of the stream that begins now; every frame of an older one is refused. `None`: the source was restarted
+        /// and has no stream any more.
+        epoch: Option<u32>,
     },
     /// Measures the way there and back; the answer is the same number.
     Ping(u64),
@@ -57,8 +50,6 @@ pub enum Reply {
     Hello(Hello),
     /// Everything that speaks against the migration, in sentences; empty: it would be accepted.
     Checked(Vec<String>),
-    /// Where ownership stands.
-    Ownership(ownership::Message),
     /// The request cannot be served: a sentence for the operator.
     Refused(String),
     /// The number of the ping.

@@ -1,0 +1,678 @@
+//! Drives one migration at its source: performs what the ownership machine asks for and feeds it what happens.
+//!
+//! The machine decides (`proto::ownership`), the policy advises (`proto::precopy`), this file routes. Everything that
+//! happens comes in over one queue, so that nothing here can wait for two things in the wrong order.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+
+use super::Core;
+use super::contact::{Contact, ContactEvent};
+use super::copying::Copying;
+use super::links::Link;
+use super::outbound::{Outbound, StreamEnd};
+use super::registry::{Entry, ResolveOrder};
+use super::vm_context::VmContext;
+use crate::api::Phase;
+use crate::hypervisor::qemu::{Frozen, QuitOutcome, SourceVm, VmEvent};
+use crate::proto::ownership::{
+    AbortReason, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState,
+    StreamSum,
+};
+use crate::proto::page::JournalId;
+use crate::proto::session::Encoder;
+use crate::proto::wire::SessionMessage;
+use crate::shaper::Shaper;
+
+/// How long pre-copy waits for the peer to come back before it is given up; the VM runs on all the while.
+const LONGEST_SILENCE: Duration = Duration::from_secs(120);
+
+/// Between looks at the vmm while the guest runs.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Between looks at the vmm once its stream has ended: the guest stands still.
+const CLOSE_LOOK: Duration = Duration::from_millis(2);
+
+/// How long a vmm may take to connect to the socket it was told to migrate to.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A migration at its source, from the agreement of both sites to its end.
+pub(crate) struct SourceDriver {
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    machine: Source,
+    effects: VecDeque<Effect>,
+    vm: SourceVm,
+    context: VmContext,
+    peer_journal: JournalId,
+    contact: Contact,
+    contact_events: mpsc::Receiver<ContactEvent>,
+    orders: mpsc::Receiver<ResolveOrder>,
+    waiting_order: Option<ResolveOrder>,
+    link: Option<Arc<Link>>,
+    stream: Option<Stream>,
+    /// `None` where a restarted gateway finishes what its predecessor began.
+    copying: Option<Copying>,
+    frozen: Option<Frozen>,
+    lost_contact: Option<Instant>,
+    cancel_seen: bool,
+    /// Why the migration failed, in the words of whoever noticed first.
+    reason: Option<String>,
+    stopped_at: Option<Instant>,
+    resumed_at: Option<Instant>,
+}
+
+struct Stream {
+    outbound: Arc<Outbound>,
+    end: Option<oneshot::Receiver<StreamEnd>>,
+    sum: Option<StreamSum>,
+    sender: Option<AbortHandle>,
+    shaper: Arc<Shaper>,
+    window_bytes: u64,
+}
+
+/// How a driven migration ended.
+#[derive(Debug)]
+pub(crate) struct SourceEnd {
+    pub(crate) outcome: Outcome,
+    pub(crate) reason: Option<String>,
+    pub(crate) cancelled: bool,
+    pub(crate) downtime: Option<Duration>,
+    pub(crate) stream: Option<StreamSum>,
+    pub(crate) copying: Option<Copying>,
+}
+
+/// What a driver begins with.
+pub(crate) struct SourceStart {
+    pub(crate) vm: SourceVm,
+    pub(crate) context: VmContext,
+    pub(crate) machine: Source,
+    pub(crate) effects: Vec<Effect>,
+    pub(crate) peer_journal: JournalId,
+    pub(crate) copying: Option<Copying>,
+}
+
+impl SourceDriver {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        entry: Arc<Entry>,
+        orders: mpsc::Receiver<ResolveOrder>,
+        start: SourceStart,
+    ) -> Self {
+        let (events, contact_events) = mpsc::channel(64);
+        Self {
+            core,
+            entry,
+            machine: start.machine,
+            effects: start.effects.into(),
+            vm: start.vm,
+            context: start.context,
+            peer_journal: start.peer_journal,
+            contact: Contact::new(events),
+            contact_events,
+            orders,
+            waiting_order: None,
+            link: None,
+            stream: None,
+            copying: start.copying,
+            frozen: None,
+            lost_contact: None,
+            cancel_seen: false,
+            reason: None,
+            stopped_at: None,
+            resumed_at: None,
+        }
+    }
+
+    /// The channel on which the destination accepted.
+    pub(crate) fn adopt(&mut self, link: Arc<Link>, channel: super::channel::Channel) {
+        self.contact.adopt(channel);
+        self.link = Some(link);
+    }
+
+    /// Drives to the end. Until PERMIT the guest runs here or is made to run here again; from then on what the destination, or
+    /// a person, decides.
+    pub(crate) async fn run(mut self, first: Option<SourceEvent>) -> SourceEnd {
+        if let Some(event) = first {
+            self.feed(&event);
+        }
+        loop {
+            while let Some(effect) = self.effects.pop_front() {
+                self.perform(effect).await;
+            }
+            if let Some(outcome) = self.machine.outcome() {
+                return self.end(outcome).await;
+            }
+            self.wait().await;
+        }
+    }
+
+    async fn end(mut self, outcome: Outcome) -> SourceEnd {
+        if let Some(stream) = &mut self.stream {
+            stream.outbound.stop();
+        }
+        if outcome != Outcome::RunsAtDestination
+            && let Err(error) = self.vm.restore_settings().await
+        {
+            tracing::debug!(migration = %self.entry.migration, "migration settings were not restored: {error}");
+        }
+        let downtime = match (self.stopped_at, self.resumed_at) {
+            (Some(stopped), Some(resumed)) if outcome == Outcome::RunsAtDestination => {
+                let heard_after = self.link.as_ref().map_or(Duration::ZERO, |link| link.rtt() / 2);
+                Some(resumed.saturating_duration_since(stopped).saturating_sub(heard_after))
+            }
+            _ => None,
+        };
+        // What was said last still arrives.
+        self.contact.drop_channel();
+        SourceEnd {
+            outcome,
+            reason: self.reason,
+            cancelled: self.cancel_seen,
+            downtime,
+            stream: self.stream.as_ref().and_then(|stream| stream.sum),
+            copying: self.copying,
+        }
+    }
+
+    fn feed(&mut self, event: &SourceEvent) {
+        match self.machine.handle(event) {
+            Ok(effects) => {
+                if let SourceEvent::Resolve(_) = event
+                    && let Some(order) = self.waiting_order.take()
+                {
+                    let text = format!("the decision about {} is being carried out", self.entry.vm);
+                    let _ = order.reply.send(Ok(text));
+                }
+                self.effects.extend(effects);
+            }
+            Err(step) => {
+                if let SourceEvent::Resolve(_) = event
+                    && let Some(order) = self.waiting_order.take()
+                {
+                    let text = format!("the migration of {} does not need a decision: {step}", self.entry.vm);
+                    let _ = order.reply.send(Err(text));
+                }
+                tracing::warn!(migration = %self.entry.migration, "{step}");
+            }
+        }
+        if matches!(
+            self.machine.state(),
+            SourceState::Permitted { .. } | SourceState::Withheld | SourceState::Learning { .. }
+        ) {
+            self.entry.set_committed();
+        }
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        tracing::debug!(migration = %self.entry.migration, ?effect, "source");
+        match effect {
+            Effect::Record(kind) => self.record(kind).await,
+            Effect::Send(message) => self.contact.send(&SessionMessage::Ownership(message)).await,
+            Effect::AskPeer => self.look_for_peer(),
+            Effect::NeedsPerson(doubt) => {
+                let text = format!("{}: {doubt}", self.entry.vm);
+                self.entry.set_advice(Some(text.clone()));
+                self.entry.notice(&text);
+            }
+            Effect::StartMigrate => {
+                if let Err(error) = self.start_migrate().await {
+                    self.fail(error);
+                    self.feed(&SourceEvent::MigrateFailed);
+                }
+            }
+            Effect::CancelMigrate => {
+                if let Some(stream) = &self.stream {
+                    stream.outbound.stop();
+                }
+                if let Err(error) = self.vm.cancel().await {
+                    tracing::debug!(migration = %self.entry.migration, "nothing to cancel at the vmm: {error}");
+                }
+            }
+            Effect::FreezeVmm => {
+                let event = match self.vm.freeze().await {
+                    Ok(frozen) => {
+                        self.frozen = Some(frozen);
+                        SourceEvent::Frozen
+                    }
+                    Err(error) if error.process_is_gone() => SourceEvent::VmmDead,
+                    Err(error) => {
+                        self.fail(error.to_string());
+                        SourceEvent::FreezeFailed
+                    }
+                };
+                self.feed(&event);
+            }
+            Effect::ThawVmm => {
+                self.frozen = None;
+                if let Err(error) = self.vm.thaw().await
+                    && !error.process_is_gone()
+                {
+                    tracing::warn!(vm = self.entry.vm, "the vmm's process could not be let go on: {error}");
+                }
+            }
+            Effect::Resume => {
+                let event = match self.vm.resume().await {
+                    Ok(()) => SourceEvent::Resumed,
+                    Err(error) if error.process_is_gone() => SourceEvent::VmmDead,
+                    Err(error) => {
+                        self.fail(error.to_string());
+                        SourceEvent::ResumeFailed
+                    }
+                };
+                self.feed(&event);
+            }
+            Effect::QuitVmm => self.discard().await,
+            Effect::LoadVmm | Effect::ReleaseHeldTail | Effect::ContinueVmm | Effect::KillVmm => {
+                unreachable!("effects of a destination")
+            }
+        }
+    }
+
+    async fn record(&mut self, kind: RecordKind) {
+        if let RecordKind::Permit(permit) = &kind {
+            self.show(Phase::Committing, Some(permit));
+        }
+        let record = JournalRecord {
+            migration: self.entry.migration,
+            role: Role::Source,
+            kind,
+            peer: self.entry.peer.clone(),
+            peer_journal: self.peer_journal,
+            vm: self.entry.vm.clone(),
+            context: self.context.to_bytes(),
+            unix_ms: super::clock::unix_ms(),
+        };
+        let event = match self.core.journal.append(record).await {
+            Ok(()) => SourceEvent::Recorded,
+            Err(error) => {
+                self.fail(error.to_string());
+                SourceEvent::JournalFailed
+            }
+        };
+        self.feed(&event);
+    }
+
+    async fn start_migrate(&mut self) -> Result<(), String> {
+        let Some(copying) = &self.copying else { return Err("this gateway has no stream for the migration".to_owned()) };
+        let Some(link) = self.link.clone() else { return Err("the connection to the peer is lost".to_owned()) };
+        let path = self.core.stream_socket(self.entry.migration);
+        let socket = StreamSocket::bind(path).map_err(|error| format!("no socket for the vmm's stream: {error}"))?;
+        let accept = async {
+            tokio::time::timeout(CONNECT_DEADLINE, socket.listener.accept())
+                .await
+                .map_err(|_| "the hypervisor did not connect to the gateway's migration socket".to_owned())?
+                .map_err(|error| format!("the hypervisor could not connect: {error}"))
+        };
+        let migrate = async { self.vm.migrate(&socket.path).await.map_err(|error| error.to_string()) };
+        // The vmm connects before it answers the command.
+        let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
+        let window_bytes = link.agreement().limits.window_bytes;
+        let (outbound, end) =
+            Outbound::start(stream, self.entry.migration, window_bytes, Encoder::new(copying.encoder_settings(&link)));
+        let shaper = copying.shaper();
+        self.stream = Some(Stream {
+            outbound: Arc::new(outbound),
+            end: Some(end),
+            sum: None,
+            sender: None,
+            shaper,
+            window_bytes,
+        });
+        self.start_sending(&link);
+        self.show(Phase::Precopy, None);
+        Ok(())
+    }
+
+    fn start_sending(&mut self, link: &Arc<Link>) {
+        let Some(stream) = &mut self.stream else { return };
+        if let Some(sender) = stream.sender.take() {
+            sender.abort();
+        }
+        let outbound = Arc::clone(&stream.outbound);
+        let link = Arc::clone(link);
+        let shapers = [Arc::clone(&stream.shaper), link.shaper()];
+        let task = tokio::spawn(async move {
+            if let Err(error) = outbound.send(link.bulk(), &shapers).await {
+                // The control connection tells the driver; both run over the same path.
+                link.close_broken(&error.to_string());
+            }
+        });
+        stream.sender = Some(task.abort_handle());
+    }
+
+    /// Ends the vmm whose VM runs elsewhere, or leaves it paused where the configuration says so.
+    async fn discard(&mut self) {
+        self.show(Phase::Finishing, None);
+        self.frozen = None;
+        let event = if self.context.leave_after_success {
+            match self.vm.thaw().await {
+                Ok(()) => SourceEvent::Discarded,
+                Err(_) => SourceEvent::VmmDead,
+            }
+        } else {
+            match self.vm.quit().await {
+                Ok(QuitOutcome::Gone) => SourceEvent::Discarded,
+                Err(error) => {
+                    self.entry.notice(&format!(
+                        "{} runs at {}, but its old process here could not be ended: {error}",
+                        self.entry.vm, self.entry.peer
+                    ));
+                    SourceEvent::Discarded
+                }
+            }
+        };
+        self.feed(&event);
+    }
+
+    fn look_for_peer(&mut self) {
+        if self.contact.is_made() {
+            return;
+        }
+        let epoch = self.stream.as_ref().map(|stream| stream.outbound.epoch() + 1);
+        self.contact.search(
+            Arc::clone(&self.core.links),
+            self.entry.peer.clone(),
+            self.entry.migration,
+            epoch,
+        );
+    }
+
+    /// Waits for one thing to happen and takes it in.
+    async fn wait(&mut self) {
+        let look = if self.stream.as_ref().is_some_and(|stream| stream.sum.is_some())
+            && matches!(self.machine.state(), SourceState::Copying(_))
+        {
+            CLOSE_LOOK
+        } else {
+            LOOK
+        };
+        let mut end = self.stream.as_mut().and_then(|stream| stream.end.take());
+        let stream_end = async {
+            match &mut end {
+                Some(end) => end.await.unwrap_or(StreamEnd::Stopped),
+                None => std::future::pending().await,
+            }
+        };
+        let cancelled = async {
+            if self.cancel_seen {
+                std::future::pending().await
+            } else {
+                self.entry.cancel.cancelled().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            ended = stream_end => {
+                end = None;
+                self.on_stream_end(ended);
+            }
+            Some(event) = self.contact_events.recv() => self.on_contact(event).await,
+            Some(event) = self.vm.next_event() => self.on_vm_event(event),
+            () = cancelled => {
+                self.cancel_seen = true;
+                self.fail("the operator cancelled it".to_owned());
+                self.feed(&SourceEvent::Cancel);
+            }
+            Some(order) = self.orders.recv() => {
+                let event = SourceEvent::Resolve(order.resolution.clone());
+                self.waiting_order = Some(order);
+                self.feed(&event);
+            }
+            () = tokio::time::sleep(look) => self.look().await,
+        }
+        if let (Some(end), Some(stream)) = (end, &mut self.stream) {
+            stream.end = Some(end);
+        }
+    }
+
+    fn on_stream_end(&mut self, ended: StreamEnd) {
+        match ended {
+            StreamEnd::Eof(summary) => {
+                let sum = StreamSum { digest: summary.digest, length: summary.bytes };
+                if let Some(stream) = &mut self.stream {
+                    stream.sum = Some(sum);
+                }
+                if let Some(copying) = &mut self.copying {
+                    copying.set_pages(summary.pages);
+                }
+                self.show(Phase::StopAndCopy, None);
+                self.feed(&SourceEvent::StreamEnded(sum));
+            }
+            StreamEnd::Failed(error) => {
+                self.fail(format!("the hypervisor's migration stream failed: {error}"));
+                self.feed(&SourceEvent::MigrateFailed);
+            }
+            StreamEnd::Stopped => {}
+        }
+    }
+
+    async fn on_contact(&mut self, event: ContactEvent) {
+        match event {
+            ContactEvent::Made { link, channel, held } => {
+                self.lost_contact = None;
+                self.contact.adopt(channel);
+                self.feed(&SourceEvent::Contact { journal: link.peer_journal() });
+                let resumed = self.stream.as_ref().map(|stream| {
+                    let epoch = stream.outbound.epoch() + 1;
+                    stream.outbound.resume(epoch, &held)
+                });
+                match resumed {
+                    Some(Ok(())) => self.start_sending(&link),
+                    Some(Err(error)) => {
+                        self.fail(format!("the stream cannot go on after the cut: {error}"));
+                        self.feed(&SourceEvent::Cancel);
+                    }
+                    None => {}
+                }
+                self.link = Some(link);
+            }
+            ContactEvent::Message { channel, message } if self.contact.is_current(channel) => {
+                self.on_message(message).await;
+            }
+            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+                self.contact.drop_channel();
+                if self.machine.outcome().is_none() && self.lost_contact.is_none() {
+                    tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
+                    self.lost_contact = Some(super::clock::now());
+                    self.look_for_peer();
+                }
+            }
+            ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+        }
+    }
+
+    async fn on_message(&mut self, message: SessionMessage) {
+        match message {
+            SessionMessage::Ack { held, vmm_bytes } => {
+                if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
+                    copying.delivered(vmm_bytes);
+                    if let Err(error) = stream.outbound.on_ack(&held) {
+                        self.fail(error.to_string());
+                        self.feed(&SourceEvent::Cancel);
+                    }
+                }
+            }
+            SessionMessage::Failed { reason } => self.fail(reason),
+            SessionMessage::Ownership(message) => {
+                match &message {
+                    Message::Running => self.resumed_at = self.resumed_at.or(Some(super::clock::now())),
+                    Message::Aborted { reason } => self.fail(abort_text(*reason)),
+                    Message::Reverted => {
+                        self.fail("the destination's hypervisor refused to start the VM and gave it back".to_owned());
+                    }
+                    _ => {}
+                }
+                self.feed(&SourceEvent::Received(message));
+            }
+            SessionMessage::Loaded => {}
+            SessionMessage::Accepted { .. } | SessionMessage::Refused { .. } | SessionMessage::Cancel { .. } => {
+                tracing::debug!(migration = %self.entry.migration, "the peer said what only opens or ends a session");
+            }
+        }
+    }
+
+    fn on_vm_event(&mut self, event: VmEvent) {
+        match event {
+            VmEvent::Stopped { .. } => {
+                if self.stopped_at.is_none() && self.stream.is_some() {
+                    self.stopped_at = Some(super::clock::now());
+                    self.show(Phase::Switchover, None);
+                }
+            }
+            VmEvent::Resumed { .. } => {
+                self.stopped_at = None;
+                if self.machine.terms().was_running || self.frozen.is_some() {
+                    self.feed(&SourceEvent::VmmRunning);
+                }
+            }
+            VmEvent::Disconnected => {
+                if self.vm.process_is_gone() {
+                    self.fail("the hypervisor's process at the source died".to_owned());
+                    self.feed(&SourceEvent::VmmDead);
+                }
+            }
+            VmEvent::MigrationStatus { .. } | VmEvent::Other => {}
+        }
+    }
+
+    /// A look at the vmm and at the clock.
+    async fn look(&mut self) {
+        let now = super::clock::now();
+        if let Some(since) = self.lost_contact {
+            let before_permit = matches!(self.machine.state(), SourceState::Copying(_) | SourceState::Starting { .. });
+            if before_permit && now.saturating_duration_since(since) > LONGEST_SILENCE {
+                self.fail(format!(
+                    "the peer {} could not be reached for {} s",
+                    self.entry.peer,
+                    LONGEST_SILENCE.as_secs()
+                ));
+                self.feed(&SourceEvent::Cancel);
+                return;
+            }
+        }
+        if !matches!(self.machine.state(), SourceState::Copying(_)) {
+            return;
+        }
+        let Some(stream) = &self.stream else { return };
+        if let Some(sum) = stream.sum {
+            self.look_for_completion(sum).await;
+            return;
+        }
+        let progress = match self.vm.progress().await {
+            Ok(progress) => progress,
+            Err(error) => {
+                if self.vm.process_is_gone() {
+                    self.fail("the hypervisor's process at the source died".to_owned());
+                    self.feed(&SourceEvent::VmmDead);
+                } else {
+                    tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
+                }
+                return;
+            }
+        };
+        if progress.has_failed() {
+            self.fail(progress.failure_text());
+            self.feed(&SourceEvent::MigrateFailed);
+            return;
+        }
+        let Some(link) = self.link.clone() else { return };
+        let outbound = Arc::clone(&stream.outbound);
+        let Some(copying) = &mut self.copying else { return };
+        match copying.look(now, &progress, &outbound, &link, &self.entry) {
+            Ok(Some(settings)) => {
+                if let Err(error) = self.vm.apply(settings.downtime_limit, settings.switchover_bandwidth).await {
+                    tracing::debug!(migration = %self.entry.migration, "settings were not applied: {error}");
+                }
+            }
+            Ok(None) => {}
+            Err(reason) => {
+                self.fail(reason);
+                self.feed(&SourceEvent::Cancel);
+            }
+        }
+    }
+
+    /// The stream has ended; whether that was success only the vmm can say.
+    async fn look_for_completion(&mut self, sum: StreamSum) {
+        match self.vm.completion().await {
+            Ok(completion) => {
+                if completion.failed {
+                    self.fail(completion.text);
+                    self.feed(&SourceEvent::MigrateFailed);
+                    return;
+                }
+                if completion.completed {
+                    self.feed(&SourceEvent::MigrateCompleted);
+                }
+                if completion.postmigrate {
+                    if self.stopped_at.is_none() {
+                        self.stopped_at = Some(super::clock::now());
+                    }
+                    self.feed(&SourceEvent::PostMigrate);
+                }
+                tracing::trace!(migration = %self.entry.migration, bytes = sum.length, ?completion);
+            }
+            Err(error) => {
+                if self.vm.process_is_gone() {
+                    self.feed(&SourceEvent::VmmDead);
+                } else {
+                    tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
+                }
+            }
+        }
+    }
+
+    /// Keeps the first reason: what follows from it says less.
+    fn fail(&mut self, reason: String) {
+        if self.reason.is_none() {
+            self.reason = Some(reason);
+        }
+    }
+
+    fn show(&mut self, phase: Phase, permit: Option<&Permit>) {
+        if let Some(permit) = permit {
+            tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, digest = %permit.stream.digest,
+                bytes = permit.stream.length, "permit");
+        }
+        tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %phase);
+        match &mut self.copying {
+            Some(copying) => copying.show(super::clock::now(), phase, &self.entry),
+            None => self.entry.set_phase(phase),
+        }
+    }
+}
+
+fn abort_text(reason: AbortReason) -> String {
+    reason.to_string()
+}
+
+/// A listening socket that is removed again.
+struct StreamSocket {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl StreamSocket {
+    /// The directory is the gateway's own (0700), so nobody else can connect first.
+    fn bind(path: PathBuf) -> std::io::Result<Self> {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        Ok(Self { path, listener })
+    }
+}
+
+impl Drop for StreamSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
