@@ -1,1 +1,4 @@
-//! .
+//! What outlives the process.
+
+pub mod fingerprint;
+pub mod trust;
