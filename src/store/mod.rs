@@ -1,4 +1,5 @@
 //! What outlives the process.
 
 pub mod fingerprint;
+pub mod spill;
 pub mod trust;
