@@ -20,8 +20,8 @@ use crate::proto::page::MigrationId;
 pub const HEADER_LEN: usize = 48;
 
 /// Most bytes of a payload: a lane stays far below the 2.5 MB at which 1024 gaps can close a QUIC stream
-/// (quinn-proto 0.11 `MAX_CHUNKS`), and one lane holds up the link for at most 8 ms at 1 Gbit/s.
-pub const MAX_PAYLOAD: usize = 1 << 20;
+/// (quinn-proto 0.11 `MAX_CHUNKS`), and above what a batch that cannot be reduced takes (`reduce::MAX_PAYLOAD_BYTES`).
+pub const MAX_PAYLOAD: usize = (1 << 20) + (512 << 10);
 
 /// Most bytes of the vmm stream that one frame restores to.
 pub const MAX_RAW: usize = 1 << 20;
