@@ -8,12 +8,12 @@ use super::outbound::{LEAST_BACKLOG, Outbound};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::MigrationProgress;
-use crate::metrics::Metrics;
+use crate::metrics::{ActiveMigration, Direction, Metrics, QueueGauge, Stage};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::precopy::{Budget, Decision, FixedCosts, GoodputMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample};
-use crate::proto::session::EncoderSettings;
+use crate::proto::reduce::DictionaryLimits;
 use crate::shaper::Shaper;
 
 /// What may wait unsent in the gateway, in time: the vmm believes that it has been carried.
@@ -29,6 +29,11 @@ const WORTH_SETTING: f64 = 0.1;
 #[derive(Debug)]
 pub(crate) struct Copying {
     metrics: Arc<Metrics>,
+    active: ActiveMigration,
+    backlog: QueueLevel,
+    outstanding: QueueLevel,
+    counted: Totals,
+    phase: Option<(Phase, Instant)>,
     policy: Policy,
     costs: FixedCosts,
     tracker: ProgressTracker,
@@ -37,6 +42,7 @@ pub(crate) struct Copying {
     rounds: Rounds,
     shaper: Arc<Shaper>,
     cap: Option<ByteRate>,
+    dictionary: Option<DictionaryLimits>,
     memory_bytes: u64,
     applied: Option<Settings>,
     last: Option<Progress>,
@@ -45,7 +51,6 @@ pub(crate) struct Copying {
     wire_at_start: u64,
     delivered_bytes: u64,
     pages: Pages,
-    rounds_wire: Vec<u64>,
 }
 
 /// What a migration's copying begins with.
@@ -58,10 +63,37 @@ pub(crate) struct CopyingStart {
     pub(crate) shaper: Arc<Shaper>,
     /// Cap of this migration, where there is one.
     pub(crate) cap: Option<ByteRate>,
+    pub(crate) dictionary: Option<DictionaryLimits>,
     /// Memory of the guest.
     pub(crate) memory_bytes: u64,
     /// IP bytes of the link before the migration.
     pub(crate) wire_at_start: u64,
+}
+
+/// What one migration adds to a gauge of all of them; taken away again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct QueueLevel {
+    gauge: QueueGauge,
+    level: usize,
+}
+
+impl QueueLevel {
+    pub(crate) fn new(gauge: QueueGauge) -> Self {
+        Self { gauge, level: 0 }
+    }
+
+    pub(crate) fn set(&mut self, bytes: u64) {
+        let level = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.gauge.sub(self.level);
+        self.gauge.add(level);
+        self.level = level;
+    }
+}
+
+impl Drop for QueueLevel {
+    fn drop(&mut self) {
+        self.gauge.sub(self.level);
+    }
 }
 
 /// Bytes on the wire per second over the last looks.
@@ -74,6 +106,11 @@ struct WireRate {
 impl Copying {
     pub(crate) fn new(metrics: Arc<Metrics>, start: CopyingStart) -> Self {
         Self {
+            active: metrics.migration(api::Role::Source),
+            backlog: QueueLevel::new(metrics.queue(Stage::Frames)),
+            outstanding: QueueLevel::new(metrics.queue(Stage::Transport)),
+            counted: Totals::default(),
+            phase: None,
             metrics,
             policy: Policy::new(start.now, start.budget, start.deadline),
             costs: start.costs,
@@ -83,6 +120,7 @@ impl Copying {
             rounds: Rounds::new(start.now),
             shaper: start.shaper,
             cap: start.cap,
+            dictionary: start.dictionary,
             memory_bytes: start.memory_bytes,
             applied: None,
             last: None,
@@ -91,7 +129,6 @@ impl Copying {
             wire_at_start: start.wire_at_start,
             delivered_bytes: 0,
             pages: Pages::default(),
-            rounds_wire: Vec::new(),
         }
     }
 
@@ -99,9 +136,9 @@ impl Copying {
         Arc::clone(&self.shaper)
     }
 
-    /// How the stream is encoded towards this peer.
-    pub(crate) fn encoder_settings(&self, link: &Link) -> EncoderSettings {
-        EncoderSettings { dictionary_pages: link.agreement().limits.dictionary_pages }
+    /// How both ends reduce the stream.
+    pub(crate) fn dictionary(&self) -> Option<DictionaryLimits> {
+        self.dictionary
     }
 
     /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.
@@ -121,6 +158,7 @@ impl Copying {
         link: &Link,
         entry: &Entry,
     ) -> Result<Option<Settings>, String> {
+        let ram = progress.ram.unwrap_or_default();
         self.totals = outbound.totals();
         self.ratio.observe(self.totals);
         self.goodput.observe(now, outbound.acknowledged_bytes());
@@ -129,20 +167,18 @@ impl Copying {
         let goodput = self.path_rate(link);
         outbound.set_backlog_limit(goodput.bytes_in(BACKLOG));
 
-        let round = u32::try_from(progress.dirty_sync_count).unwrap_or(u32::MAX);
-        let ended = self.rounds.observe(now, round, self.totals, progress.ram_remaining);
+        let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
+        let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);
         if let Some(round) = ended {
-            let before: u64 = self.rounds_wire.iter().sum();
-            self.rounds_wire.push(wire_bytes.saturating_sub(before));
             self.metrics.round_ended(round.duration);
             tracing::info!(migration = %entry.migration, round = round.number, seconds = round.duration.as_secs_f64(),
-                vmm_bytes = round.vmm_bytes, frame_bytes = round.wire_bytes, remaining = progress.ram_remaining, "round");
+                vmm_bytes = round.vmm_bytes, frame_bytes = round.wire_bytes, remaining = ram.remaining_bytes, "round");
         }
         let sample = Sample {
             now,
             round,
-            remaining_bytes: progress.ram_remaining,
-            dirty_rate: ByteRate(progress.dirty_pages_rate.saturating_mul(crate::proto::page::PAGE_SIZE as u64)),
+            remaining_bytes: ram.remaining_bytes,
+            dirty_rate: ByteRate(ram.dirty_pages_per_second.saturating_mul(crate::proto::page::PAGE_SIZE as u64)),
             goodput,
             reduction_ratio: self.ratio.pessimistic(),
         };
@@ -150,14 +186,12 @@ impl Copying {
         let outlook =
             self.tracker.update(&sample, self.memory_bytes, self.policy.allowed_transfer(), self.policy.is_stuck());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
-        let transfer = Duration::from_secs_f64((progress.ram_remaining as f64 / rate as f64).min(1e6));
+        let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
-        self.metrics.look(&crate::metrics::Look {
-            dirty_rate: sample.dirty_rate,
-            backlog_bytes: outbound.backlog_bytes(),
-            outstanding_bytes: outbound.outstanding_bytes(),
-            expected_downtime: expected,
-        });
+        self.active.set_estimates(sample.dirty_rate.0 as f64, expected);
+        self.backlog.set(outbound.backlog_bytes());
+        self.outstanding.set(outbound.outstanding_bytes());
+        self.count();
         let look = Progress {
             migration: entry.migration,
             vm: entry.vm.clone(),
@@ -169,7 +203,7 @@ impl Copying {
             wire_bytes_per_second: self.wire.bytes_per_second,
             reduction_ratio: self.reduction_ratio(),
             dirty_bytes_per_second: sample.dirty_rate.0 as f64,
-            remaining_bytes: progress.ram_remaining,
+            remaining_bytes: ram.remaining_bytes,
             expected_downtime_seconds: expected.as_secs_f64(),
             eta_seconds: outlook.eta.map(|eta| eta.as_secs_f64()),
             eta_reason: outlook.note,
@@ -187,6 +221,9 @@ impl Copying {
     pub(crate) fn show(&mut self, now: Instant, phase: Phase, entry: &Entry) {
         if phase > Phase::Precopy {
             self.rounds.finish(now, self.totals);
+        }
+        if let Some((before, since)) = self.phase.replace((phase, now)) {
+            self.metrics.phase_ended(before, now.saturating_duration_since(since));
         }
         let mut look = self.last.clone().unwrap_or_else(|| Progress {
             migration: entry.migration,
@@ -222,8 +259,23 @@ impl Copying {
     }
 
     /// The last figures, once everything is sent.
-    pub(crate) fn close(&mut self, outbound_totals: Totals) {
-        self.totals = outbound_totals;
+    pub(crate) fn close(&mut self, totals: Totals) {
+        self.totals = totals;
+        self.backlog.set(0);
+        self.outstanding.set(0);
+        self.count();
+        self.metrics.add_pages(&self.pages);
+    }
+
+    /// It has ended: counted by outcome.
+    pub(crate) fn ended(self, outcome: api::Outcome) {
+        self.active.ended(outcome);
+    }
+
+    fn count(&mut self) {
+        let before = std::mem::replace(&mut self.counted, self.totals);
+        self.metrics.add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
+        self.metrics.add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
     }
 
     pub(crate) fn pages(&self) -> Pages {

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
-use super::inbound::{Inbound, Progress};
+use super::inbound::{Inbound, Progress, Shelf};
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use crate::api::Phase;
@@ -61,7 +61,7 @@ pub(crate) struct DestinationDriver {
     waiting_order: Option<ResolveOrder>,
     inbound: Option<Arc<Inbound>>,
     progress: Option<watch::Receiver<Progress>>,
-    decoder: Option<Decoder>,
+    decoder: Option<Decoder<Shelf>>,
     window_bytes: u64,
     last_contact: Instant,
     decided_at: Option<Instant>,
@@ -77,7 +77,7 @@ pub(crate) struct DestinationStart {
     pub(crate) context: Option<VmContext>,
     pub(crate) source_journal: JournalId,
     /// Where a stream is expected.
-    pub(crate) decoder: Option<Decoder>,
+    pub(crate) decoder: Option<Decoder<Shelf>>,
     pub(crate) window_bytes: u64,
 }
 
@@ -344,7 +344,7 @@ impl DestinationDriver {
 
     async fn on_progress(&mut self) {
         let Some(progress) = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone()) else { return };
-        if let Some(summary) = progress.restored
+        if let Some((summary, _)) = progress.restored
             && !self.stream_ended
         {
             self.stream_ended = true;

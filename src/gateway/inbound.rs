@@ -11,13 +11,33 @@ use bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
+use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
+use crate::store::spill::SpillShelf;
 
 /// Restored frames between decoder and writer.
 const RESTORED_AHEAD: usize = 8;
+
+/// A shelf and the memory that is reserved for it.
+#[derive(Debug)]
+pub(crate) struct Shelf {
+    pub(crate) shelf: SpillShelf,
+    pub(crate) _memory: Reservation,
+}
+
+impl PageShelf for Shelf {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        self.shelf.put(slot, page)
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        self.shelf.get(slot, page)
+    }
+}
 
 /// One migration's stream on its way from the peer.
 #[derive(Debug)]
@@ -30,8 +50,8 @@ pub(crate) struct Inbound {
 /// How far the stream has come.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Progress {
-    /// Set once every frame is restored: what the destination computed.
-    pub(crate) restored: Option<StreamSummary>,
+    /// Set once every frame is restored: what the destination computed, and how the pages came.
+    pub(crate) restored: Option<(StreamSummary, PageCounts)>,
     /// Set once the vmm has taken everything, tail included.
     pub(crate) delivered: bool,
     /// Set where the stream cannot go on, with a sentence.
@@ -59,7 +79,7 @@ struct Receiving {
 
 impl Inbound {
     /// Starts decoder and writer towards the vmm's socket.
-    pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder) -> Self {
+    pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder<Shelf>) -> Self {
         let shared = Arc::new(Shared {
             session: Mutex::new(Receiving { session: DestinationSession::new(window_bytes), decoded: 0 }),
             arrived: Condvar::new(),
@@ -204,9 +224,9 @@ impl Shared {
 /// The decoder's thread. The summary, where the stream was restored to its end.
 fn decode(
     shared: &Shared,
-    mut decoder: Decoder,
+    mut decoder: Decoder<Shelf>,
     restored: &mpsc::Sender<(Bytes, bool)>,
-) -> Result<Option<StreamSummary>, InboundError> {
+) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
     while let Some(frame) = shared.next_frame()? {
         let bytes = decoder.restore(&frame)?;
         shared.restored_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -216,7 +236,7 @@ fn decode(
         shared.receiving().decoded = frame.header.sequence + 1;
         shared.acknowledge.notify_one();
         if frame.header.last {
-            return Ok(Some(decoder.summary()));
+            return Ok(Some((decoder.summary(), decoder.pages())));
         }
     }
     Ok(None)

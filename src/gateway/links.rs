@@ -11,10 +11,10 @@ use crate::config::Config;
 use crate::proto::page::{ByteRate, JournalId};
 use crate::proto::wire::hello::Agreement;
 use crate::proto::wire::message::Reply;
-use crate::proto::wire::{CloseCode, Hello, HelloError, Limits, Request};
+use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::Shaper;
 use crate::store::trust::TrustStore;
-use crate::transport::{DialError, LinkMeasures, PeerConnection, PeerLink, PeerTarget, Transport};
+use crate::transport::{CloseCode, DialError, LinkMeasures, PeerConnection, PeerLink, PeerTarget, Transport};
 
 /// How long a peer may take from the first packet to its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -83,9 +83,9 @@ impl Links {
     }
 
     /// Closes what there is towards `peer`.
-    pub(crate) async fn close(&self, peer: &str, code: CloseCode) {
+    pub(crate) async fn close(&self, peer: &str, code: CloseCode, reason: &str) {
         if let Some(link) = self.existing(peer).await {
-            link.link.close(code, code.reason());
+            link.link.close(code, reason);
         }
     }
 
@@ -204,7 +204,7 @@ impl Link {
     /// One connection broke: the other is of no use without it, and whoever waits on it must notice.
     pub(crate) fn close_broken(&self, reason: &str) {
         tracing::debug!("a link is given up: {reason}");
-        self.link.close(CloseCode::Superseded, "the other connection of the link is lost");
+        self.link.close(CloseCode::Replaced, "the other connection of the link is lost");
     }
 }
 

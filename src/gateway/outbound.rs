@@ -15,6 +15,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::proto::page::MigrationId;
 use crate::proto::precopy::rounds::Totals;
+use crate::proto::reduce::PageCounts;
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
@@ -38,7 +39,7 @@ pub(crate) struct Outbound {
 #[derive(Debug)]
 pub(crate) enum StreamEnd {
     /// The vmm closed its socket after this stream. Whether that was success, the vmm has to be asked.
-    Eof(StreamSummary),
+    Eof(StreamSummary, PageCounts),
     /// The vmm's socket failed.
     Failed(std::io::Error),
     /// The migration was given up before.
@@ -89,7 +90,7 @@ impl Outbound {
             let read = read(&reading, vmm, chunks).await;
             let summary = worker.await;
             let _ = ended.send(match (read, summary) {
-                (Ok(true), Ok(summary)) => StreamEnd::Eof(summary),
+                (Ok(true), Ok((summary, pages))) => StreamEnd::Eof(summary, pages),
                 (Err(error), _) => StreamEnd::Failed(error),
                 (Ok(false), _) | (_, Err(_)) => StreamEnd::Stopped,
             });
@@ -261,7 +262,7 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
 }
 
 /// The encoder's thread: until the reader has ended.
-fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> StreamSummary {
+fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> (StreamSummary, PageCounts) {
     let mut frames = Vec::new();
     while let Some(chunk) = chunks.blocking_recv() {
         encoder.feed(&chunk, &mut frames);

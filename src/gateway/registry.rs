@@ -76,6 +76,29 @@ impl Registry {
         if let Some(open) = entries.iter().find(|entry| entry.vm == vm && !entry.has_ended()) {
             return Err(Arc::clone(open));
         }
+        Ok(Self::push(&mut entries, migration, vm, peer, role, now))
+    }
+
+    /// An entry for a migration that the journal knows, whatever else its VM does meanwhile.
+    pub(crate) fn add_recovered(
+        &self,
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        role: Role,
+        now: Instant,
+    ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        Self::push(&mut self.entries(), migration, vm, peer, role, now)
+    }
+
+    fn push(
+        entries: &mut VecDeque<Arc<Entry>>,
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        role: Role,
+        now: Instant,
+    ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
         let (resolutions, orders) = mpsc::channel(1);
         let entry = Arc::new(Entry {
             migration,
@@ -94,7 +117,7 @@ impl Registry {
         {
             entries.remove(oldest);
         }
-        Ok((entry, orders))
+        (entry, orders)
     }
 
     /// The migration of this name.

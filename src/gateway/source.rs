@@ -18,14 +18,15 @@ use super::copying::Copying;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
-use super::vm_context::VmContext;
+use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm, VmEvent};
 use crate::api::Phase;
-use crate::hypervisor::qemu::{Frozen, QuitOutcome, SourceVm, VmEvent};
+use crate::hypervisor::qemu::{MigrationStatus, PermitConditions, SourceError};
 use crate::proto::ownership::{
     AbortReason, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState,
     StreamSum,
 };
 use crate::proto::page::JournalId;
+use crate::proto::precopy::policy::Settings;
 use crate::proto::session::Encoder;
 use crate::proto::wire::SessionMessage;
 use crate::shaper::Shaper;
@@ -48,8 +49,7 @@ pub(crate) struct SourceDriver {
     entry: Arc<Entry>,
     machine: Source,
     effects: VecDeque<Effect>,
-    vm: SourceVm,
-    context: VmContext,
+    vmm: SourceVmm,
     peer_journal: JournalId,
     contact: Contact,
     contact_events: mpsc::Receiver<ContactEvent>,
@@ -59,7 +59,6 @@ pub(crate) struct SourceDriver {
     stream: Option<Stream>,
     /// `None` where a restarted gateway finishes what its predecessor began.
     copying: Option<Copying>,
-    frozen: Option<Frozen>,
     lost_contact: Option<Instant>,
     cancel_seen: bool,
     /// Why the migration failed, in the words of whoever noticed first.
@@ -90,8 +89,7 @@ pub(crate) struct SourceEnd {
 
 /// What a driver begins with.
 pub(crate) struct SourceStart {
-    pub(crate) vm: SourceVm,
-    pub(crate) context: VmContext,
+    pub(crate) vmm: SourceVmm,
     pub(crate) machine: Source,
     pub(crate) effects: Vec<Effect>,
     pub(crate) peer_journal: JournalId,
@@ -111,8 +109,7 @@ impl SourceDriver {
             entry,
             machine: start.machine,
             effects: start.effects.into(),
-            vm: start.vm,
-            context: start.context,
+            vmm: start.vmm,
             peer_journal: start.peer_journal,
             contact: Contact::new(events),
             contact_events,
@@ -121,7 +118,6 @@ impl SourceDriver {
             link: None,
             stream: None,
             copying: start.copying,
-            frozen: None,
             lost_contact: None,
             cancel_seen: false,
             reason: None,
@@ -156,11 +152,12 @@ impl SourceDriver {
     async fn end(mut self, outcome: Outcome) -> SourceEnd {
         if let Some(stream) = &mut self.stream {
             stream.outbound.stop();
+            if let Some(copying) = &mut self.copying {
+                copying.close(stream.outbound.totals());
+            }
         }
-        if outcome != Outcome::RunsAtDestination
-            && let Err(error) = self.vm.restore_settings().await
-        {
-            tracing::debug!(migration = %self.entry.migration, "migration settings were not restored: {error}");
+        if outcome != Outcome::RunsAtDestination {
+            self.vmm.restore_settings().await;
         }
         let downtime = match (self.stopped_at, self.resumed_at) {
             (Some(stopped), Some(resumed)) if outcome == Outcome::RunsAtDestination => {
@@ -231,38 +228,26 @@ impl SourceDriver {
                 if let Some(stream) = &self.stream {
                     stream.outbound.stop();
                 }
-                if let Err(error) = self.vm.cancel().await {
-                    tracing::debug!(migration = %self.entry.migration, "nothing to cancel at the vmm: {error}");
-                }
+                self.vmm.cancel().await;
             }
             Effect::FreezeVmm => {
-                let event = match self.vm.freeze().await {
-                    Ok(frozen) => {
-                        self.frozen = Some(frozen);
-                        SourceEvent::Frozen
-                    }
-                    Err(error) if error.process_is_gone() => SourceEvent::VmmDead,
-                    Err(error) => {
-                        self.fail(error.to_string());
+                let event = match self.vmm.freeze().await {
+                    FreezeOutcome::Frozen => SourceEvent::Frozen,
+                    FreezeOutcome::Dead => SourceEvent::VmmDead,
+                    FreezeOutcome::Failed(reason) => {
+                        self.fail(reason);
                         SourceEvent::FreezeFailed
                     }
                 };
                 self.feed(&event);
             }
-            Effect::ThawVmm => {
-                self.frozen = None;
-                if let Err(error) = self.vm.thaw().await
-                    && !error.process_is_gone()
-                {
-                    tracing::warn!(vm = self.entry.vm, "the vmm's process could not be let go on: {error}");
-                }
-            }
+            Effect::ThawVmm => self.vmm.thaw().await,
             Effect::Resume => {
-                let event = match self.vm.resume().await {
-                    Ok(()) => SourceEvent::Resumed,
-                    Err(error) if error.process_is_gone() => SourceEvent::VmmDead,
-                    Err(error) => {
-                        self.fail(error.to_string());
+                let event = match self.vmm.resume().await {
+                    ResumeOutcome::Running => SourceEvent::Resumed,
+                    ResumeOutcome::Dead => SourceEvent::VmmDead,
+                    ResumeOutcome::Failed(reason) => {
+                        self.fail(reason);
                         SourceEvent::ResumeFailed
                     }
                 };
@@ -286,7 +271,7 @@ impl SourceDriver {
             peer: self.entry.peer.clone(),
             peer_journal: self.peer_journal,
             vm: self.entry.vm.clone(),
-            context: self.context.to_bytes(),
+            context: self.vmm.context().to_bytes(),
             unix_ms: super::clock::unix_ms(),
         };
         let event = match self.core.journal.append(record).await {
@@ -310,12 +295,15 @@ impl SourceDriver {
                 .map_err(|_| "the hypervisor did not connect to the gateway's migration socket".to_owned())?
                 .map_err(|error| format!("the hypervisor could not connect: {error}"))
         };
-        let migrate = async { self.vm.migrate(&socket.path).await.map_err(|error| error.to_string()) };
+        let migrate = async {
+            let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
+            vm.migrate(&socket.path).await.map_err(|error| error.to_string())
+        };
         // The vmm connects before it answers the command.
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
         let window_bytes = link.agreement().limits.window_bytes;
         let (outbound, end) =
-            Outbound::start(stream, self.entry.migration, window_bytes, Encoder::new(copying.encoder_settings(&link)));
+            Outbound::start(stream, self.entry.migration, window_bytes, Encoder::new(copying.dictionary()));
         let shaper = copying.shaper();
         self.stream = Some(Stream {
             outbound: Arc::new(outbound),
@@ -350,25 +338,13 @@ impl SourceDriver {
     /// Ends the vmm whose VM runs elsewhere, or leaves it paused where the configuration says so.
     async fn discard(&mut self) {
         self.show(Phase::Finishing, None);
-        self.frozen = None;
-        let event = if self.context.leave_after_success {
-            match self.vm.thaw().await {
-                Ok(()) => SourceEvent::Discarded,
-                Err(_) => SourceEvent::VmmDead,
-            }
-        } else {
-            match self.vm.quit().await {
-                Ok(QuitOutcome::Gone) => SourceEvent::Discarded,
-                Err(error) => {
-                    self.entry.notice(&format!(
-                        "{} runs at {}, but its old process here could not be ended: {error}",
-                        self.entry.vm, self.entry.peer
-                    ));
-                    SourceEvent::Discarded
-                }
-            }
-        };
-        self.feed(&event);
+        if let Err(reason) = self.vmm.discard().await {
+            self.entry.notice(&format!(
+                "{} runs at {}, but its old process here could not be ended: {reason}",
+                self.entry.vm, self.entry.peer
+            ));
+        }
+        self.feed(&SourceEvent::Discarded);
     }
 
     fn look_for_peer(&mut self) {
@@ -414,7 +390,7 @@ impl SourceDriver {
                 self.on_stream_end(ended);
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event).await,
-            Some(event) = self.vm.next_event() => self.on_vm_event(event),
+            event = self.vmm.next_event() => self.on_vm_event(event),
             () = cancelled => {
                 self.cancel_seen = true;
                 self.fail("the operator cancelled it".to_owned());
@@ -434,13 +410,13 @@ impl SourceDriver {
 
     fn on_stream_end(&mut self, ended: StreamEnd) {
         match ended {
-            StreamEnd::Eof(summary) => {
+            StreamEnd::Eof(summary, pages) => {
                 let sum = StreamSum { digest: summary.digest, length: summary.bytes };
                 if let Some(stream) = &mut self.stream {
                     stream.sum = Some(sum);
                 }
                 if let Some(copying) = &mut self.copying {
-                    copying.set_pages(summary.pages);
+                    copying.set_pages(pages);
                 }
                 self.show(Phase::StopAndCopy, None);
                 self.feed(&SourceEvent::StreamEnded(sum));
@@ -520,25 +496,23 @@ impl SourceDriver {
 
     fn on_vm_event(&mut self, event: VmEvent) {
         match event {
-            VmEvent::Stopped { .. } => {
+            VmEvent::Stopped => {
                 if self.stopped_at.is_none() && self.stream.is_some() {
                     self.stopped_at = Some(super::clock::now());
                     self.show(Phase::Switchover, None);
                 }
             }
-            VmEvent::Resumed { .. } => {
+            VmEvent::Resumed => {
                 self.stopped_at = None;
-                if self.machine.terms().was_running || self.frozen.is_some() {
-                    self.feed(&SourceEvent::VmmRunning);
-                }
+                self.feed(&SourceEvent::VmmRunning);
             }
             VmEvent::Disconnected => {
-                if self.vm.process_is_gone() {
+                if self.vmm.is_dead() {
                     self.fail("the hypervisor's process at the source died".to_owned());
                     self.feed(&SourceEvent::VmmDead);
                 }
             }
-            VmEvent::MigrationStatus { .. } | VmEvent::Other => {}
+            VmEvent::Other => {}
         }
     }
 
@@ -561,24 +535,20 @@ impl SourceDriver {
             return;
         }
         let Some(stream) = &self.stream else { return };
-        if let Some(sum) = stream.sum {
-            self.look_for_completion(sum).await;
-            return;
+        if stream.sum.is_some() {
+            return self.look_for_completion().await;
         }
-        let progress = match self.vm.progress().await {
-            Ok(progress) => progress,
-            Err(error) => {
-                if self.vm.process_is_gone() {
-                    self.fail("the hypervisor's process at the source died".to_owned());
-                    self.feed(&SourceEvent::VmmDead);
-                } else {
-                    tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
-                }
-                return;
-            }
+        let answer = match self.vmm.connected().await {
+            Ok(vm) => vm.progress().await,
+            Err(error) => Err(error),
         };
-        if progress.has_failed() {
-            self.fail(progress.failure_text());
+        let progress = match answer {
+            Ok(progress) => progress,
+            Err(error) => return self.on_silence(&error.to_string()),
+        };
+        if matches!(progress.status, MigrationStatus::Failed | MigrationStatus::Cancelled) {
+            let why = progress.error.as_deref().unwrap_or("it gave no reason");
+            self.fail(format!("the source's hypervisor ended the migration ({}): {why}", progress.status));
             self.feed(&SourceEvent::MigrateFailed);
             return;
         }
@@ -587,7 +557,7 @@ impl SourceDriver {
         let Some(copying) = &mut self.copying else { return };
         match copying.look(now, &progress, &outbound, &link, &self.entry) {
             Ok(Some(settings)) => {
-                if let Err(error) = self.vm.apply(settings.downtime_limit, settings.switchover_bandwidth).await {
+                if let Err(error) = self.apply(settings).await {
                     tracing::debug!(migration = %self.entry.migration, "settings were not applied: {error}");
                 }
             }
@@ -599,33 +569,44 @@ impl SourceDriver {
         }
     }
 
+    /// Tells the vmm how long it may plan to stop and how fast the rest will be taken.
+    async fn apply(&mut self, settings: Settings) -> Result<(), SourceError> {
+        let vm = self.vmm.connected().await?;
+        // A QEMU that cannot be told (before 8.2) goes by what our socket took lately, which the same path bounds.
+        vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await?;
+        vm.set_downtime_limit(settings.downtime_limit).await
+    }
+
     /// The stream has ended; whether that was success only the vmm can say.
-    async fn look_for_completion(&mut self, sum: StreamSum) {
-        match self.vm.completion().await {
-            Ok(completion) => {
-                if completion.failed {
-                    self.fail(completion.text);
-                    self.feed(&SourceEvent::MigrateFailed);
-                    return;
+    async fn look_for_completion(&mut self) {
+        let answer = match self.vmm.connected().await {
+            Ok(vm) => vm.permit_conditions().await,
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(PermitConditions::Met) => {
+                if self.stopped_at.is_none() {
+                    self.stopped_at = Some(super::clock::now());
                 }
-                if completion.completed {
-                    self.feed(&SourceEvent::MigrateCompleted);
-                }
-                if completion.postmigrate {
-                    if self.stopped_at.is_none() {
-                        self.stopped_at = Some(super::clock::now());
-                    }
-                    self.feed(&SourceEvent::PostMigrate);
-                }
-                tracing::trace!(migration = %self.entry.migration, bytes = sum.length, ?completion);
+                self.feed(&SourceEvent::MigrateCompleted);
+                self.feed(&SourceEvent::PostMigrate);
             }
-            Err(error) => {
-                if self.vm.process_is_gone() {
-                    self.feed(&SourceEvent::VmmDead);
-                } else {
-                    tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
-                }
+            Ok(PermitConditions::NotYet { .. }) => {}
+            Ok(conditions @ (PermitConditions::Failed { .. } | PermitConditions::Disturbed { .. })) => {
+                self.fail(format!("the source's hypervisor did not finish: {conditions}"));
+                self.feed(&SourceEvent::MigrateFailed);
             }
+            Err(error) => self.on_silence(&error.to_string()),
+        }
+    }
+
+    /// The vmm did not answer: dead, or busy.
+    fn on_silence(&mut self, error: &str) {
+        if self.vmm.is_dead() {
+            self.fail("the hypervisor's process at the source died".to_owned());
+            self.feed(&SourceEvent::VmmDead);
+        } else {
+            tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
         }
     }
 

@@ -12,6 +12,16 @@ use crate::proto::page::{hex, unhex};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Fingerprint(pub [u8; 32]);
 
+impl Fingerprint {
+    /// The fingerprint of a public key, given as the DER of its SubjectPublicKeyInfo.
+    #[must_use]
+    pub fn of_public_key(spki: &[u8]) -> Self {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, spki).as_ref());
+        Self(bytes)
+    }
+}
+
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let groups: Vec<String> = self.0.chunks(4).map(hex).collect();
@@ -92,5 +102,15 @@ mod tests {
         ] {
             assert_eq!(bad.parse::<Fingerprint>(), Err(InvalidFingerprint), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_fingerprint_is_plain_sha_256() {
+        // FIPS 180-4, the example "abc".
+        let expected = "ba7816bf-8f01cfea-414140de-5dae2223-b00361a3-96177a9c-b410ff61-f20015ad";
+        assert_eq!(
+            Fingerprint::of_public_key(b"abc").to_string(),
+            format!("sha256:{expected}")
+        );
     }
 }

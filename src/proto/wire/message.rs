@@ -69,6 +69,10 @@ pub struct Offer {
     pub was_running: bool,
     /// Whether the vmm stream is reduced or carried as it is.
     pub reduce: bool,
+    /// Pages that the source would like in the session dictionary; the smaller of this and the agreed limit is used.
+    pub dictionary_pages: u32,
+    /// Regions of 4 MiB of guest memory whose pages the dictionary remembers.
+    pub regions: u32,
 }
 
 /// On the channel of a session, both ways.

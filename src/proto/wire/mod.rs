@@ -10,12 +10,10 @@
 //! Numbers in headers are little-endian. Zero is never a valid kind, so a zeroed buffer means nothing. Every length is
 //! compared with a limit before anything is allocated.
 
-pub mod close;
 pub mod frame;
 pub mod hello;
 pub mod message;
 
-pub use close::CloseCode;
 pub use frame::{Frame, FrameError, FrameHeader, FrameKind, MAX_PAYLOAD};
 pub use hello::{Hello, HelloError, Limits, VERSION};
 pub use message::{MessageError, Offer, Request, SessionMessage};
