@@ -11,9 +11,9 @@ use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::inbound::{Inbound, Progress, Shelf};
 use super::registry::{Entry, ResolveOrder};
+use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
 use crate::api::Phase;
-use crate::hypervisor::qemu::{ContinueError, DestinationVm, LoadState};
 use crate::proto::ownership::{
     Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
 };
@@ -51,8 +51,7 @@ pub(crate) struct DestinationDriver {
     machine: Destination,
     effects: VecDeque<Effect>,
     /// `None` where nothing was ever prepared.
-    vm: Option<DestinationVm>,
-    context: Option<VmContext>,
+    vmm: Option<DestinationVmm>,
     source_journal: JournalId,
     contact: Contact,
     contact_events: mpsc::Receiver<ContactEvent>,
@@ -73,8 +72,7 @@ pub(crate) struct DestinationDriver {
 pub(crate) struct DestinationStart {
     pub(crate) machine: Destination,
     pub(crate) effects: Vec<Effect>,
-    pub(crate) vm: Option<DestinationVm>,
-    pub(crate) context: Option<VmContext>,
+    pub(crate) vmm: Option<DestinationVmm>,
     pub(crate) source_journal: JournalId,
     /// Where a stream is expected.
     pub(crate) decoder: Option<Decoder<Shelf>>,
@@ -95,8 +93,7 @@ impl DestinationDriver {
             entry,
             machine: start.machine,
             effects: start.effects.into(),
-            vm: start.vm,
-            context: start.context,
+            vmm: start.vmm,
             source_journal: start.source_journal,
             contact: Contact::new(events),
             contact_events,
@@ -160,10 +157,8 @@ impl DestinationDriver {
         match verdict {
             Verdict::Running => {
                 tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "the VM is here");
-                if let Some(vm) = &mut self.vm
-                    && let Err(error) = vm.announce_self().await
-                {
-                    tracing::warn!(vm = self.entry.vm, "the VM could not be announced to its network: {error}");
+                if let Some(vmm) = &mut self.vmm {
+                    vmm.settle().await;
                 }
             }
             Verdict::Aborted(reason) => {
@@ -223,8 +218,8 @@ impl DestinationDriver {
             Effect::ContinueVmm => self.continue_vm().await,
             Effect::KillVmm => {
                 self.stop_stream();
-                if let Some(vm) = &mut self.vm {
-                    vm.kill_confirmed().await;
+                if let Some(vmm) = &mut self.vmm {
+                    vmm.kill_confirmed().await;
                 }
                 self.feed(&DestinationEvent::VmmDead);
             }
@@ -245,7 +240,7 @@ impl DestinationDriver {
             peer: self.entry.peer.clone(),
             peer_journal: self.source_journal,
             vm: self.entry.vm.clone(),
-            context: self.context.as_ref().map(VmContext::to_bytes).unwrap_or_default(),
+            context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
             unix_ms: super::clock::unix_ms(),
         };
         let event = match self.core.journal.append(record).await {
@@ -259,11 +254,11 @@ impl DestinationDriver {
     }
 
     async fn load(&mut self) -> Result<(), String> {
-        let (Some(vm), Some(decoder)) = (&mut self.vm, self.decoder.take()) else {
+        let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
             return Err("this gateway has no hypervisor for the migration".to_owned());
         };
         let path = self.core.stream_socket(self.entry.migration);
-        let stream = vm.receive(&path).await.map_err(|error| error.to_string())?;
+        let stream = vmm.receive(&path).await?;
         let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder));
         self.progress = Some(inbound.progress());
         self.core.inbound.insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
@@ -274,19 +269,18 @@ impl DestinationDriver {
     }
 
     async fn continue_vm(&mut self) {
-        let Some(vm) = &mut self.vm else {
-            self.feed(&DestinationEvent::VmmDead);
-            return;
+        let outcome = match &mut self.vmm {
+            Some(vmm) => vmm.cont().await,
+            None => ContinueOutcome::Dead,
         };
-        let event = match vm.cont().await {
-            Ok(()) => DestinationEvent::Continued,
-            Err(ContinueError::Refused { reason }) => {
+        let event = match outcome {
+            ContinueOutcome::Running => DestinationEvent::Continued,
+            ContinueOutcome::Refused(reason) => {
                 self.fail(format!("the destination's hypervisor refused to start the VM: {reason}")).await;
                 DestinationEvent::ContinueFailed
             }
-            Err(ContinueError::Running) => DestinationEvent::VmmRunning,
-            Err(ContinueError::Paused) => DestinationEvent::VmmPaused,
-            Err(ContinueError::Dead) => DestinationEvent::VmmDead,
+            ContinueOutcome::Paused => DestinationEvent::VmmPaused,
+            ContinueOutcome::Dead => DestinationEvent::VmmDead,
         };
         self.feed(&event);
     }
@@ -353,9 +347,7 @@ impl DestinationDriver {
         }
         if let Some(reason) = progress.failed {
             self.progress = None;
-            if let Some(vm) = &mut self.vm
-                && vm.process_is_gone()
-            {
+            if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
                 self.fail("the destination's hypervisor died while it loaded the VM".to_owned()).await;
                 self.feed(&DestinationEvent::VmmDead);
             } else {
@@ -423,21 +415,20 @@ impl DestinationDriver {
         if self.machine.verdict().is_some() {
             return;
         }
-        let Some(vm) = &mut self.vm else { return };
-        let event = match vm.load_state().await {
-            LoadState::Loading => return,
+        let Some(vmm) = &mut self.vmm else { return };
+        let event = match vmm.load_state().await {
+            LoadState::Loading | LoadState::Unknown => return,
             LoadState::Loaded if self.tail_released => DestinationEvent::Loaded,
             LoadState::Loaded => DestinationEvent::VmmPaused,
             LoadState::Running => DestinationEvent::VmmRunning,
-            LoadState::Failed { reason } => {
+            LoadState::Failed(reason) => {
                 self.fail(format!("the destination's hypervisor could not load the VM: {reason}")).await;
                 DestinationEvent::LoadFailed
             }
-            LoadState::Dead { reason } => {
+            LoadState::Dead(reason) => {
                 self.fail(reason).await;
                 DestinationEvent::VmmDead
             }
-            LoadState::Unknown => return,
         };
         self.feed(&event);
     }

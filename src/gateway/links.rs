@@ -1,7 +1,8 @@
 //! Links to peers: dialled when a migration needs one, kept, replaced when they break.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::net::ToSocketAddrs as _;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -28,7 +29,7 @@ const ADMITTED_SHARE: f64 = 0.995;
 pub(crate) struct Links {
     config: Arc<Config>,
     transport: Arc<Transport>,
-    trust: Arc<TrustStore>,
+    trust: Arc<std::sync::Mutex<TrustStore>>,
     hello: Hello,
     links: Mutex<HashMap<String, Arc<Mutex<Option<Arc<Link>>>>>>,
 }
@@ -47,7 +48,7 @@ impl Links {
     pub(crate) fn new(
         config: Arc<Config>,
         transport: Arc<Transport>,
-        trust: Arc<TrustStore>,
+        trust: Arc<std::sync::Mutex<TrustStore>>,
         journal: JournalId,
         limits: Limits,
     ) -> Self {
@@ -119,7 +120,7 @@ impl Links {
 
     fn target(&self, peer: &str) -> Result<PeerTarget, LinkError> {
         let configured = self.config.peer(peer);
-        let trusted = self.trust.get(peer);
+        let trusted = self.trust.lock().unwrap_or_else(PoisonError::into_inner).peer(peer).cloned();
         let Some(trusted) = trusted else {
             return Err(if configured.is_some() {
                 LinkError::NotPaired { peer: peer.to_owned() }

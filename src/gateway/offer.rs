@@ -7,10 +7,10 @@ use tokio::sync::mpsc;
 use super::Core;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
-use super::vm_context::VmContext;
+use super::destination_vmm::DestinationVmm;
 use crate::api::{Phase, Role};
 use crate::config::Vm;
-use crate::hypervisor::qemu::{DestinationVm, Severity, VmInventory, compare};
+use crate::hypervisor::qemu::{Severity, VmInventory, compare};
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
@@ -21,10 +21,7 @@ use crate::store::spill::SpillShelf;
 /// Everything that speaks against an offer, without starting anything.
 pub(crate) async fn check(core: &Core, peer: &str, offer: &Offer) -> Vec<String> {
     match look(core, offer) {
-        Ok((vm, _)) => match DestinationVm::can_receive(&core.receiver(vm)).await {
-            Ok(()) => Vec::new(),
-            Err(error) => vec![error.to_string()],
-        },
+        Ok((vm, _)) => DestinationVmm::could_start(vm).await.err().into_iter().collect(),
         Err(reason) => {
             tracing::info!(peer, vm = offer.vm, "a check found: {reason}");
             vec![reason]
@@ -96,7 +93,7 @@ async fn accept(
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
         .map_err(|open| format!("{} is busy with migration {} of {}", core.config.site, open.migration, offer.vm))?;
     let started = start_vm(core, vm, offer, &source).await;
-    let (destination, context) = match started {
+    let vmm = match started {
         Ok(started) => started,
         Err(reason) => {
             entry.finish(None, super::clock::now());
@@ -119,8 +116,7 @@ async fn accept(
         DestinationStart {
             machine,
             effects: Vec::new(),
-            vm: Some(destination),
-            context: Some(context),
+            vmm: Some(vmm),
             source_journal: hello.journal,
             decoder: Some(Decoder::new(dictionary)),
             window_bytes: agreement.limits.window_bytes,
@@ -135,14 +131,14 @@ async fn start_vm(
     vm: &Vm,
     offer: &Offer,
     source: &VmInventory,
-) -> Result<(DestinationVm, VmContext), String> {
-    let mut destination =
-        DestinationVm::start(&core.receiver(vm), offer.migration).await.map_err(|error| error.to_string())?;
-    let mismatches = match destination.inventory().await {
+) -> Result<DestinationVmm, String> {
+    let socket = core.stream_socket(offer.migration);
+    let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
+    let mismatches = match vmm.inventory().await {
         Ok(inventory) => compare(source, &inventory),
-        Err(error) => {
-            destination.abandon().await;
-            return Err(error.to_string());
+        Err(reason) => {
+            vmm.abandon().await;
+            return Err(reason);
         }
     };
     let (fatal, odd): (Vec<_>, Vec<_>) =
@@ -151,14 +147,9 @@ async fn start_vm(
         tracing::warn!(migration = %offer.migration, vm = offer.vm, "{}", mismatch.sentence);
     }
     if !fatal.is_empty() {
-        destination.abandon().await;
+        vmm.abandon().await;
         let sentences: Vec<String> = fatal.into_iter().map(|mismatch| mismatch.sentence).collect();
         return Err(sentences.join(" "));
     }
-    let context = VmContext {
-        qmp: vm.qmp.clone(),
-        process: Some(destination.identity()),
-        leave_after_success: false,
-    };
-    Ok((destination, context))
+    Ok(vmm)
 }

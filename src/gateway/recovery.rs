@@ -8,13 +8,13 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::Core;
+use super::destination_vmm::DestinationVmm;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
 use super::migrate;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
 use super::vm_context::VmContext;
 use crate::api::{self, Phase};
-use crate::hypervisor::qemu::DestinationVm;
 use crate::proto::ownership::{
     Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, Standing, VmmFact,
 };
@@ -81,18 +81,11 @@ async fn destination(
         return Err(format!("migration {migration} belongs to another peer"));
     }
     let context = newest_context(records);
-    let (vm, fact) = match context.as_ref().and_then(|context| Some((context, context.process.as_ref()?))) {
-        Some((context, identity)) => match DestinationVm::reattach(&context.qmp, identity).await {
-            Ok(Some(mut vm)) => {
-                let fact = vm.fact().await;
-                (Some(vm), fact)
-            }
-            Ok(None) => (None, VmmFact::Dead),
-            Err(error) => {
-                tracing::warn!(%migration, vm = first.vm, "the hypervisor cannot be looked at yet: {error}");
-                (None, VmmFact::Unreachable)
-            }
-        },
+    let (vmm, fact) = match context {
+        Some(context) => {
+            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(migration)).await;
+            (Some(vmm), fact)
+        }
         None => (None, VmmFact::Dead),
     };
     let own_journal = core.journal.id();
@@ -101,8 +94,7 @@ async fn destination(
     start_destination(core, migration, &first.peer, &first.vm, DestinationStart {
         machine,
         effects,
-        vm,
-        context,
+        vmm,
         source_journal: first.peer_journal,
         decoder: None,
         window_bytes: 0,
@@ -135,8 +127,7 @@ pub(crate) async fn answer_for(
     start_destination(core, migration, peer, "", DestinationStart {
         machine,
         effects: Vec::new(),
-        vm: None,
-        context: None,
+        vmm: None,
         source_journal: attachment.peer_journal,
         decoder: None,
         window_bytes: 0,

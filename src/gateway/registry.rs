@@ -177,6 +177,11 @@ impl Entry {
         self.state().phase = Some(phase);
     }
 
+    /// Whether it stands still until a person acts.
+    pub(crate) fn needs_person(&self) -> bool {
+        self.state().advice.is_some()
+    }
+
     /// From here on nobody can cancel.
     pub(crate) fn set_committed(&self) {
         self.state().committed = true;
