@@ -1,14 +1,14 @@
 //! Links to peers: dialled when a migration needs one, kept, replaced when they break.
 
 use std::collections::HashMap;
-use std::net::ToSocketAddrs as _;
-use std::sync::{Arc, PoisonError};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Mutex;
 
 use super::channel::{Channel, ChannelError};
-use crate::config::Config;
+use crate::config::{Config, PeerAddress};
 use crate::proto::page::{ByteRate, JournalId};
 use crate::proto::wire::hello::Agreement;
 use crate::proto::wire::message::Reply;
@@ -29,7 +29,7 @@ const ADMITTED_SHARE: f64 = 0.995;
 pub(crate) struct Links {
     config: Arc<Config>,
     transport: Arc<Transport>,
-    trust: Arc<std::sync::Mutex<TrustStore>>,
+    trust: Arc<TrustStore>,
     hello: Hello,
     links: Mutex<HashMap<String, Arc<Mutex<Option<Arc<Link>>>>>>,
 }
@@ -48,7 +48,7 @@ impl Links {
     pub(crate) fn new(
         config: Arc<Config>,
         transport: Arc<Transport>,
-        trust: Arc<std::sync::Mutex<TrustStore>>,
+        trust: Arc<TrustStore>,
         journal: JournalId,
         limits: Limits,
     ) -> Self {
@@ -91,7 +91,7 @@ impl Links {
     }
 
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
-        let target = self.target(peer)?;
+        let target = self.target(peer).await?;
         let name = || peer.to_owned();
         let capacity = target.rate;
         let attempt = async {
@@ -118,9 +118,9 @@ impl Links {
         Ok(Link { link, peer: hello, agreement, shaper, capacity })
     }
 
-    fn target(&self, peer: &str) -> Result<PeerTarget, LinkError> {
+    async fn target(&self, peer: &str) -> Result<PeerTarget, LinkError> {
         let configured = self.config.peer(peer);
-        let trusted = self.trust.lock().unwrap_or_else(PoisonError::into_inner).peer(peer).cloned();
+        let trusted = self.trust.get(peer);
         let Some(trusted) = trusted else {
             return Err(if configured.is_some() {
                 LinkError::NotPaired { peer: peer.to_owned() }
@@ -132,9 +132,13 @@ impl Links {
             .and_then(|peer| peer.address.clone())
             .or(trusted.address)
             .ok_or_else(|| LinkError::NoAddress { peer: peer.to_owned() })?;
+        let control_address = resolve_address(&address)
+            .await
+            .map_err(|reason| LinkError::NoSuchHost { peer: peer.to_owned(), reason })?;
         Ok(PeerTarget {
             name: peer.to_owned(),
-            address,
+            control_address,
+            bulk_address: None,
             fingerprint: trusted.fingerprint,
             rate: configured.and_then(|peer| peer.rate).or(self.config.link.rate),
             rtt: configured.and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt),
@@ -209,6 +213,18 @@ impl Link {
     }
 }
 
+/// Where a host is.
+///
+/// # Errors
+/// A sentence.
+pub(crate) async fn resolve_address(address: &PeerAddress) -> Result<SocketAddr, String> {
+    tokio::net::lookup_host((address.host.as_str(), address.port))
+        .await
+        .map_err(|error| format!("the name {} is not known: {error}", address.host))?
+        .next()
+        .ok_or_else(|| format!("the name {} has no address", address.host))
+}
+
 fn admitted(goodput: Option<ByteRate>) -> Option<ByteRate> {
     goodput.map(|rate| ByteRate((rate.0 as f64 * ADMITTED_SHARE) as u64))
 }
@@ -233,6 +249,14 @@ pub(crate) enum LinkError {
     NoAddress {
         /// The name.
         peer: String,
+    },
+    /// Its address leads nowhere.
+    #[error("{peer} cannot be reached: {reason}")]
+    NoSuchHost {
+        /// The name.
+        peer: String,
+        /// What the resolver said.
+        reason: String,
     },
     /// No connection.
     #[error("{peer} cannot be reached: {source}")]
