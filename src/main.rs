@@ -1,3 +1,7 @@
 //! The `longhaul` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    longhaul::cli::main()
+}

@@ -8,7 +8,7 @@ use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Prob
 use longhaul::proto::page::{ByteRate, MigrationId};
 
 fn shipped(name: &str) -> String {
-    std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name)).unwrap()
+    std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name)).expect("the file is shipped")
 }
 
 fn parse(text: &str) -> Result<Config, Vec<Problem>> {

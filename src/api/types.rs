@@ -226,6 +226,15 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Every outcome.
+    pub const ALL: [Self; 5] = [
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Refused,
+        Self::InDoubt,
+    ];
+
     /// Its word in JSON, metrics and reports.
     #[must_use]
     pub const fn word(self) -> &'static str {

@@ -36,7 +36,7 @@ pub(crate) mod vm_context;
 mod vmm_output;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -48,6 +48,7 @@ use self::inbound::Inbound;
 use self::journal::JournalHandle;
 use self::links::Links;
 use self::memory::MemoryBudget;
+use self::pairing::exchange::Invitations;
 use self::registry::Registry;
 use crate::api::Command;
 use crate::config::Config;
@@ -73,7 +74,8 @@ pub(crate) struct Core {
     pub(crate) transport: Arc<Transport>,
     pub(crate) identity: Arc<Identity>,
     pub(crate) anchors: Arc<TrustAnchors>,
-    pub(crate) trust: Arc<Mutex<TrustStore>>,
+    pub(crate) trust: Arc<TrustStore>,
+    pub(crate) invitations: Mutex<Invitations>,
     pub(crate) journal: JournalHandle,
     pub(crate) registry: Registry,
     pub(crate) drivers: Directory<mpsc::Sender<Attachment>>,
@@ -106,9 +108,9 @@ pub async fn run(
     let trust = TrustStore::load(&config.state_dir)?;
     let anchors = Arc::new(TrustAnchors::default());
     for (name, peer) in trust.peers() {
-        anchors.insert(peer.fingerprint, name);
+        anchors.insert(peer.fingerprint, &name);
     }
-    let trust = Arc::new(Mutex::new(trust));
+    let trust = Arc::new(trust);
     let memory = MemoryBudget::new(config.memory_budget);
     let limits = memory.limits(config.link.rate, config.link.rtt);
     let settings = TransportSettings {
@@ -129,6 +131,7 @@ pub async fn run(
         identity,
         anchors,
         trust,
+        invitations: Mutex::default(),
         journal,
         registry: Registry::default(),
         drivers: Directory::default(),
@@ -181,11 +184,6 @@ impl Core {
     /// Whether the gateway is being stopped.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
-    }
-
-    /// Who is trusted.
-    pub(crate) fn trusted(&self) -> MutexGuard<'_, TrustStore> {
-        self.trust.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The socket of a migration's stream: short, since the kernel takes 107 bytes.

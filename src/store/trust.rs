@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -40,11 +41,11 @@ pub enum PairedBy {
     Fingerprint,
 }
 
-/// The trusted peers, as they are on the disk.
+/// The trusted peers, as they are on the disk. Shared by all who look; a change holds the others up while it is synced.
 #[derive(Debug)]
 pub struct TrustStore {
     path: PathBuf,
-    peers: BTreeMap<String, TrustedPeer>,
+    peers: Mutex<BTreeMap<String, TrustedPeer>>,
 }
 
 impl TrustStore {
@@ -54,7 +55,7 @@ impl TrustStore {
     /// [`TrustError`] where the file cannot be read, is damaged, or could be written by other users.
     pub fn load(state_dir: &Path) -> Result<Self, TrustError> {
         let path = state_dir.join(FILE_NAME);
-        let peers = read(&path)?;
+        let peers = Mutex::new(read(&path)?);
         Ok(Self { path, peers })
     }
 
@@ -62,28 +63,27 @@ impl TrustStore {
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub fn reload(&mut self) -> Result<(), TrustError> {
-        self.peers = read(&self.path)?;
+    pub fn reload(&self) -> Result<(), TrustError> {
+        *self.lock() = read(&self.path)?;
         Ok(())
     }
 
     /// The peer of that name.
     #[must_use]
-    pub fn peer(&self, name: &str) -> Option<&TrustedPeer> {
-        self.peers.get(name)
+    pub fn get(&self, name: &str) -> Option<TrustedPeer> {
+        self.lock().get(name).cloned()
     }
 
     /// The name of the peer with that key.
     #[must_use]
-    pub fn name_of(&self, fingerprint: &Fingerprint) -> Option<&str> {
-        self.peers()
-            .find(|(_, peer)| peer.fingerprint == *fingerprint)
-            .map(|(name, _)| name)
+    pub fn name_of(&self, fingerprint: &Fingerprint) -> Option<String> {
+        name_of(&self.lock(), fingerprint).map(str::to_owned)
     }
 
     /// Every peer by name.
-    pub fn peers(&self) -> impl Iterator<Item = (&str, &TrustedPeer)> {
-        self.peers.iter().map(|(name, peer)| (name.as_str(), peer))
+    #[must_use]
+    pub fn peers(&self) -> BTreeMap<String, TrustedPeer> {
+        self.lock().clone()
     }
 
     /// Whether [`add`](Self::add) would take this name for this key, without adding it.
@@ -91,58 +91,39 @@ impl TrustStore {
     /// # Errors
     /// [`TrustError::BadName`], [`TrustError::NameTaken`], [`TrustError::KeyKnown`] or [`TrustError::Full`].
     pub fn may_add(&self, name: &str, fingerprint: &Fingerprint) -> Result<(), TrustError> {
-        if parse_name(name).is_err() {
-            return Err(TrustError::BadName { name: name.to_owned() });
-        }
-        match self.peers.get(name) {
-            Some(known) if known.fingerprint != *fingerprint => {
-                return Err(TrustError::NameTaken {
-                    name: name.to_owned(),
-                    fingerprint: known.fingerprint,
-                });
-            }
-            Some(_) => return Ok(()),
-            None => {}
-        }
-        if let Some(other) = self.name_of(fingerprint) {
-            return Err(TrustError::KeyKnown {
-                name: name.to_owned(),
-                other: other.to_owned(),
-            });
-        }
-        if self.peers.len() >= MAX_PEERS {
-            Err(TrustError::Full)
-        } else {
-            Ok(())
-        }
+        may_add(&self.lock(), name, fingerprint)
     }
 
-    /// Trusts `peer` as `name`, durably. The same name with the same key again updates the rest of it.
+    /// Trusts `peer` as `name`, durably. The same name with the same key again updates the rest of it. Blocks for a sync.
     ///
     /// # Errors
     /// [`TrustError::NameTaken`] where the name has another key: an invitation must not replace a peer; unpair it first. Other variants where
     /// the name is invalid, the key has another name, or the file cannot be written; then nothing has changed.
-    pub fn add(&mut self, name: &str, peer: TrustedPeer) -> Result<(), TrustError> {
-        self.may_add(name, &peer.fingerprint)?;
-        let mut peers = self.peers.clone();
+    pub fn add(&self, name: &str, peer: TrustedPeer) -> Result<(), TrustError> {
+        let mut current = self.lock();
+        may_add(&current, name, &peer.fingerprint)?;
+        let mut peers = current.clone();
         peers.insert(name.to_owned(), peer);
-        self.replace(peers)
+        *current = self.replace(peers)?;
+        Ok(())
     }
 
-    /// Trusts `name` no more, durably, and gives back what was known of it. `None` where it was not trusted.
+    /// Trusts `name` no more, durably, and gives back what was known of it. `None` where it was not trusted. Blocks for a sync.
     ///
     /// # Errors
     /// [`TrustError::Io`] where the file cannot be written; then nothing has changed.
-    pub fn remove(&mut self, name: &str) -> Result<Option<TrustedPeer>, TrustError> {
-        let mut peers = self.peers.clone();
+    pub fn remove(&self, name: &str) -> Result<Option<TrustedPeer>, TrustError> {
+        let mut current = self.lock();
+        let mut peers = current.clone();
         let removed = peers.remove(name);
         if removed.is_some() {
-            self.replace(peers)?;
+            *current = self.replace(peers)?;
         }
         Ok(removed)
     }
 
-    fn replace(&mut self, peers: BTreeMap<String, TrustedPeer>) -> Result<(), TrustError> {
+    /// Makes the file say `peers`.
+    fn replace(&self, peers: BTreeMap<String, TrustedPeer>) -> Result<BTreeMap<String, TrustedPeer>, TrustError> {
         let contents = Contents {
             version: VERSION,
             peers,
@@ -153,7 +134,45 @@ impl TrustStore {
             path: self.path.clone(),
             source,
         })?;
-        self.peers = contents.peers;
+        Ok(contents.peers)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, TrustedPeer>> {
+        // It is only ever replaced as a whole.
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn name_of<'a>(peers: &'a BTreeMap<String, TrustedPeer>, fingerprint: &Fingerprint) -> Option<&'a str> {
+    peers
+        .iter()
+        .find(|(_, peer)| peer.fingerprint == *fingerprint)
+        .map(|(name, _)| name.as_str())
+}
+
+fn may_add(peers: &BTreeMap<String, TrustedPeer>, name: &str, fingerprint: &Fingerprint) -> Result<(), TrustError> {
+    if parse_name(name).is_err() {
+        return Err(TrustError::BadName { name: name.to_owned() });
+    }
+    match peers.get(name) {
+        Some(known) if known.fingerprint != *fingerprint => {
+            return Err(TrustError::NameTaken {
+                name: name.to_owned(),
+                fingerprint: known.fingerprint,
+            });
+        }
+        Some(_) => return Ok(()),
+        None => {}
+    }
+    if let Some(other) = name_of(peers, fingerprint) {
+        return Err(TrustError::KeyKnown {
+            name: name.to_owned(),
+            other: other.to_owned(),
+        });
+    }
+    if peers.len() >= MAX_PEERS {
+        Err(TrustError::Full)
+    } else {
         Ok(())
     }
 }
@@ -312,8 +331,8 @@ mod tests {
     #[test]
     fn trust_survives_a_restart_and_only_the_owner_can_read_it() {
         let directory = tempfile::tempdir().unwrap();
-        let mut store = TrustStore::load(directory.path()).unwrap();
-        assert_eq!(store.peers().count(), 0);
+        let store = TrustStore::load(directory.path()).unwrap();
+        assert_eq!(store.peers().len(), 0);
         store.add("tokyo", peer(1)).unwrap();
         store
             .add(
@@ -325,9 +344,9 @@ mod tests {
             )
             .unwrap();
 
-        let mut again = TrustStore::load(directory.path()).unwrap();
-        assert_eq!(again.peer("tokyo"), Some(&peer(1)));
-        assert_eq!(again.name_of(&Fingerprint([2; 32])), Some("oslo"));
+        let again = TrustStore::load(directory.path()).unwrap();
+        assert_eq!(again.get("tokyo"), Some(peer(1)));
+        assert_eq!(again.name_of(&Fingerprint([2; 32])), Some("oslo".to_owned()));
         let mode = std::fs::metadata(directory.path().join(FILE_NAME))
             .unwrap()
             .permissions()
@@ -337,13 +356,13 @@ mod tests {
         assert_eq!(again.remove("tokyo").unwrap(), Some(peer(1)));
         assert_eq!(again.remove("tokyo").unwrap(), None);
         store.reload().unwrap();
-        assert_eq!(store.peers().map(|(name, _)| name).collect::<Vec<_>>(), ["oslo"]);
+        assert_eq!(store.peers().into_keys().collect::<Vec<_>>(), ["oslo"]);
     }
 
     #[test]
     fn a_name_keeps_its_key_and_a_key_its_name_until_unpaired() {
         let directory = tempfile::tempdir().unwrap();
-        let mut store = TrustStore::load(directory.path()).unwrap();
+        let store = TrustStore::load(directory.path()).unwrap();
         store.add("tokyo", peer(1)).unwrap();
         store
             .add(
@@ -354,7 +373,7 @@ mod tests {
                 },
             )
             .unwrap();
-        assert_eq!(store.peer("tokyo").unwrap().paired_at, 1);
+        assert_eq!(store.get("tokyo").unwrap().paired_at, 1);
         assert!(matches!(store.add("tokyo", peer(2)), Err(TrustError::NameTaken { .. })));
         assert!(matches!(store.add("osaka", peer(1)), Err(TrustError::KeyKnown { .. })));
         assert!(matches!(store.add("../etc", peer(3)), Err(TrustError::BadName { .. })));
@@ -366,7 +385,7 @@ mod tests {
     fn a_damaged_or_exposed_file_trusts_nobody() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(FILE_NAME);
-        let mut store = TrustStore::load(directory.path()).unwrap();
+        let store = TrustStore::load(directory.path()).unwrap();
         store.add("tokyo", peer(1)).unwrap();
         let good = std::fs::read_to_string(&path).unwrap();
 
@@ -391,17 +410,17 @@ mod tests {
     #[test]
     fn a_change_that_cannot_be_written_is_not_trusted() {
         let directory = tempfile::tempdir().unwrap();
-        let mut store = TrustStore::load(&directory.path().join("missing")).unwrap();
+        let store = TrustStore::load(&directory.path().join("missing")).unwrap();
         assert!(matches!(store.add("tokyo", peer(1)), Err(TrustError::Io { .. })));
-        assert_eq!(store.peer("tokyo"), None);
+        assert_eq!(store.get("tokyo"), None);
     }
 
     #[test]
     fn what_a_crash_left_beside_the_file_is_no_obstacle() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("trust.json.new"), "half").unwrap();
-        let mut store = TrustStore::load(directory.path()).unwrap();
+        let store = TrustStore::load(directory.path()).unwrap();
         store.add("tokyo", peer(1)).unwrap();
-        assert_eq!(TrustStore::load(directory.path()).unwrap().peers().count(), 1);
+        assert_eq!(TrustStore::load(directory.path()).unwrap().peers().len(), 1);
     }
 }
