@@ -1,4 +1,5 @@
-//! The configuration: the shipped files agree with the defaults, every mistake is named at once, flags go over the file.
+//! The configuration: the shipped files agree with the defaults, every mistake is named at once, flags go over the
+//! file.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -8,7 +9,8 @@ use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Prob
 use longhaul::proto::page::{ByteRate, MigrationId};
 
 fn shipped(name: &str) -> String {
-    std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name)).expect("the file is shipped")
+    std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name))
+        .expect("the file is shipped")
 }
 
 fn parse(text: &str) -> Result<Config, Vec<Problem>> {

@@ -231,7 +231,8 @@ pub struct Following {
 }
 
 impl Following {
-    /// The next event; `None` where the gateway has stopped telling, after the report or because it stops itself. Cancel-safe.
+    /// The next event; `None` where the gateway has stopped telling, after the report or because it stops itself.
+    /// Cancel-safe.
     ///
     /// # Errors
     /// [`ClientError::Lost`] where the gateway has gone, [`ClientError::Garbled`] for what is no event.

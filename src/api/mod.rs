@@ -4,8 +4,8 @@
 //! longhaul migrate ── HTTP/1 over state_dir/control.sock, JSON, /v1/… ── server ── Command ──▶ gateway
 //! ```
 //!
-//! The server turns each request into a [`Command`] with a [`Reply`] in it and knows nothing of migrations. Who may open the socket (mode 0600,
-//! so root and the gateway's user) may do everything.
+//! The server turns each request into a [`Command`] with a [`Reply`] in it and knows nothing of migrations. Who may
+//! open the socket (mode 0600, so root and the gateway's user) may do everything.
 
 mod client;
 mod server;
@@ -47,8 +47,8 @@ pub enum Command {
         /// What is known.
         reply: Reply<MigrationStatus>,
     },
-    /// Look on until it has ended. A migration that has ended gives its report at once. When the receiver is dropped, the watcher has gone;
-    /// the migration goes on.
+    /// Look on until it has ended. A migration that has ended gives its report at once. When the receiver is dropped,
+    /// the watcher has gone; the migration goes on.
     Follow {
         /// Which one.
         migration: MigrationId,

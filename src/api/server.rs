@@ -1,7 +1,7 @@
 //! The server side of the control socket: one route for each [`Command`], and the socket itself.
 //!
-//! A live gateway is known by the lock it holds beside its socket, not by an answer: a hung gateway keeps its socket, and the socket of a dead one is
-//! replaced in one step, so that no client ever finds none.
+//! A live gateway is known by the lock it holds beside its socket, not by an answer: a hung gateway keeps its socket,
+//! and the socket of a dead one is replaced in one step, so that no client ever finds none.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::future::Future;
@@ -32,7 +32,8 @@ pub struct ControlSocket {
     place: Place,
 }
 
-/// Removed on drop; the lock is held until then, and the lock file stays, since removing it would race with the next holder.
+/// Removed on drop; the lock is held until then, and the lock file stays, since removing it would race with the next
+/// holder.
 #[derive(Debug)]
 struct Place {
     path: PathBuf,
@@ -40,10 +41,12 @@ struct Place {
 }
 
 impl ControlSocket {
-    /// Listens on `path` with mode 0600, in the place of the socket of a dead gateway. Must be called within a tokio runtime.
+    /// Listens on `path` with mode 0600, in the place of the socket of a dead gateway. Must be called within a tokio
+    /// runtime.
     ///
     /// # Errors
-    /// [`BindError::InUse`] where another gateway runs on it, [`BindError::Occupied`] where something else is there, [`BindError::Io`] otherwise.
+    /// [`BindError::InUse`] where another gateway runs on it, [`BindError::Occupied`] where something else is there,
+    /// [`BindError::Io`] otherwise.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         let io = |source| BindError::Io {
             path: path.to_owned(),
@@ -104,8 +107,8 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.with_extension(format!("sock.{suffix}"))
 }
 
-/// Answers requests on `socket` by `commands` until `shutdown`. Requests that are under way are answered; those who follow a migration are
-/// let go when the gateway drops their sender.
+/// Answers requests on `socket` by `commands` until `shutdown`. Requests that are under way are answered; those who
+/// follow a migration are let go when the gateway drops their sender.
 ///
 /// # Errors
 /// Those of the listener, where it cannot go on.

@@ -1,5 +1,5 @@
-//! What travels over the control socket, as JSON. These names are stable; fields are added, never renamed. Durations and times
-//! are seconds as numbers, amounts are bytes, rates are bytes per second; the unit ends the name.
+//! What travels over the control socket, as JSON. These names are stable; fields are added, never renamed. Durations
+//! and times are seconds as numbers, amounts are bytes, rates are bytes per second; the unit ends the name.
 
 use std::fmt;
 
@@ -326,7 +326,8 @@ pub struct Report {
     pub forecast: Option<Forecast>,
 }
 
-/// One line of the stream that follows a migration: `{"progress": {…}}`, `{"notice": "…"}`, and as the last `{"report": {…}}`.
+/// One line of the stream that follows a migration: `{"progress": {…}}`, `{"notice": "…"}`, and as the last `{"report":
+/// {…}}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {

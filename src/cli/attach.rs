@@ -8,7 +8,8 @@ use crate::proto::page::MigrationId;
 
 /// Shows the progress of a migration until it has ended, and its report.
 ///
-/// Ctrl-C detaches again; the migration goes on. Exit codes are those of `longhaul migrate`, and 3 after Ctrl-C, since the end was not seen.
+/// Ctrl-C detaches again; the migration goes on. Exit codes are those of `longhaul migrate`, and 3 after Ctrl-C, since
+/// the end was not seen.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Id of the migration, from `longhaul list`.

@@ -8,7 +8,8 @@ use crate::proto::page::MigrationId;
 
 /// Cancels a migration; the VM stays at the source.
 ///
-/// Refused once the destination may run the VM. Exit code: 0 it is being cancelled (`longhaul attach ID` tells when it is done), 2 it is not.
+/// Refused once the destination may run the VM. Exit code: 0 it is being cancelled (`longhaul attach ID` tells when it
+/// is done), 2 it is not.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Id of the migration, from `longhaul list`.

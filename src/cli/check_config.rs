@@ -9,8 +9,8 @@ use crate::config::{Config, DEFAULT_PATH};
 
 /// Reads a configuration and names every mistake in it.
 ///
-/// Takes the flags and environment variables of `longhaul gateway` too, and checks what the gateway would run with. Exit code: 0 it is valid, 2
-/// it is not.
+/// Takes the flags and environment variables of `longhaul gateway` too, and checks what the gateway would run with.
+/// Exit code: 0 it is valid, 2 it is not.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file.

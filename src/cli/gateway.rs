@@ -3,6 +3,7 @@
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,8 +19,8 @@ use crate::metrics::{self, Metrics};
 
 /// Runs the gateway of this site in the foreground.
 ///
-/// SIGTERM and SIGINT drain: nothing new is taken, migrations that run are finished, then it ends. A second signal ends it at once; the journal then says how to go on
-/// after the next start.
+/// SIGTERM and SIGINT drain: nothing new is taken, migrations that run are finished, then it ends. A second signal ends
+/// it at once; the journal then says how to go on after the next start.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = HELP)]
 pub(super) struct Args {
@@ -72,7 +73,8 @@ async fn serve(config: Arc<Config>) -> Result<u8, Failure> {
     core(&config, requests, &metrics, &drain).await;
 
     closing.cancel();
-    let _ = api.await;
+    // A client that does not read its answer must not keep the gateway from ending.
+    let _ = tokio::time::timeout(CLOSING_DEADLINE, api).await;
     if let Some(scrapes) = scrapes {
         scrapes.abort();
     }
@@ -149,10 +151,14 @@ async fn core(
 /// Requests of clients that may wait for the gateway; each waits for its answer, so this bounds nothing but memory.
 const COMMANDS_WAITING: usize = 64;
 
+/// Answers under way take no longer to be read.
+const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
+
 const HELP: &str = "\
 Examples:
   longhaul gateway
   longhaul gateway --config /etc/longhaul/gateway.toml --log-level debug
   LONGHAUL_LINK_RATE=500mbit longhaul gateway
 
-Exit codes: 0 drained and ended, 1 ended by a second signal, 2 could not start (configuration, port or control socket in use).";
+Exit codes: 0 drained and ended, 1 ended by a second signal, 2 could not start: the configuration has mistakes, or a
+port or the control socket is in use.";

@@ -13,8 +13,9 @@ use crate::proto::page::ByteRate;
 
 /// Moves a running VM to another site.
 ///
-/// The gateway of this site runs the migration; this command shows its progress. Ctrl-C cancels it and the VM stays here. When the terminal is lost, the
-/// migration goes on: `longhaul list` names it, `longhaul attach ID` shows it again.
+/// The gateway of this site runs the migration; this command shows its progress. Ctrl-C cancels it and the VM stays
+/// here. When the terminal is lost, the migration goes on: `longhaul list` names it, `longhaul attach ID` shows it
+/// again.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = HELP)]
 pub(super) struct Args {
@@ -34,7 +35,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
     rate: Option<ByteRate>,
 
-    /// Longest time until the VM is paused, such as 30m; then it is cancelled [default: migration.deadline of the gateway]
+    /// Longest time until the VM is paused, such as 30m; then it is cancelled [default: migration.deadline of the
+    /// gateway]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<Duration>,
 

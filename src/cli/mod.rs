@@ -1,7 +1,7 @@
 //! The command line: one file for each verb. Parsing does no work; `run` of a verb does it.
 //!
-//! Results go to stdout, everything else to stderr. The exit code of `migrate` says where the VM is ([`Where`](crate::api::Where)); other
-//! verbs say 0 for yes and 2 for no.
+//! Results go to stdout, everything else to stderr. The exit code of `migrate` says where the VM is
+//! ([`Where`](crate::api::Where)); other verbs say 0 for yes and 2 for no.
 
 mod attach;
 mod cancel;
@@ -32,8 +32,8 @@ use crate::api::{ClientError, Where};
 
 /// Moves running virtual machines between continents.
 ///
-/// One gateway stands at each site (`longhaul gateway`); the other verbs talk to the gateway of this site through its control
-/// socket. `longhaul migrate` moves a VM to another site and tells beforehand whether that will work.
+/// One gateway stands at each site (`longhaul gateway`); the other verbs talk to the gateway of this site through its
+/// control socket. `longhaul migrate` moves a VM to another site and tells beforehand whether that will work.
 #[derive(Debug, Parser)]
 #[command(name = "longhaul", version, propagate_version = true, after_long_help = EXAMPLES)]
 pub struct Cli {
@@ -41,7 +41,8 @@ pub struct Cli {
     verb: Verb,
 }
 
-/// Every verb. A verb whose work is elsewhere (such as a tool of the lab) takes the arguments from there and is run in [`Verb::run`].
+/// Every verb. A verb whose work is elsewhere (such as a tool of the lab) takes the arguments from there and is run in
+/// [`Verb::run`].
 #[derive(Debug, Subcommand)]
 enum Verb {
     Gateway(gateway::Args),
@@ -59,10 +60,10 @@ enum Verb {
 }
 
 impl Verb {
-    fn run(self) -> Result<u8, Failure> {
+    fn run(self) -> Result<ExitCode, Failure> {
         match self {
-            Self::Gateway(args) => gateway::run(&args),
-            Self::CheckConfig(args) => check_config::run(&args),
+            Self::Gateway(args) => gateway::run(&args).map(ExitCode::from),
+            Self::CheckConfig(args) => check_config::run(&args).map(ExitCode::from),
             Self::Migrate(args) => ask(migrate::run(args)),
             Self::List(args) => ask(list::run(args)),
             Self::Status(args) => ask(status::run(args)),
@@ -81,7 +82,7 @@ impl Verb {
 #[must_use]
 pub fn main() -> ExitCode {
     match Cli::parse().verb.run() {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => code,
         Err(failure) => {
             note(&format!("longhaul: {}", failure.message));
             ExitCode::from(failure.code)
@@ -90,12 +91,12 @@ pub fn main() -> ExitCode {
 }
 
 /// Runs a verb that asks the gateway: one thread is enough to wait.
-fn ask(verb: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
+fn ask(verb: impl Future<Output = Result<u8, Failure>>) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::no(format!("cannot start: {error}")))?;
-    runtime.block_on(verb)
+    runtime.block_on(verb).map(ExitCode::from)
 }
 
 /// A verb did not do what it was asked for.

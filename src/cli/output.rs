@@ -1,5 +1,5 @@
-//! Where words go: results to stdout, everything else to stderr. A reader that has gone (a closed pipe, a lost terminal) is no
-//! reason to stop: what the verb does matters more than what it says.
+//! Where words go: results to stdout, everything else to stderr. A reader that has gone (a closed pipe, a lost
+//! terminal) is no reason to stop: what the verb does matters more than what it says.
 
 use std::fmt::Write as _;
 use std::io::Write as _;

@@ -14,9 +14,9 @@ use crate::store::trust::Fingerprint;
 
 /// Makes two sites trust each other.
 ///
-/// By a code: `longhaul pair --invite` at one site prints it, `longhaul pair CODE` at the other uses it, and both trust each other. The code can be used once and expires; who has it
-/// can pair, so send it as you would send a password. By fingerprints: `longhaul fingerprint` at each site, compared by voice, then
-/// `longhaul pair --peer …` at each site.
+/// By a code: `longhaul pair --invite` at one site prints it, `longhaul pair CODE` at the other uses it, and both trust
+/// each other. The code can be used once and expires; who has it can pair, so send it as you would send a password. By
+/// fingerprints: `longhaul fingerprint` at each site, compared by voice, then `longhaul pair --peer …` at each site.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = HELP)]
 #[command(group(clap::ArgGroup::new("way").required(true).args(["code", "invite", "peer"])))]
@@ -30,7 +30,7 @@ pub(super) struct Args {
     invite: bool,
 
     /// How long the code can be used [default: 10m]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "invite")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with_all = ["code", "peer"])]
     valid_for: Option<Duration>,
 
     /// Name of the other site.
@@ -38,10 +38,11 @@ pub(super) struct Args {
     peer: Option<String>,
 
     /// Fingerprint of the other site, as `longhaul fingerprint` prints it there.
-    #[arg(long, value_name = "FINGERPRINT", requires = "peer")]
+    #[arg(long, value_name = "FINGERPRINT", requires = "peer", conflicts_with_all = ["code", "invite"])]
     fingerprint: Option<Fingerprint>,
 
-    /// With --peer: where the other site is called. With --invite: where it calls this site [default: advertise of the gateway]
+    /// With --peer: where the other site is called. With --invite: where it calls this site [default: advertise of the
+    /// gateway]
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "code")]
     address: Option<PeerAddress>,
 

@@ -8,8 +8,9 @@ use crate::config::units::parse_name;
 
 /// Ends the doubt about a VM by your statement.
 ///
-/// A gateway that lost contact after it gave the VM away neither resumes nor discards its copy, because the VM might then run twice or nowhere. When contact will not come
-/// back, look at the other site yourself and state what you found. The gateway believes you: a wrong statement runs the VM twice, or loses it.
+/// A gateway that lost contact after it gave the VM away neither resumes nor discards its copy, because the VM might
+/// then run twice or nowhere. When contact will not come back, look at the other site yourself and state what you
+/// found. The gateway believes you: a wrong statement runs the VM twice, or loses it.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = HELP)]
 #[command(group(clap::ArgGroup::new("statement").required(true)))]

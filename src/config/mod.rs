@@ -1,7 +1,8 @@
 //! What an operator states about one gateway: TOML, under flags and the environment, read once into [`Config`].
 //!
-//! Asked for is what an operator knows (rate and RTT of the link, memory, where a VM's QMP socket is); windows, buffers and timers are derived
-//! from it elsewhere. Flag > environment > file > default. Who is trusted is not here but in the trust store, which pairing writes.
+//! Asked for is what an operator knows (rate and RTT of the link, memory, where a VM's QMP socket is); windows, buffers
+//! and timers are derived from it elsewhere. Flag > environment > file > default. Who is trusted is not here but in the
+//! trust store, which pairing writes.
 
 mod section;
 pub mod units;
@@ -34,7 +35,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// UDP address of the control connection; bulk data uses the port after it.
     pub listen: SocketAddr,
-    /// Address under which other sites reach this gateway. Needed in invitations where `listen` is a wildcard or behind NAT.
+    /// Address under which other sites reach this gateway. Needed in invitations where `listen` is a wildcard or behind
+    /// NAT.
     pub advertise: Option<PeerAddress>,
     /// Bytes of memory that page caches, dictionaries and queues may use together.
     pub memory_budget: u64,
@@ -101,7 +103,8 @@ pub struct Vm {
     pub name: String,
     /// QMP socket: where the running VM listens, and where one started by `command` will.
     pub qmp: PathBuf,
-    /// Argument vector of the process that receives the VM; without it a process already waits on `qmp`. See [`Vm::command_for`].
+    /// Argument vector of the process that receives the VM; without it a process already waits on `qmp`. See
+    /// [`Vm::command_for`].
     pub command: Option<Vec<String>>,
     /// Where its disks are.
     pub disks: Disks,
@@ -272,7 +275,8 @@ impl Config {
         vm.after_success.unwrap_or(self.migration.after_success)
     }
 
-    /// Values that are wrong or missing keep their default here; the caller discards the result when there are problems.
+    /// Values that are wrong or missing keep their default here; the caller discards the result when there are
+    /// problems.
     fn read(mut top: Section<'_>) -> Self {
         let mut config = Self::for_site("");
         set(&mut config.site, top.required("site", parse_name));
@@ -364,8 +368,9 @@ impl Config {
 }
 
 impl Vm {
-    /// The argument vector that receives `migration`, with `{qmp}`, `{vm}` and `{migration}` filled in. No shell sees it, and nothing in it
-    /// comes from the peer but the migration's id, which is hexadecimal. `None` where the VM's process is started by someone else.
+    /// The argument vector that receives `migration`, with `{qmp}`, `{vm}` and `{migration}` filled in. No shell sees
+    /// it, and nothing in it comes from the peer but the migration's id, which is hexadecimal. `None` where the VM's
+    /// process is started by someone else.
     #[must_use]
     pub fn command_for(&self, migration: MigrationId) -> Option<Vec<String>> {
         let qmp = self.qmp.display().to_string();

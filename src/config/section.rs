@@ -1,5 +1,5 @@
-//! Reads one table of the configuration key by key, collects every mistake with its key and line, and knows which keys were
-//! asked for, so that all others are unknown.
+//! Reads one table of the configuration key by key, collects every mistake with its key and line, and knows which keys
+//! were asked for, so that all others are unknown.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -110,8 +110,8 @@ pub(super) struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// The value of `key` as `parse` reads it, from a flag or the environment before the file. `None` where it is absent or wrong;
-    /// what is wrong is recorded.
+    /// The value of `key` as `parse` reads it, from a flag or the environment before the file. `None` where it is
+    /// absent or wrong; what is wrong is recorded.
     pub(super) fn value<T, E: fmt::Display>(
         &mut self,
         key: &'static str,

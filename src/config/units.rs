@@ -1,4 +1,5 @@
-//! How people write quantities and names: durations and sizes with their unit, site and VM names, addresses of gateways.
+//! How people write quantities and names: durations and sizes with their unit, site and VM names, addresses of
+//! gateways.
 //!
 //! A bare number is refused everywhere, since nobody can tell milliseconds from seconds or megabytes from mebibytes.
 
@@ -39,8 +40,8 @@ pub fn show_duration(duration: Duration) -> String {
     format!("{micros}us")
 }
 
-/// The bytes that `text` states: a number with `b`, `kib`, `mib`, `gib`, `tib` (powers of 1024) or `kb`, `mb`, `gb`, `tb`
-/// (powers of 1000).
+/// The bytes that `text` states: a number with `b`, `kib`, `mib`, `gib`, `tib` (powers of 1024) or `kb`, `mb`, `gb`,
+/// `tb` (powers of 1000).
 ///
 /// # Errors
 /// [`InvalidSize`] without a unit, below one byte, and for 2^53 bytes or more.
@@ -74,7 +75,8 @@ pub fn show_size(bytes: u64) -> String {
     format!("{bytes}b")
 }
 
-/// The value of a decimal number followed by one of `units`, in the base unit. Exponents, signs and bare numbers are refused.
+/// The value of a decimal number followed by one of `units`, in the base unit. Exponents, signs and bare numbers are
+/// refused.
 fn quantity(text: &str, units: &[(&str, f64)]) -> Option<f64> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
@@ -83,8 +85,8 @@ fn quantity(text: &str, units: &[(&str, f64)]) -> Option<f64> {
     number.parse::<f64>().ok().map(|number| number * size)
 }
 
-/// The name of a site, a peer or a VM: 1 to 63 of `A-Z a-z 0-9 . _ -`, the first a letter or digit. It goes into file names,
-/// metric labels and argument vectors, where such a name needs no quoting.
+/// The name of a site, a peer or a VM: 1 to 63 of `A-Z a-z 0-9 . _ -`, the first a letter or digit. It goes into file
+/// names, metric labels and argument vectors, where such a name needs no quoting.
 ///
 /// # Errors
 /// [`InvalidName`] for anything else.

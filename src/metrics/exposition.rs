@@ -1,7 +1,7 @@
 //! The two text formats: OpenMetrics for whom asks for it, and Prometheus 0.0.4 for everyone else.
 //!
-//! They differ, as far as we use them, in how a counter is announced (`# TYPE x counter` with the sample `x_total`, against
-//! `# TYPE x_total counter`) and in the lines `# UNIT` and `# EOF`.
+//! They differ, as far as we use them, in how a counter is announced (`# TYPE x counter` with the sample `x_total`,
+//! against `# TYPE x_total counter`) and in the lines `# UNIT` and `# EOF`.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! What the gateway counts, and `GET /metrics`, `/live`, `/ready`.
 //!
-//! The gateway keeps handles, adds once for each batch, and never looks a label up on its data path: an addition is one atomic operation. A scrape reads what is there and
-//! disturbs nothing.
+//! The gateway keeps handles, adds once for each batch, and never looks a label up on its data path: an addition is one
+//! atomic operation. A scrape reads what is there and disturbs nothing.
 
 mod exposition;
 mod series;
@@ -186,7 +186,8 @@ impl Metrics {
         self.round_duration.observe(duration.as_secs_f64());
     }
 
-    /// A migration of which this gateway is the source left a phase after `duration`. [`Phase::Done`] is none that lasts.
+    /// A migration of which this gateway is the source left a phase after `duration`. [`Phase::Done`] is none that
+    /// lasts.
     pub fn phase_ended(&self, phase: Phase, duration: Duration) {
         if let Some(seconds) = self.phases.get(phase as usize) {
             seconds.inc_by(duration.as_secs_f64());
@@ -203,8 +204,8 @@ impl Metrics {
         self.shaper_wait.inc_by(duration.as_secs_f64());
     }
 
-    /// Bytes that wait at `stage`; the handle is kept and changed by whoever owns the queue. [`Stage::Frames`] and [`Stage::Transport`] are those of
-    /// [`ActiveMigration::look`].
+    /// Bytes that wait at `stage`; the handle is kept and changed by whoever owns the queue. [`Stage::Frames`] and
+    /// [`Stage::Transport`] are those of [`ActiveMigration::look`].
     #[must_use]
     pub fn queue(&self, stage: Stage) -> QueueGauge {
         QueueGauge(self.queues[stage as usize].clone())
@@ -225,7 +226,8 @@ impl Metrics {
         self.in_doubt.set(migrations.into());
     }
 
-    /// The series of one peer. `name` must come from the configuration or the trust store, so that their number is bounded.
+    /// The series of one peer. `name` must come from the configuration or the trust store, so that their number is
+    /// bounded.
     #[must_use]
     pub fn peer(&self, name: &str) -> PeerMetrics {
         self.peers.of(name)

@@ -1,7 +1,8 @@
 //! Every series of the gateway, once: name, kind, labels, help.
 //!
-//! A label is either a closed list of words from our code or the name of a peer; never a VM, an address or the text of an error. Counters count
-//! bytes, pages and seconds; rates are the monitoring system's to take. The sum over a label makes sense for each of them.
+//! A label is either a closed list of words from our code or the name of a peer; never a VM, an address or the text of
+//! an error. Counters count bytes, pages and seconds; rates are the monitoring system's to take. The sum over a label
+//! makes sense for each of them.
 
 /// What a series is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

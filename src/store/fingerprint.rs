@@ -1,5 +1,5 @@
-//! How a gateway is named by its public key: SHA-256 over the DER of the SubjectPublicKeyInfo (RFC 5280, 4.1.2.7). It names the
-//! key, not the certificate, so that trust survives a renewal.
+//! How a gateway is named by its public key: SHA-256 over the DER of the SubjectPublicKeyInfo (RFC 5280, 4.1.2.7). It
+//! names the key, not the certificate, so that trust survives a renewal.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +8,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::proto::page::{hex, unhex};
 
-/// SHA-256 of a public key. Shown as `sha256:` and eight groups of eight hexadecimal digits, which two people can compare.
+/// SHA-256 of a public key. Shown as `sha256:` and eight groups of eight hexadecimal digits, which two people can
+/// compare.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Fingerprint(pub [u8; 32]);
 
@@ -35,7 +36,8 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// Reads what is shown, in either case, with or without `sha256:` and any of `-`, `:` and blanks between digits, since people type it.
+/// Reads what is shown, in either case, with or without `sha256:` and any of `-`, `:` and blanks between digits, since
+/// people type it.
 impl FromStr for Fingerprint {
     type Err = InvalidFingerprint;
 

@@ -1,7 +1,8 @@
 //! Whom this site trusts, kept in `state_dir/trust.json`: peer name → fingerprint, address, when and how it was paired.
 //!
-//! Pairing writes it, nobody else. The file is replaced as a whole: written beside, synced, renamed over, directory synced; so a crash leaves the old trust
-//! or the new, never half of it. What is only in memory is never trusted: a change counts once it is on the disk.
+//! Pairing writes it, nobody else. The file is replaced as a whole: written beside, synced, renamed over, directory
+//! synced; so a crash leaves the old trust or the new, never half of it. What is only in memory is never trusted: a
+//! change counts once it is on the disk.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -94,11 +95,13 @@ impl TrustStore {
         may_add(&self.lock(), name, fingerprint)
     }
 
-    /// Trusts `peer` as `name`, durably. The same name with the same key again updates the rest of it. Blocks for a sync.
+    /// Trusts `peer` as `name`, durably. The same name with the same key again updates the rest of it. Blocks for a
+    /// sync.
     ///
     /// # Errors
-    /// [`TrustError::NameTaken`] where the name has another key: an invitation must not replace a peer; unpair it first. Other variants where
-    /// the name is invalid, the key has another name, or the file cannot be written; then nothing has changed.
+    /// [`TrustError::NameTaken`] where the name has another key: an invitation must not replace a peer; unpair it
+    /// first. Other variants where the name is invalid, the key has another name, or the file cannot be written; then
+    /// nothing has changed.
     pub fn add(&self, name: &str, peer: TrustedPeer) -> Result<(), TrustError> {
         let mut current = self.lock();
         may_add(&current, name, &peer.fingerprint)?;
@@ -108,7 +111,8 @@ impl TrustStore {
         Ok(())
     }
 
-    /// Trusts `name` no more, durably, and gives back what was known of it. `None` where it was not trusted. Blocks for a sync.
+    /// Trusts `name` no more, durably, and gives back what was known of it. `None` where it was not trusted. Blocks for
+    /// a sync.
     ///
     /// # Errors
     /// [`TrustError::Io`] where the file cannot be written; then nothing has changed.

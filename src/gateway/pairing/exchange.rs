@@ -7,9 +7,10 @@
 //!   A is trusted
 //! ```
 //!
-//! A proof is a BLAKE3 keyed by the secret over the channel binding of the TLS connection, both fingerprints, both names and
-//! B's address, so it is good for this connection between these keys only, and neither side can be made to say the other's proof. The
-//! secret itself never travels. An answer that is lost does no harm: the same B may ask again until the invitation expires.
+//! A proof is a BLAKE3 keyed by the secret over the channel binding of the TLS connection, both fingerprints, both
+//! names and B's address, so it is good for this connection between these keys only, and neither side can be made to
+//! say the other's proof. The secret itself never travels. An answer that is lost does no harm: the same B may ask
+//! again until the invitation expires.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,8 @@ use crate::store::trust::Fingerprint;
 /// What one connection is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Binding {
-    /// Keying material that TLS exported for pairing (RFC 8446, 7.5), the same at both ends of one connection and nowhere else.
+    /// Keying material that TLS exported for pairing (RFC 8446, 7.5), the same at both ends of one connection and
+    /// nowhere else.
     pub exporter: [u8; 32],
     /// Key of the gateway that invites.
     pub inviter: Fingerprint,
@@ -91,8 +93,8 @@ impl Invitations {
         self.open.iter().map(|invitation| invitation.expires).max()
     }
 
-    /// Judges the request of a gateway that wants to join us, at `our_site`. A joiner that is given back has used the invitation; it must be trusted
-    /// before it is answered by [`Joiner::accept`].
+    /// Judges the request of a gateway that wants to join us, at `our_site`. A joiner that is given back has used the
+    /// invitation; it must be trusted before it is answered by [`Joiner::accept`].
     ///
     /// # Errors
     /// The [`Reason`] to answer with ([`refuse`]).
@@ -165,7 +167,8 @@ impl<'a> Joining<'a> {
     /// Begins with the code of the other site, as `site`, which others reach at `address`. Gives the request to send.
     ///
     /// # Errors
-    /// [`JoinError::WrongKey`] where the connection leads to another gateway than the code names; nothing must be sent then.
+    /// [`JoinError::WrongKey`] where the connection leads to another gateway than the code names; nothing must be sent
+    /// then.
     pub fn begin(
         code: &'a InviteCode,
         binding: Binding,

@@ -1,8 +1,9 @@
 //! Pairing: two gateways come to trust each other by a code that a person carried from one to the other.
 //!
-//! Here are the two drivers, over a QUIC connection with the ALPN `longhaul-pair/1` whose TLS checked both keys but trusts neither; what is judged is in
-//! [`exchange`]. One bidirectional stream carries one request and one answer. The inviting side trusts first, since the other has proved itself by then; when the
-//! answer is lost, the same gateway asks again with the same code.
+//! Here are the two drivers, over a QUIC connection with the ALPN `longhaul-pair/1` whose TLS checked both keys but
+//! trusts neither; what is judged is in [`exchange`]. One bidirectional stream carries one request and one answer. The
+//! inviting side trusts first, since the other has proved itself by then; when the answer is lost, the same gateway
+//! asks again with the same code.
 
 pub mod code;
 pub mod exchange;
@@ -57,7 +58,8 @@ pub fn invite(
 /// Answers a gateway with the key `theirs` that connected to pair, and trusts it if it was invited.
 ///
 /// # Errors
-/// [`PairingError`]; it is not trusted then, unless only the answer was lost ([`PairingError::Connection`] after it was stored), and it has been told why.
+/// [`PairingError`]; it is not trusted then, unless only the answer was lost ([`PairingError::Connection`] after it was
+/// stored), and it has been told why.
 pub async fn answer(
     connection: &quinn::Connection,
     invitations: &Mutex<Invitations>,
