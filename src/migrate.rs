@@ -153,7 +153,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     let memory_bytes = memory_of(&inventory);
     let slots = link.agreement().limits.dictionary_pages.min(dictionary_pages(&inventory));
     let regions = regions(&inventory);
-    let mut copying = Copying::new(Arc::clone(&core.metrics), CopyingStart {
+    let mut copying = Copying::new(&core.metrics, CopyingStart {
         now,
         budget,
         costs,

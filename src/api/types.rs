@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::proto::page::{MigrationId, hex, unhex};
+use crate::proto::reduce::PageCounts;
 use crate::store::trust::{Fingerprint, PairedBy};
 
 /// Starts a migration, or asks what it would do.
@@ -207,6 +208,13 @@ pub struct Pages {
     pub literal: u64,
     /// Carried as they are.
     pub raw: u64,
+}
+
+impl From<PageCounts> for Pages {
+    fn from(counts: PageCounts) -> Self {
+        let PageCounts { zero, same, reference, delta, literal, raw } = counts;
+        Self { zero, same, reference, delta, literal, raw }
+    }
 }
 
 /// How a migration ended.

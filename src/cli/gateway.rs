@@ -13,7 +13,8 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::settings::Settings;
 use super::{Failure, YES};
-use crate::api::{self, Command, ControlSocket};
+use crate::api::{self, ControlSocket};
+use crate::gateway;
 use crate::config::{Config, DEFAULT_PATH, Log, LogFormat, LogLevel};
 use crate::metrics::{self, Metrics};
 
@@ -70,7 +71,7 @@ async fn serve(config: Arc<Config>) -> Result<u8, Failure> {
     });
     tracing::info!(site = config.site, state_dir = %config.state_dir.display(), "gateway started");
 
-    core(&config, requests, &metrics, &drain).await;
+    let served = gateway::run(Arc::clone(&config), requests, Arc::clone(&metrics), drain).await;
 
     closing.cancel();
     // A client that does not read its answer must not keep the gateway from ending.
@@ -78,6 +79,7 @@ async fn serve(config: Arc<Config>) -> Result<u8, Failure> {
     if let Some(scrapes) = scrapes {
         scrapes.abort();
     }
+    served.map_err(|error| Failure::no(error.to_string()))?;
     tracing::info!("gateway stopped");
     Ok(YES)
 }
@@ -133,19 +135,6 @@ fn log_to_stderr(log: &Log) {
         LogFormat::Text => lines.with_ansi(false).try_init(),
         LogFormat::Json => lines.json().try_init(),
     };
-}
-
-/// Runs the gateway until it has drained.
-async fn core(
-    _config: &Arc<Config>,
-    mut requests: mpsc::Receiver<Command>,
-    _metrics: &Arc<Metrics>,
-    drain: &CancellationToken,
-) {
-    // A command that is dropped is answered by the server: the gateway takes no requests.
-    while let Some(Some(command)) = drain.run_until_cancelled(requests.recv()).await {
-        drop(command);
-    }
 }
 
 /// Requests of clients that may wait for the gateway; each waits for its answer, so this bounds nothing but memory.

@@ -8,7 +8,7 @@ use super::outbound::{LEAST_BACKLOG, Outbound};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::MigrationProgress;
-use crate::metrics::{ActiveMigration, Direction, Metrics, QueueGauge, Stage};
+use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
@@ -28,10 +28,7 @@ const WORTH_SETTING: f64 = 0.1;
 /// The figures of one migration.
 #[derive(Debug)]
 pub(crate) struct Copying {
-    metrics: Arc<Metrics>,
-    active: ActiveMigration,
-    backlog: QueueLevel,
-    outstanding: QueueLevel,
+    metrics: ActiveMigration,
     counted: Totals,
     phase: Option<(Phase, Instant)>,
     policy: Policy,
@@ -70,32 +67,6 @@ pub(crate) struct CopyingStart {
     pub(crate) wire_at_start: u64,
 }
 
-/// What one migration adds to a gauge of all of them; taken away again when this is dropped.
-#[derive(Debug)]
-pub(crate) struct QueueLevel {
-    gauge: QueueGauge,
-    level: usize,
-}
-
-impl QueueLevel {
-    pub(crate) fn new(gauge: QueueGauge) -> Self {
-        Self { gauge, level: 0 }
-    }
-
-    pub(crate) fn set(&mut self, bytes: u64) {
-        let level = usize::try_from(bytes).unwrap_or(usize::MAX);
-        self.gauge.sub(self.level);
-        self.gauge.add(level);
-        self.level = level;
-    }
-}
-
-impl Drop for QueueLevel {
-    fn drop(&mut self) {
-        self.gauge.sub(self.level);
-    }
-}
-
 /// Bytes on the wire per second over the last looks.
 #[derive(Debug, Default)]
 struct WireRate {
@@ -104,14 +75,11 @@ struct WireRate {
 }
 
 impl Copying {
-    pub(crate) fn new(metrics: Arc<Metrics>, start: CopyingStart) -> Self {
+    pub(crate) fn new(metrics: &Arc<Metrics>, start: CopyingStart) -> Self {
         Self {
-            active: metrics.migration(api::Role::Source),
-            backlog: QueueLevel::new(metrics.queue(Stage::Frames)),
-            outstanding: QueueLevel::new(metrics.queue(Stage::Transport)),
+            metrics: metrics.migration(api::Role::Source),
             counted: Totals::default(),
             phase: None,
-            metrics,
             policy: Policy::new(start.now, start.budget, start.deadline),
             costs: start.costs,
             tracker: ProgressTracker::default(),
@@ -188,9 +156,12 @@ impl Copying {
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
-        self.active.set_estimates(sample.dirty_rate.0 as f64, expected);
-        self.backlog.set(outbound.backlog_bytes());
-        self.outstanding.set(outbound.outstanding_bytes());
+        self.metrics.look(&Look {
+            dirty_rate: sample.dirty_rate,
+            backlog_bytes: outbound.backlog_bytes(),
+            outstanding_bytes: outbound.outstanding_bytes(),
+            expected_downtime: expected,
+        });
         self.count();
         let look = Progress {
             migration: entry.migration,
@@ -261,15 +232,13 @@ impl Copying {
     /// The last figures, once everything is sent.
     pub(crate) fn close(&mut self, totals: Totals) {
         self.totals = totals;
-        self.backlog.set(0);
-        self.outstanding.set(0);
         self.count();
         self.metrics.add_pages(&self.pages);
     }
 
     /// It has ended: counted by outcome.
     pub(crate) fn ended(self, outcome: api::Outcome) {
-        self.active.ended(outcome);
+        self.metrics.ended(outcome);
     }
 
     fn count(&mut self) {
@@ -284,6 +253,11 @@ impl Copying {
 
     pub(crate) fn totals(&self) -> Totals {
         self.totals
+    }
+
+    /// Another link is used from now on, which has carried this much before.
+    pub(crate) fn set_wire_at_start(&mut self, bytes: u64) {
+        self.wire_at_start = bytes;
     }
 
     pub(crate) fn wire_at_start(&self) -> u64 {

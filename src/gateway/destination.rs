@@ -13,7 +13,8 @@ use super::inbound::{Inbound, Progress, Shelf};
 use super::registry::{Entry, ResolveOrder};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
-use crate::api::Phase;
+use crate::api::{self, Outcome, Phase};
+use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{
     Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
 };
@@ -64,6 +65,7 @@ pub(crate) struct DestinationDriver {
     window_bytes: u64,
     last_contact: Instant,
     decided_at: Option<Instant>,
+    active: Option<ActiveMigration>,
     stream_ended: bool,
     tail_released: bool,
 }
@@ -88,6 +90,7 @@ impl DestinationDriver {
         start: DestinationStart,
     ) -> Self {
         let (events, contact_events) = mpsc::channel(64);
+        let active = Some(core.metrics.migration(api::Role::Destination));
         Self {
             core,
             entry,
@@ -106,6 +109,7 @@ impl DestinationDriver {
             window_bytes: start.window_bytes,
             last_contact: super::clock::now(),
             decided_at: None,
+            active,
             stream_ended: false,
             tail_released: false,
         }
@@ -170,7 +174,12 @@ impl DestinationDriver {
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
-        self.core.metrics.arrived(verdict);
+        if let Some(active) = self.active.take() {
+            active.ended(match verdict {
+                Verdict::Running => Outcome::Completed,
+                Verdict::Aborted(_) | Verdict::Reverted => Outcome::Failed,
+            });
+        }
         self.entry.finish(None, super::clock::now());
     }
 
@@ -307,8 +316,12 @@ impl DestinationDriver {
         let mut progress = self.progress.clone();
         let changed = async {
             match &mut progress {
-                Some(progress) if progress.changed().await.is_ok() => {}
-                _ => std::future::pending().await,
+                Some(progress) => {
+                    if progress.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                }
+                None => std::future::pending().await,
             }
         };
         tokio::select! {

@@ -10,11 +10,11 @@ use tokio::sync::mpsc;
 use super::Core;
 use super::destination_vmm::DestinationVmm;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
-use super::migrate;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
 use super::vm_context::VmContext;
 use crate::api::{self, Phase};
+use crate::migrate;
 use crate::proto::ownership::{
     Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, Standing, VmmFact,
 };

@@ -65,6 +65,7 @@ pub(crate) struct SourceDriver {
     reason: Option<String>,
     stopped_at: Option<Instant>,
     resumed_at: Option<Instant>,
+    earlier_wire_bytes: u64,
 }
 
 struct Stream {
@@ -83,6 +84,7 @@ pub(crate) struct SourceEnd {
     pub(crate) reason: Option<String>,
     pub(crate) cancelled: bool,
     pub(crate) downtime: Option<Duration>,
+    pub(crate) wire_bytes: u64,
     pub(crate) stream: Option<StreamSum>,
     pub(crate) copying: Option<Copying>,
 }
@@ -123,6 +125,7 @@ impl SourceDriver {
             reason: None,
             stopped_at: None,
             resumed_at: None,
+            earlier_wire_bytes: 0,
         }
     }
 
@@ -168,14 +171,25 @@ impl SourceDriver {
         };
         // What was said last still arrives.
         self.contact.drop_channel();
+        let wire_bytes = self.wire_bytes();
         SourceEnd {
             outcome,
             reason: self.reason,
             cancelled: self.cancel_seen,
             downtime,
+            wire_bytes,
             stream: self.stream.as_ref().and_then(|stream| stream.sum),
             copying: self.copying,
         }
+    }
+
+    /// IP bytes of every link that the migration has used.
+    fn wire_bytes(&self) -> u64 {
+        let current = match (&self.link, &self.copying) {
+            (Some(link), Some(copying)) => link.wire_bytes().saturating_sub(copying.wire_at_start()),
+            _ => 0,
+        };
+        self.earlier_wire_bytes + current
     }
 
     fn feed(&mut self, event: &SourceEvent) {
@@ -347,7 +361,7 @@ impl SourceDriver {
         self.feed(&SourceEvent::Discarded);
     }
 
-    fn look_for_peer(&mut self) {
+    pub(crate) fn look_for_peer(&mut self) {
         if self.contact.is_made() {
             return;
         }
@@ -416,7 +430,7 @@ impl SourceDriver {
                     stream.sum = Some(sum);
                 }
                 if let Some(copying) = &mut self.copying {
-                    copying.set_pages(pages);
+                    copying.set_pages(pages.into());
                 }
                 self.show(Phase::StopAndCopy, None);
                 self.feed(&SourceEvent::StreamEnded(sum));
@@ -446,6 +460,10 @@ impl SourceDriver {
                         self.feed(&SourceEvent::Cancel);
                     }
                     None => {}
+                }
+                self.earlier_wire_bytes = self.wire_bytes();
+                if let Some(copying) = &mut self.copying {
+                    copying.set_wire_at_start(link.wire_bytes());
                 }
                 self.link = Some(link);
             }

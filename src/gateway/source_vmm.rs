@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::vm_context::VmContext;
 use crate::hypervisor::process::Process;
-use crate::hypervisor::qemu::{FreezeError, Frozen, SourceError, SourceVm, Undone};
+use crate::hypervisor::qemu::{FreezeError, Frozen, RunState, SourceError, SourceVm, Undone};
 use crate::hypervisor::qmp::Events;
 use crate::proto::ownership::VmmFact;
 
@@ -78,12 +78,13 @@ impl SourceVmm {
             self.frozen = Some(frozen);
             return VmmFact::Paused;
         }
-        match self.connected().await {
-            Ok(vm) => match vm.run_state().await {
-                Ok(crate::hypervisor::qemu::RunState::Running) => VmmFact::Running,
-                Ok(_) => VmmFact::Paused,
-                Err(_) => VmmFact::Unreachable,
-            },
+        let state = match self.connected().await {
+            Ok(vm) => vm.run_state().await,
+            Err(error) => Err(error),
+        };
+        match state {
+            Ok(RunState::Running) => VmmFact::Running,
+            Ok(_) => VmmFact::Paused,
             Err(_) if self.is_dead() => VmmFact::Dead,
             Err(_) => VmmFact::Unreachable,
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::qemu::ProcessIdentity;
+use crate::hypervisor::process::ProcessIdentity;
 use crate::proto::ownership::JournalRecord;
 
 /// How to find a vmm again.
