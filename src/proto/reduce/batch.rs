@@ -4,8 +4,8 @@ use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 use crate::proto::vmm_stream::{PageRecord, Record};
 
 use super::digest::digest_many;
+use super::ops::BLOCK_LIMIT;
 use super::page_header::{MAX_BLOCK_NAME, PAGE_NUMBER_LIMIT, PageKind, page_header_len, write_page_header};
-use super::payload::BLOCK_LIMIT;
 use super::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS};
 
 /// A stretch of a vmm stream that one payload carries: at most [`MAX_BATCH_BYTES`] and [`MAX_BATCH_RECORDS`].

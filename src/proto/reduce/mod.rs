@@ -22,6 +22,7 @@ mod dictionary;
 mod digest;
 mod group;
 mod index;
+mod ops;
 mod packing;
 mod page_header;
 mod payload;

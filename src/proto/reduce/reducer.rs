@@ -10,8 +10,9 @@ use crate::proto::vmm_stream::PageRecord;
 use super::batch::{Batch, Piece, page_at};
 use super::classify::{Class, classify};
 use super::dictionary::{DictionaryLimits, SourceDictionary};
+use super::ops::{OpWriter, PageOp};
 use super::packing::{Origin, Packer};
-use super::payload::{Head, OpWriter, PageOp};
+use super::payload::Head;
 use super::stats::BatchStats;
 
 /// Encodes the batches of one session, in order.
@@ -43,7 +44,7 @@ impl Reducer {
         }
     }
 
-    /// Appends the payload of `batch` to `out`: for what cannot be reduced at most 0.5 % more than its bytes.
+    /// Appends the payload of `batch` to `out`. Pages and long bytes that cannot be reduced take at most 0.5 % more.
     ///
     /// `digests` are those that [`Batch::digest_pages`] gives. The destination is sent to content by digest, so a wrong one
     /// is a wrong page.

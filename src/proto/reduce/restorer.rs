@@ -8,8 +8,9 @@ use crate::proto::vmm_stream::PageRecord;
 
 use super::dictionary::{DictionaryLimits, SlotRing};
 use super::group::{self, Codec, GROUP_BYTES, GroupError};
+use super::ops::{Op, OpReader, PageOp, Run};
 use super::page_header::{PageKind, page_header_len, write_page_header};
-use super::payload::{Head, Op, OpReader, PageOp, PayloadError, Run};
+use super::payload::{Head, PayloadError};
 use super::sent::SentPages;
 use super::shelf::{PageShelf, ShelfError};
 use super::stats::BatchStats;

@@ -10,7 +10,8 @@ pub(super) const REGION_PAGES: usize = 1024;
 /// Page address → slot. Both ends keep it, from the payload sequence alone.
 ///
 /// Regions are added as their first page is sent, up to a limit that both ends know; pages of further regions are not
-/// remembered. An entry is never cleared: whether its slot still holds the page's content is for the source to tell, by
+/// remembered. Zeroes leave the entry as it is, so that a page which was zero in between may still be the same as before. An
+/// entry is never cleared: whether its slot still holds the page's content is for the source to tell, by
 /// digest, and what a slot number means is the same at both ends.
 #[derive(Debug)]
 pub(super) struct SentPages {
