@@ -1,1 +1,92 @@
-//! .
+//! The lab: real guests on an emulated link, measured from outside.
+//!
+//! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`demo`] moves it to
+//! and fro beside plain QEMU. The link itself is made by `netem-scripts/link`.
+
+pub mod demo;
+pub mod guest;
+pub mod heartbeat;
+pub mod link;
+pub mod monitor;
+pub mod process;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+pub use self::demo::DemoArgs;
+use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
+
+/// `longhaul lab …`: measurements and demonstrations on this machine.
+#[derive(Clone, Debug, Subcommand)]
+pub enum LabCommand {
+    /// Moves a Linux guest across an emulated link and back, beside plain QEMU, and reports.
+    Demo(Box<DemoArgs>),
+    /// Prints the QEMU command line of the lab's guest, one argument a line.
+    Guest(GuestArgs),
+}
+
+impl LabCommand {
+    /// Runs the verb to its end.
+    pub async fn run(self) -> ExitCode {
+        match self {
+            Self::Demo(args) => demo::run(*args).await,
+            Self::Guest(args) => args.run(),
+        }
+    }
+}
+
+/// Prints the QEMU command line of the lab's guest, one argument a line.
+#[derive(Clone, Debug, Args)]
+pub struct GuestArgs {
+    /// Directory of the guest's image, as netem-scripts/guest makes it.
+    #[arg(long, value_name = "DIR", default_value = "target/guest")]
+    pub image: PathBuf,
+    /// Directory of QEMU's sockets and of the console's text.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub directory: PathBuf,
+    /// Wait, paused, for a guest that comes from elsewhere.
+    #[arg(long)]
+    pub incoming: bool,
+    /// The program.
+    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
+    pub qemu: String,
+    /// Machine type.
+    #[arg(long, default_value = "pc")]
+    pub machine: String,
+    /// How the guest's CPU runs.
+    #[arg(long, value_enum, default_value_t)]
+    pub accelerator: Accelerator,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "a comment here would become help text of the whole group")]
+    pub dials: GuestDials,
+}
+
+impl GuestArgs {
+    fn run(self) -> ExitCode {
+        let image = match Image::open(&self.image) {
+            Ok(image) => image,
+            Err(error) => {
+                eprintln!("longhaul: {error}");
+                return ExitCode::from(2);
+            }
+        };
+        let launch = Launch {
+            qemu: self.qemu,
+            machine: self.machine,
+            accelerator: self.accelerator,
+            image,
+            dials: self.dials,
+        };
+        let start = if self.incoming {
+            Start::ReceivePaused
+        } else {
+            Start::Boot
+        };
+        for argument in launch.command(&GuestFiles::named(&self.directory, "vm"), start) {
+            println!("{argument}");
+        }
+        ExitCode::SUCCESS
+    }
+}

@@ -1,0 +1,353 @@
+//! The lab's guest: its image, its dials, and the QEMU command line that runs it.
+//!
+//! The image is built by `netem-scripts/guest`; what the guest does and says is told in `netem-scripts/guest-src/main.rs`,
+//! and read by [`Heartbeat`](super::heartbeat::Heartbeat).
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// A kernel and an initramfs that boot into the lab's guest.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The kernel, as `-kernel` takes it.
+    pub kernel: PathBuf,
+    /// The initramfs, as `-initrd` takes it.
+    pub initramfs: PathBuf,
+}
+
+impl Image {
+    /// The image that was built in `directory`.
+    ///
+    /// # Errors
+    /// [`ImageError::Missing`] names the file that is not there.
+    pub fn open(directory: &Path) -> Result<Self, ImageError> {
+        let image = Self {
+            kernel: directory.join("vmlinuz"),
+            initramfs: directory.join("initramfs"),
+        };
+        for file in [&image.kernel, &image.initramfs] {
+            if !file.is_file() {
+                return Err(ImageError::Missing { file: file.clone() });
+            }
+        }
+        Ok(image)
+    }
+
+    /// Runs `script` (`netem-scripts/guest`) for `directory` and opens what it made. Takes milliseconds where the image is
+    /// up to date, else as long as the download of a kernel. Blocks.
+    ///
+    /// # Errors
+    /// [`ImageError::Script`] with what the script said, [`ImageError::Missing`] where it made nothing.
+    pub fn build(script: &Path, directory: &Path) -> Result<Self, ImageError> {
+        let unstarted = |source| ImageError::Unstarted {
+            script: script.to_owned(),
+            source,
+        };
+        let output = Command::new(script)
+            .arg("--directory")
+            .arg(directory)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(unstarted)?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+            return Err(ImageError::Script {
+                script: script.to_owned(),
+                said,
+            });
+        }
+        Self::open(directory)
+    }
+}
+
+/// What the guest is and does. The default is the guest of the published figures.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Guest")]
+pub struct GuestDials {
+    /// RAM of the VM, in MiB; the kernel needs about 80 of them beside the working set.
+    #[arg(long, default_value_t = 512)]
+    pub memory_mb: u64,
+    /// Memory that is filled, rewritten and checked, in MiB.
+    #[arg(long, default_value_t = 200)]
+    pub working_set_mb: u64,
+    /// Pages rewritten a second.
+    #[arg(long, default_value_t = 2_000)]
+    pub pages_per_second: u64,
+    /// Bytes that change in a rewritten page; at least 16, its version and checksum.
+    #[arg(long, default_value_t = 64)]
+    pub bytes_per_page: u64,
+    /// Share of the pages that hold random bytes, in percent; the others hold text.
+    #[arg(long, default_value_t = 25)]
+    pub incompressible_percent: u64,
+    /// Share of the pages that are hot, in percent.
+    #[arg(long, default_value_t = 10)]
+    pub hot_pages_percent: u64,
+    /// Share of the writes that go to the hot pages, in percent; 0 spreads all writes evenly.
+    #[arg(long, default_value_t = 0)]
+    pub hot_writes_percent: u64,
+    /// Pages verified a second, beside those that are verified on demand.
+    #[arg(long, default_value_t = 1_000)]
+    pub checks_per_second: u64,
+    /// Microseconds between two signs of life: the resolution of a downtime measured from outside.
+    #[arg(long, default_value_t = 5_000)]
+    pub beat_us: u64,
+    /// The same seed gives the same pages.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl Default for GuestDials {
+    fn default() -> Self {
+        Self {
+            memory_mb: 512,
+            working_set_mb: 200,
+            pages_per_second: 2_000,
+            bytes_per_page: 64,
+            incompressible_percent: 25,
+            hot_pages_percent: 10,
+            hot_writes_percent: 0,
+            checks_per_second: 1_000,
+            beat_us: 5_000,
+            seed: 1,
+        }
+    }
+}
+
+impl GuestDials {
+    /// A guest that boots fast and moves in a moment, for tests: 128 MiB with a working set of 16 MiB.
+    #[must_use]
+    pub fn small() -> Self {
+        Self {
+            memory_mb: 128,
+            working_set_mb: 16,
+            pages_per_second: 200,
+            ..Self::default()
+        }
+    }
+
+    /// Pages of the working set, of 4 KiB.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.working_set_mb * 256
+    }
+
+    /// The kernel command line. The console is serial; a guest whose program ends resets the VM.
+    #[must_use]
+    pub fn kernel_command_line(&self) -> String {
+        let dials = [
+            ("working_set_mb", self.working_set_mb),
+            ("pages_per_second", self.pages_per_second),
+            ("bytes_per_page", self.bytes_per_page),
+            ("incompressible_percent", self.incompressible_percent),
+            ("hot_pages_percent", self.hot_pages_percent),
+            ("hot_writes_percent", self.hot_writes_percent),
+            ("checks_per_second", self.checks_per_second),
+            ("beat_us", self.beat_us),
+            ("seed", self.seed),
+        ];
+        // HPET counts QEMU's virtual time; a TSC that the kernel calibrated on a busy host is off by whatever it was delayed.
+        let mut line = "console=ttyS0 quiet panic=-1 clocksource=hpet".to_owned();
+        for (name, value) in dials {
+            line.push_str(&format!(" longhaul.{name}={value}"));
+        }
+        line
+    }
+}
+
+/// Where one QEMU's sockets and files are. Paths of sockets have at most 107 bytes.
+#[derive(Clone, Debug)]
+pub struct GuestFiles {
+    /// QMP socket, served by QEMU. A template may say `{qmp}`.
+    pub qmp: PathBuf,
+    /// Socket of the guest's virtio port, served by QEMU.
+    pub heartbeat: PathBuf,
+    /// What the guest's kernel and program say.
+    pub console: PathBuf,
+}
+
+impl GuestFiles {
+    /// `NAME.qmp`, `NAME.beat` and `NAME.console` in `directory`.
+    #[must_use]
+    pub fn named(directory: &Path, name: &str) -> Self {
+        let file = |kind: &str| directory.join(format!("{name}.{kind}"));
+        Self {
+            qmp: file("qmp"),
+            heartbeat: file("beat"),
+            console: file("console"),
+        }
+    }
+}
+
+/// How the vCPU runs. Both ends of a migration use the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Accelerator {
+    /// QEMU's own translator: works everywhere, and alike.
+    #[default]
+    Tcg,
+    /// The host's virtualisation.
+    Kvm,
+}
+
+/// Whether a QEMU boots the guest or receives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Boots and runs.
+    Boot,
+    /// Waits until `migrate-incoming` says where the guest comes from, and lets it run once it is there.
+    Receive,
+    /// As `Receive`, but leaves the guest paused: what a gateway needs.
+    ReceivePaused,
+}
+
+/// Everything that makes one QEMU's command line.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The program: `qemu-system-x86_64` or a path.
+    pub qemu: String,
+    /// Machine type: `pc`, `q35`, or one with a version where two QEMU versions meet.
+    pub machine: String,
+    /// How the vCPU runs.
+    pub accelerator: Accelerator,
+    /// What boots.
+    pub image: Image,
+    /// What the guest does.
+    pub dials: GuestDials,
+}
+
+impl Launch {
+    /// The guest under the system's QEMU, machine type `pc`, TCG.
+    #[must_use]
+    pub fn new(image: Image, dials: GuestDials) -> Self {
+        let accelerator = Accelerator::default();
+        Self {
+            qemu: "qemu-system-x86_64".to_owned(),
+            machine: "pc".to_owned(),
+            accelerator,
+            image,
+            dials,
+        }
+    }
+
+    /// The argument vector, the program first. Both ends of a migration need the same but for `files` and `start`.
+    #[must_use]
+    pub fn command(&self, files: &GuestFiles, start: Start) -> Vec<String> {
+        let accelerator = match self.accelerator {
+            Accelerator::Tcg => "tcg",
+            Accelerator::Kvm => "kvm",
+        };
+        let text = |path: &Path| path.display().to_string();
+        let mut command: Vec<String> = [
+            self.qemu.as_str(),
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-accel",
+            accelerator,
+            "-machine",
+            &self.machine,
+            "-smp",
+            "1",
+            "-m",
+            &self.dials.memory_mb.to_string(),
+            "-kernel",
+            &text(&self.image.kernel),
+            "-initrd",
+            &text(&self.image.initramfs),
+            "-append",
+            &self.dials.kernel_command_line(),
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", files.qmp.display()),
+            "-serial",
+            &format!("file:{}", files.console.display()),
+            "-chardev",
+            &format!("socket,id=beat,path={},server=on,wait=off", files.heartbeat.display()),
+            "-device",
+            "virtio-serial-pci,max_ports=2",
+            "-device",
+            "virtserialport,nr=1,chardev=beat,name=longhaul.beat",
+        ]
+        .map(str::to_owned)
+        .into();
+        match start {
+            Start::Boot => {}
+            Start::Receive => command.extend(["-incoming", "defer"].map(str::to_owned)),
+            Start::ReceivePaused => command.extend(["-incoming", "defer", "-S"].map(str::to_owned)),
+        }
+        command
+    }
+}
+
+/// The guest's image is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// A part of the image does not exist.
+    #[error("the guest's image has no {}; build it with netem-scripts/guest", file.display())]
+    Missing {
+        /// The part.
+        file: PathBuf,
+    },
+    /// The script could not be started.
+    #[error("cannot run {}: {source}", script.display())]
+    Unstarted {
+        /// The script.
+        script: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The script ended with an error.
+    #[error("{} could not build the guest's image: {said}", script.display())]
+    Script {
+        /// The script.
+        script: PathBuf,
+        /// What it said.
+        said: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dial_reaches_the_program_of_the_guest() {
+        // The program refuses a dial it does not know; this finds the one that it knows and is never told.
+        let program = include_str!("../../netem-scripts/guest-src/main.rs");
+        let line = GuestDials::default().kernel_command_line();
+        let known: Vec<&str> = program
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("/// `longhaul.")?.split_once('`'))
+            .map(|(name, _)| name)
+            .collect();
+        assert!(!known.is_empty());
+        for name in &known {
+            assert!(line.contains(&format!(" longhaul.{name}=")), "{name} is not in {line}");
+        }
+        assert_eq!(line.matches("longhaul.").count(), known.len(), "{line}");
+    }
+
+    #[test]
+    fn the_flags_have_the_defaults_of_the_program() {
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            dials: GuestDials,
+        }
+        let parsed = <Flags as clap::Parser>::try_parse_from(["flags"]).unwrap();
+        assert_eq!(parsed.dials, GuestDials::default());
+    }
+
+    #[test]
+    fn both_ends_of_a_migration_differ_only_in_their_files_and_in_what_comes_in() {
+        let image = Image {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+        };
+        let launch = Launch::new(image, GuestDials::small());
+        let source = launch.command(&GuestFiles::named(Path::new("/t"), "a"), Start::Boot);
+        let destination = launch.command(&GuestFiles::named(Path::new("/t"), "a"), Start::ReceivePaused);
+        assert_eq!(destination[..source.len()], source);
+        assert_eq!(destination[source.len()..], ["-incoming", "defer", "-S"]);
+    }
+}
