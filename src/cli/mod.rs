@@ -28,6 +28,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::output::note;
+use crate::lab::LabCommand;
 use crate::api::{ClientError, Where};
 
 /// Moves running virtual machines between continents.
@@ -57,6 +58,8 @@ enum Verb {
     Peers(peers::Args),
     Unpair(unpair::Args),
     Fingerprint(fingerprint::Args),
+    #[command(subcommand)]
+    Lab(LabCommand),
 }
 
 impl Verb {
@@ -74,6 +77,7 @@ impl Verb {
             Self::Peers(args) => ask(peers::run(args)),
             Self::Unpair(args) => ask(unpair::run(args)),
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
+            Self::Lab(lab) => run_lab(lab),
         }
     }
 }
@@ -97,6 +101,12 @@ fn ask(verb: impl Future<Output = Result<u8, Failure>>) -> Result<ExitCode, Fail
         .build()
         .map_err(|error| Failure::no(format!("cannot start: {error}")))?;
     runtime.block_on(verb).map(ExitCode::from)
+}
+
+/// Runs the lab, which drives several processes at once.
+fn run_lab(lab: LabCommand) -> Result<ExitCode, Failure> {
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| Failure::no(format!("cannot start: {error}")))?;
+    Ok(runtime.block_on(lab.run()).into())
 }
 
 /// A verb did not do what it was asked for.
