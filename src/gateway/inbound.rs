@@ -66,8 +66,6 @@ struct Shared {
     acknowledge: Notify,
     stopped: AtomicBool,
     vmm_bytes: AtomicU64,
-    restored_bytes: AtomicU64,
-    frame_bytes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -86,8 +84,6 @@ impl Inbound {
             acknowledge: Notify::new(),
             stopped: AtomicBool::new(false),
             vmm_bytes: AtomicU64::new(0),
-            restored_bytes: AtomicU64::new(0),
-            frame_bytes: AtomicU64::new(0),
         });
         let (progress, outcome) = watch::channel(Progress::default());
         let (release, released) = oneshot::channel();
@@ -123,11 +119,9 @@ impl Inbound {
     /// # Errors
     /// [`SessionError`]: [`SessionError::OldEpoch`] is harmless, anything else breaks the agreement.
     pub(crate) fn receive(&self, frame: Frame) -> Result<(), SessionError> {
-        let bytes = frame.lane_bytes();
         let mut receiving = self.shared.receiving();
         receiving.session.receive(frame)?;
         drop(receiving);
-        self.shared.frame_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.arrived.notify_one();
         Ok(())
     }
@@ -175,20 +169,6 @@ impl Inbound {
         self.shared.vmm_bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes of frames that arrived.
-    pub(crate) fn frame_bytes(&self) -> u64 {
-        self.shared.frame_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the vmm stream that are restored, delivered or not.
-    pub(crate) fn restored_bytes(&self) -> u64 {
-        self.shared.restored_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Bytes that wait out of order.
-    pub(crate) fn waiting_bytes(&self) -> u64 {
-        self.shared.receiving().session.waiting_bytes()
-    }
 }
 
 impl Drop for Inbound {
@@ -229,7 +209,6 @@ fn decode(
 ) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
     while let Some(frame) = shared.next_frame()? {
         let bytes = decoder.restore(&frame)?;
-        shared.restored_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         if restored.blocking_send((bytes, frame.header.held)).is_err() {
             return Ok(None);
         }

@@ -83,13 +83,6 @@ impl Links {
         slot.as_ref().filter(|link| link.is_alive()).cloned()
     }
 
-    /// Closes what there is towards `peer`.
-    pub(crate) async fn close(&self, peer: &str, code: CloseCode, reason: &str) {
-        if let Some(link) = self.existing(peer).await {
-            link.link.close(code, reason);
-        }
-    }
-
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let target = self.target(peer).await?;
         let name = || peer.to_owned();

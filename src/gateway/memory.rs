@@ -64,10 +64,6 @@ impl MemoryBudget {
             .map(|_| Reservation { bytes: reserved, left: Arc::clone(&self.left) })
     }
 
-    /// Bytes that are promised to nobody.
-    pub(crate) fn left(&self) -> u64 {
-        self.left.load(Ordering::Relaxed)
-    }
 }
 
 impl Reservation {
@@ -97,7 +93,7 @@ mod tests {
         let sum: u64 = held.iter().map(|reservation| reservation.bytes).sum();
         assert!(held.len() > 3 && sum <= 256 << 20, "{} {sum}", held.len());
         drop(held);
-        assert_eq!(budget.left(), 256 << 20);
+        assert_eq!(budget.left.load(Ordering::Relaxed), 256 << 20);
     }
 
     #[test]

@@ -189,11 +189,6 @@ impl Outbound {
     pub(crate) fn epoch(&self) -> u32 {
         self.shared.session().epoch()
     }
-
-    /// Bytes of frames that were sent again after cuts.
-    pub(crate) fn resent_bytes(&self) -> u64 {
-        self.shared.session().resent_bytes()
-    }
 }
 
 impl Drop for Outbound {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{Cancellation, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Progress, Refusal, Report, Role};
+use crate::api::{Cancellation, Event, MigrationStatus, MigrationSummary, Phase, Progress, Refusal, Report, Role};
 use crate::proto::ownership;
 use crate::proto::page::MigrationId;
 
@@ -296,11 +296,6 @@ impl Entry {
             report: state.report.clone(),
             advice: state.advice.clone(),
         }
-    }
-
-    /// How it ended, where it has.
-    pub(crate) fn outcome(&self) -> Option<Outcome> {
-        self.state().report.as_ref().map(|report| report.outcome)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -74,7 +74,6 @@ struct Stream {
     sum: Option<StreamSum>,
     sender: Option<AbortHandle>,
     shaper: Arc<Shaper>,
-    window_bytes: u64,
 }
 
 /// How a driven migration ended.
@@ -325,7 +324,6 @@ impl SourceDriver {
             sum: None,
             sender: None,
             shaper,
-            window_bytes,
         });
         self.start_sending(&link);
         self.show(Phase::Precopy, None);
