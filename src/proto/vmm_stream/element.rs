@@ -49,7 +49,13 @@ const MAX_DESCRIPTION: u32 = 64 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Element<'a> {
     /// START or FULL.
-    Opening { full: bool, id: u32, name: &'a [u8], instance: u32, version: u32 },
+    Opening {
+        full: bool,
+        id: u32,
+        name: &'a [u8],
+        instance: u32,
+        version: u32,
+    },
     /// PART or END.
     Following { end: bool, id: u32 },
     /// A command and all that belongs to it behind the header.
@@ -64,32 +70,65 @@ pub(super) fn read(bytes: &[u8]) -> Read<(Element<'_>, usize)> {
     let Some(&kind) = bytes.first() else { return Read::More };
     match kind {
         START | FULL => {
-            let (Some(id), Some(&n)) = (be32(bytes, 1), bytes.get(5)) else { return Read::More };
+            let (Some(id), Some(&n)) = (be32(bytes, 1), bytes.get(5)) else {
+                return Read::More;
+            };
             let n = usize::from(n);
-            let Some(name) = bytes.get(6..6 + n) else { return Read::More };
+            let Some(name) = bytes.get(6..6 + n) else {
+                return Read::More;
+            };
             if n == 0 || id > MAX_SECTION_ID || !name.iter().all(is_printable) {
                 return Read::Not(NOT);
             }
-            let (Some(instance), Some(version)) = (be32(bytes, 6 + n), be32(bytes, 10 + n)) else { return Read::More };
+            let (Some(instance), Some(version)) = (be32(bytes, 6 + n), be32(bytes, 10 + n)) else {
+                return Read::More;
+            };
             if version > MAX_VERSION {
                 return Read::Not(NOT);
             }
-            Read::Is((Element::Opening { full: kind == FULL, id, name, instance, version }, 14 + n))
+            Read::Is((
+                Element::Opening {
+                    full: kind == FULL,
+                    id,
+                    name,
+                    instance,
+                    version,
+                },
+                14 + n,
+            ))
         }
         PART | END => {
             let Some(id) = be32(bytes, 1) else { return Read::More };
             Read::Is((Element::Following { end: kind == END, id }, PART_LEN))
         }
         COMMAND => {
-            let (Some(command), Some(len)) = (be16(bytes, 1), be16(bytes, 3)) else { return Read::More };
+            let (Some(command), Some(len)) = (be16(bytes, 1), be16(bytes, 3)) else {
+                return Read::More;
+            };
             if command != COMMAND_PACKAGED {
-                return Read::Is((Element::Command { command, len, data: u64::from(len) }, 5));
+                return Read::Is((
+                    Element::Command {
+                        command,
+                        len,
+                        data: u64::from(len),
+                    },
+                    5,
+                ));
             }
             if len != 4 {
                 return Read::Not(NOT);
             }
-            let Some(package) = be32(bytes, 5) else { return Read::More };
-            Read::Is((Element::Command { command, len, data: u64::from(package) }, 9))
+            let Some(package) = be32(bytes, 5) else {
+                return Read::More;
+            };
+            Read::Is((
+                Element::Command {
+                    command,
+                    len,
+                    data: u64::from(package),
+                },
+                9,
+            ))
         }
         EOF => Read::Is((Element::Eof, 1)),
         _ => Read::Not(NOT),

@@ -51,7 +51,9 @@ impl Record {
         let name = if record.continues {
             0
         } else {
-            1 + blocks.get(usize::from(record.at.block)).map_or(0, |block| block.name.len())
+            1 + blocks
+                .get(usize::from(record.at.block))
+                .map_or(0, |block| block.name.len())
         };
         WORD + name + content
     }
@@ -217,7 +219,11 @@ struct Output<'a> {
 
 impl<'a> Output<'a> {
     fn new(records: &'a mut Vec<Record>, events: &'a mut Vec<StreamEvent>) -> Self {
-        Self { first: records.len(), records, events }
+        Self {
+            first: records.len(),
+            records,
+            events,
+        }
     }
 
     /// `len` bytes as they are, merged with the bytes before them.

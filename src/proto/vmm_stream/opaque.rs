@@ -54,79 +54,122 @@ const RAM_START_BACK: usize = 5;
 const DESCRIPTION_START: &[u8] = b"{\"";
 const DESCRIPTION_BACK: usize = 1 + element::DESCRIPTION_LEN;
 
-/// One pass over a slice.
+/// The byte sequences that the signs come to.
 #[derive(Debug)]
-pub(super) struct Search<'b> {
-    bytes: &'b [u8],
+pub(super) struct Needles {
     needles: [Needle; 5],
-}
-
-impl<'b> Search<'b> {
-    pub(super) fn new(bytes: &'b [u8], signs: Signs) -> Self {
-        let id = |kind, id: Option<u32>, candidate| {
-            let mut needle = Needle::new(candidate, 0, &[]);
-            if let Some(id) = id {
-                needle.bytes[0] = kind;
-                needle.bytes[1..5].copy_from_slice(&id.to_be_bytes());
-                needle.len = 5;
-            }
-            needle
-        };
-        let text = |wanted, text: &[u8], back| {
-            if wanted { Needle::new(Candidate::Header, back, text) } else { Needle::new(Candidate::Header, 0, &[]) }
-        };
-        let needles = [
-            id(element::FOOTER, signs.open, Candidate::Footer),
-            id(element::PART, signs.ram, Candidate::Header),
-            id(element::END, signs.ram, Candidate::Header),
-            text(signs.ram_start, &RAM_START, RAM_START_BACK),
-            text(signs.description, DESCRIPTION_START, DESCRIPTION_BACK),
-        ];
-        Self { bytes, needles }
-    }
-
-    /// The first candidate at `from` or behind it. `from` must not go back: every needle is looked for once in every byte.
-    pub(super) fn next(&mut self, from: usize) -> Option<(usize, Candidate)> {
-        let bytes = self.bytes;
-        let found = self.needles.iter_mut().filter_map(|needle| Some((needle.next(bytes, from)?, needle.candidate)));
-        found.min_by_key(|&(at, _)| at)
-    }
 }
 
 /// A byte sequence to look for.
 #[derive(Debug)]
 struct Needle {
     candidate: Candidate,
-    bytes: [u8; 12],
-    /// Bytes of the sequence in use; none where there is nothing to look for.
-    len: usize,
     /// How far the sequence is behind the candidate's start.
     back: usize,
-    /// Where the candidate is that was found last; `usize::MAX` where there is none any more.
-    found: Option<usize>,
+    bytes: [u8; RAM_START.len()],
+    /// Bytes of the sequence in use; none where there is nothing to look for.
+    len: usize,
+}
+
+impl Needles {
+    pub(super) fn new(signs: Signs) -> Self {
+        let id = |candidate, kind, id: Option<u32>| {
+            id.map_or(Needle::nothing(), |id| {
+                let [a, b, c, d] = id.to_be_bytes();
+                Needle::new(candidate, 0, &[kind, a, b, c, d])
+            })
+        };
+        let text = |wanted, back, text| {
+            if wanted {
+                Needle::new(Candidate::Header, back, text)
+            } else {
+                Needle::nothing()
+            }
+        };
+        let needles = [
+            id(Candidate::Footer, element::FOOTER, signs.open),
+            id(Candidate::Header, element::PART, signs.ram),
+            id(Candidate::Header, element::END, signs.ram),
+            text(signs.ram_start, RAM_START_BACK, &RAM_START),
+            text(signs.description, DESCRIPTION_BACK, DESCRIPTION_START),
+        ];
+        Self { needles }
+    }
 }
 
 impl Needle {
     fn new(candidate: Candidate, back: usize, text: &[u8]) -> Self {
-        let mut bytes = [0; 12];
+        let mut bytes = [0; RAM_START.len()];
         bytes[..text.len()].copy_from_slice(text);
-        Self { candidate, bytes, len: text.len(), back, found: None }
+        Self {
+            candidate,
+            back,
+            bytes,
+            len: text.len(),
+        }
     }
 
+    fn nothing() -> Self {
+        Self::new(Candidate::Header, 0, &[])
+    }
+}
+
+/// One pass over a slice.
+#[derive(Debug)]
+pub(super) struct Search<'n, 'b> {
+    bytes: &'b [u8],
+    trails: [Option<Trail<'n>>; 5],
+}
+
+/// How far the search for one needle is.
+#[derive(Debug)]
+struct Trail<'n> {
+    needle: &'n Needle,
+    finder: memmem::Finder<'n>,
+    /// The candidate found last, if it is not behind the search.
+    found: Found,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Found {
+    NotYet,
+    At(usize),
+    NoMore,
+}
+
+impl<'n, 'b> Search<'n, 'b> {
+    pub(super) fn new(bytes: &'b [u8], needles: &'n Needles) -> Self {
+        let trails = needles.needles.each_ref().map(|needle| {
+            (needle.len > 0).then(|| Trail {
+                needle,
+                finder: memmem::Finder::new(&needle.bytes[..needle.len]),
+                found: Found::NotYet,
+            })
+        });
+        Self { bytes, trails }
+    }
+
+    /// The first candidate at `from` or behind it. `from` must not go back: every needle is looked for once in every byte.
+    pub(super) fn next(&mut self, from: usize) -> Option<(usize, Candidate)> {
+        let bytes = self.bytes;
+        let trails = self.trails.iter_mut().flatten();
+        trails
+            .filter_map(|trail| Some((trail.next(bytes, from)?, trail.needle.candidate)))
+            .min_by_key(|&(at, _)| at)
+    }
+}
+
+impl Trail<'_> {
     fn next(&mut self, bytes: &[u8], from: usize) -> Option<usize> {
-        if self.len == 0 {
-            return None;
+        match self.found {
+            Found::At(at) if at >= from => return Some(at),
+            Found::NoMore => return None,
+            _ => {}
         }
-        let at = match self.found {
-            Some(at) if at >= from => at,
-            _ => {
-                let start = from + self.back;
-                let hit = bytes.get(start..).and_then(|rest| memmem::find(rest, &self.bytes[..self.len]));
-                hit.map_or(usize::MAX, |hit| from + hit)
-            }
-        };
-        self.found = Some(at);
-        (at != usize::MAX).then_some(at)
+        let rest = bytes.get(from + self.needle.back..)?;
+        let at = self.finder.find(rest).map(|hit| from + hit);
+        self.found = at.map_or(Found::NoMore, Found::At);
+        at
     }
 }
 
@@ -144,8 +187,14 @@ mod tests {
         bytes.extend(RAM_START);
         bytes.extend([element::EOF, element::DESCRIPTION, 0, 0, 0, 2]);
         bytes.extend(DESCRIPTION_START);
-        let signs = Signs { open: Some(9), ram: Some(2), ram_start: true, description: true };
-        let mut search = Search::new(&bytes, signs);
+        let signs = Signs {
+            open: Some(9),
+            ram: Some(2),
+            ram_start: true,
+            description: true,
+        };
+        let needles = Needles::new(signs);
+        let mut search = Search::new(&bytes, &needles);
         let mut found = Vec::new();
         let mut from = 0;
         while let Some((at, candidate)) = search.next(from) {
@@ -153,11 +202,15 @@ mod tests {
             from = at + 1;
         }
         let header = Candidate::Header;
-        assert_eq!(found, [(20, header), (45, Candidate::Footer), (50, header), (67, header)]);
+        assert_eq!(
+            found,
+            [(20, header), (45, Candidate::Footer), (50, header), (67, header)]
+        );
     }
 
     #[test]
     fn without_signs_there_is_nothing_to_find() {
-        assert_eq!(Search::new(&[0; 100], Signs::default()).next(0), None);
+        let needles = Needles::new(Signs::default());
+        assert_eq!(Search::new(&[0; 100], &needles).next(0), None);
     }
 }

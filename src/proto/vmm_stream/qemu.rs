@@ -16,15 +16,15 @@
 //! Not here: multifd's other channels (their bytes are not a QEVM stream and pass as they are), the return path.
 
 use super::element::{self, Element};
-use super::opaque::{self, Candidate, Search, Signs};
+use super::opaque::{self, Candidate, Needles, Search, Signs};
 use super::ram::{self, BlockList, ListStep, Pause, Ram};
 use super::{LostTrackReason, MAX_BLOCK_NAME, Output, RamBlock, Read, Record, StreamEvent, WORD};
 use crate::proto::page::PAGE_SIZE;
 
 /// Advisory parser of one stream, from its first byte on.
 ///
-/// Holds at most 300 KiB (the block list). What [`QemuParser::parse`] appends grows with the bytes it is given: at most a
-/// record for every 9 bytes and an event for every 5, the block list apart.
+/// Holds at most 300 KiB (the block list). What [`QemuParser::parse`] appends grows with the bytes it is given: no more than
+/// a record and an event for every 5 bytes, the copy of the block list apart.
 #[derive(Debug)]
 pub struct QemuParser {
     state: State,
@@ -226,12 +226,18 @@ impl QemuParser {
             self.state = State::Element;
             return Step::Took(0);
         }
-        let Some(len) = element::be32(bytes, 1) else { return Step::More };
+        let Some(len) = element::be32(bytes, 1) else {
+            return Step::More;
+        };
         if !(1..=MAX_MACHINE).contains(&len) {
             return self.lose(LostTrackReason::Configuration, out);
         }
-        let Some(name) = bytes.get(5..5 + len as usize) else { return Step::More };
-        let Some(name) = str::from_utf8(name).ok().filter(|name| name.bytes().all(|byte| element::is_printable(&byte)))
+        let Some(name) = bytes.get(5..5 + len as usize) else {
+            return Step::More;
+        };
+        let Some(name) = str::from_utf8(name)
+            .ok()
+            .filter(|name| name.bytes().all(|byte| element::is_printable(&byte)))
         else {
             return self.lose(LostTrackReason::Configuration, out);
         };
@@ -252,19 +258,26 @@ impl QemuParser {
         }
         match &bytes[2..header - 4] {
             b"configuration/target-page-bits" => {
-                let Some(bits) = element::be32(bytes, header) else { return Step::More };
+                let Some(bits) = element::be32(bytes, header) else {
+                    return Step::More;
+                };
                 if bits != ram::PAGE_BITS {
                     return self.give_up(LostTrackReason::TargetPageSize, out);
                 }
                 self.take(header + 4, out)
             }
             b"configuration/capabilities" => {
-                let Some(left) = element::be32(bytes, header) else { return Step::More };
+                let Some(left) = element::be32(bytes, header) else {
+                    return Step::More;
+                };
                 self.state = State::CapabilityNames { left };
                 self.take(header + 4, out)
             }
             b"configuration/uuid" => {
-                self.state = State::Skip { left: 16, then: Then::Subsections };
+                self.state = State::Skip {
+                    left: 16,
+                    then: Then::Subsections,
+                };
                 self.take(header, out)
             }
             _ => self.lose(LostTrackReason::Configuration, out),
@@ -305,20 +318,32 @@ impl QemuParser {
             other => return other,
         };
         let evidence = match element {
-            Element::Opening { full, name, instance, version, .. } if name == ram::SECTION_NAME => {
+            Element::Opening {
+                full,
+                name,
+                instance,
+                version,
+                ..
+            } if name == ram::SECTION_NAME => {
                 if full || self.ram_id.is_some() || instance != 0 || version != ram::SECTION_VERSION {
                     return Read::Not(LostTrackReason::RamSection);
                 }
-                if strict { discard(Ram::read_total(&bytes[len..])) } else { Read::Is(()) }
+                if strict {
+                    discard(Ram::read_total(&bytes[len..]))
+                } else {
+                    Read::Is(())
+                }
             }
             Element::Opening { id, .. } if self.ram_id != Some(id) => Read::Is(()),
             Element::Following { id, .. } if self.ram_id == Some(id) && self.ram_end != RamEnd::Over => {
-                if strict { self.ram.starts_record(&bytes[len..]) } else { Read::Is(()) }
+                if strict {
+                    self.ram.starts_record(&bytes[len..])
+                } else {
+                    Read::Is(())
+                }
             }
             Element::Following { id, .. } if self.iterables.contains(&id) => Read::Is(()),
-            Element::Command { command, len, .. } if !strict || element::is_known_command(command, len) => {
-                Read::Is(())
-            }
+            Element::Command { command, len, .. } if !strict || element::is_known_command(command, len) => Read::Is(()),
             Element::Eof if !strict || (end && bytes.len() == len) => Read::Is(()),
             Element::Eof => discard(element::read_description(&bytes[len..])),
             _ => Read::Not(NOT),
@@ -333,7 +358,11 @@ impl QemuParser {
     /// Goes on behind the header of an element that is at `offset`.
     fn enter(&mut self, element: Element<'_>, offset: u64, out: &mut Output<'_>) {
         match element {
-            Element::Opening { id, name: ram::SECTION_NAME, .. } => {
+            Element::Opening {
+                id,
+                name: ram::SECTION_NAME,
+                ..
+            } => {
                 self.open = Some(id);
                 self.ram_id = Some(id);
                 self.ram_part = RamPart::Start;
@@ -357,7 +386,10 @@ impl QemuParser {
             }
             Element::Command { data, .. } => {
                 self.open = None;
-                self.state = State::Skip { left: data, then: Then::Element };
+                self.state = State::Skip {
+                    left: data,
+                    then: Then::Element,
+                };
             }
             Element::Eof => {
                 out.events.push(StreamEvent::StreamEof { offset });
@@ -420,10 +452,17 @@ impl QemuParser {
             Pause::Flush => {
                 if sure && self.ram_part == RamPart::Part {
                     self.ram.start_round();
-                    out.events.push(StreamEvent::RoundEnd { offset: self.offset + len as u64 });
+                    out.events.push(StreamEvent::RoundEnd {
+                        offset: self.offset + len as u64,
+                    });
                 }
             }
-            Pause::Skip(left) => self.state = State::Skip { left, then: Then::Records },
+            Pause::Skip(left) => {
+                self.state = State::Skip {
+                    left,
+                    then: Then::Records,
+                }
+            }
             Pause::Lost(reason) => self.lose_at(len, reason, out),
         }
         Step::Took(len)
@@ -431,7 +470,9 @@ impl QemuParser {
 
     fn footer(&mut self, bytes: &[u8], out: &mut Output<'_>) -> Step {
         let len = if bytes[0] == element::FOOTER {
-            let Some(id) = element::be32(bytes, 1) else { return Step::More };
+            let Some(id) = element::be32(bytes, 1) else {
+                return Step::More;
+            };
             if self.open != Some(id) {
                 return self.lose(LostTrackReason::Footer, out);
             }
@@ -473,13 +514,19 @@ impl QemuParser {
             ram_start: self.ram_id.is_none(),
             description: ram_over && self.footers == Some(false),
         };
-        let mut search = Search::new(bytes, signs);
+        let needles = Needles::new(signs);
+        let mut search = Search::new(bytes, &needles);
         let mut from = 0;
         while let Some((at, candidate)) = search.next(from) {
             if bytes.len() - at < opaque::LOOKAHEAD && !end {
                 return self.hold(at, out);
             }
-            let header = at + if candidate == Candidate::Footer { element::FOOTER_LEN } else { 0 };
+            let header = at
+                + if candidate == Candidate::Footer {
+                    element::FOOTER_LEN
+                } else {
+                    0
+                };
             match self.look(&bytes[header..], true, end) {
                 Read::Is((element, len)) => {
                     self.regain(candidate, self.offset + header as u64, out);
@@ -504,7 +551,10 @@ impl QemuParser {
             Read::Is(len) => {
                 let offset = self.offset + element::DESCRIPTION_LEN as u64;
                 out.events.push(StreamEvent::Description { offset, len });
-                self.state = State::Skip { left: u64::from(len), then: Then::Rest };
+                self.state = State::Skip {
+                    left: u64::from(len),
+                    then: Then::Rest,
+                };
                 self.take(element::DESCRIPTION_LEN, out)
             }
             Read::More => Step::More,
@@ -567,7 +617,10 @@ impl QemuParser {
     fn lose_at(&mut self, len: usize, reason: LostTrackReason, out: &mut Output<'_>) {
         match self.trust {
             Trust::Sure => {
-                out.events.push(StreamEvent::LostTrack { offset: self.offset + len as u64, reason });
+                out.events.push(StreamEvent::LostTrack {
+                    offset: self.offset + len as u64,
+                    reason,
+                });
                 self.owes_regained = true;
             }
             Trust::Probation(_) => {
@@ -584,7 +637,10 @@ impl QemuParser {
 
     /// Lets the rest of the stream pass.
     fn give_up(&mut self, reason: LostTrackReason, out: &mut Output<'_>) -> Step {
-        out.events.push(StreamEvent::LostTrack { offset: self.offset, reason });
+        out.events.push(StreamEvent::LostTrack {
+            offset: self.offset,
+            reason,
+        });
         self.state = State::Rest;
         Step::Took(0)
     }
