@@ -4,6 +4,10 @@
 //! it. Needs qemu-system-x86 (7.2 or later); `LONGHAUL_TEST_QEMU` names another binary.
 
 #[path = "qemu_agent/harness.rs"]
+#[expect(
+    clippy::unwrap_used,
+    reason = "a harness is test code; clippy knows only test functions"
+)]
 mod harness;
 
 use std::time::Duration;
@@ -516,6 +520,34 @@ async fn a_loaded_and_paused_destination_leaves_a_shared_disk_to_the_source() {
     // Needs the lock on the image back.
     assert_eq!(source.undo(SOON).await.unwrap(), Undone::Running);
     destination.kill(SOON).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_network_hears_of_the_guest_only_once_it_runs() {
+    let site = Site::new(&qemu_or_return!());
+    let capture = site.path("capture.pcap");
+    let dump = format!("filter-dump,id=dump,netdev=net,file={}", capture.display());
+    let card = [
+        "-netdev",
+        "hubport,id=net,hubid=0",
+        "-device",
+        "e1000,netdev=net,romfile=",
+    ];
+    let (_guest, mut source) = site.source(&card).await;
+    let (_guard, mut destination) = site
+        .destination(&[&card[..], &["-object", dump.as_str()]].concat())
+        .await;
+    destination.prepare(&site.path("stream")).await.unwrap();
+    source.prepare(LIMIT).await.unwrap();
+    let stream = site.take_stream(&source).await;
+    let _stream = site.feed(&stream).await;
+    let loaded = destination.wait_loaded(SOON).await.unwrap();
+    // A capture file without packets has a header of 24 bytes.
+    let captured = || std::fs::metadata(&capture).unwrap().len();
+    assert_eq!(captured(), 24);
+    destination.cont(&loaded, SOON).await.unwrap();
+    destination.announce_self().await.unwrap();
+    until("an announcement is sent", || captured() > 24).await;
 }
 
 #[tokio::test]

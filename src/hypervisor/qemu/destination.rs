@@ -15,7 +15,8 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::inventory::VmInventory;
-use super::launch::{Launch, LaunchError, Output, keep_log_bounded, launch, remove_stale_socket};
+use super::launch::{Launch, LaunchError, launch, remove_stale_socket};
+use super::output::{Output, keep_log_bounded};
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
 use super::state::{MigrationStatus, RunState};

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep};
 use super::condition::Condition;
 use super::freeze::{self, FreezeError, Frozen};
 use super::inventory::VmInventory;
+use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
 use super::state::{MigrationStatus, RunState};
@@ -32,32 +33,6 @@ pub struct SourceVm {
     process: Process,
     was_running: bool,
     remembered: Option<RememberedSettings>,
-}
-
-/// Whether PERMIT may be given as far as QEMU is concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PermitConditions {
-    /// `query-migrate` says completed and `query-status` says postmigrate.
-    Met,
-    /// Not yet.
-    NotYet {
-        /// Status of the migration.
-        status: MigrationStatus,
-        /// State of the guest.
-        run_state: RunState,
-    },
-    /// They will not be met: the migration has failed or was cancelled, and QEMU restarts a guest that was running.
-    Failed {
-        /// Status of the migration.
-        status: MigrationStatus,
-        /// QEMU's reason, if it gave one.
-        error: Option<String>,
-    },
-    /// The migration completed, and then somebody resumed the guest or changed its state.
-    Disturbed {
-        /// State of the guest.
-        run_state: RunState,
-    },
 }
 
 /// Where a source guest is after a migration was undone.
@@ -420,29 +395,7 @@ impl SourceVm {
     /// # Errors
     /// Those of the monitor.
     pub async fn permit_conditions(&self) -> Result<PermitConditions, SourceError> {
-        let progress = self.progress().await?;
-        if progress.status == MigrationStatus::Completed {
-            return Ok(match query_run_state(&self.qmp).await? {
-                RunState::PostMigrate => PermitConditions::Met,
-                // QEMU reports `completed` before it changes the guest's state.
-                run_state @ RunState::FinishMigrate => PermitConditions::NotYet {
-                    status: progress.status,
-                    run_state,
-                },
-                run_state => PermitConditions::Disturbed { run_state },
-            });
-        }
-        if progress.status.is_under_way() {
-            let run_state = query_run_state(&self.qmp).await?;
-            return Ok(PermitConditions::NotYet {
-                status: progress.status,
-                run_state,
-            });
-        }
-        Ok(PermitConditions::Failed {
-            status: progress.status,
-            error: progress.error,
-        })
+        Ok(PermitConditions::query(&self.qmp).await?)
     }
 
     /// [`SourceVm::permit_conditions`], waiting while they are not met yet. Meant for after the stream's EOF.
@@ -468,13 +421,15 @@ impl SourceVm {
     /// The process has been continued: the guest is in `postmigrate`, or runs if somebody resumed it
     /// ([`FreezeError::Resumed`]). PERMIT must not be given.
     pub async fn freeze(&self) -> Result<Frozen, FreezeError> {
-        let pid = self.process.pid();
-        let vcpu_threads = vcpu_threads(&self.qmp, &self.process)
-            .await?
-            .ok_or(ProcessError::Unreadable { pid })?;
         let mark = self.qmp.run_history();
-        match self.permit_conditions().await? {
-            PermitConditions::Met => freeze::freeze(&self.qmp, &self.process, &vcpu_threads, mark).await,
+        // One round trip for all three questions: the guest is waiting.
+        let threads = vcpu_threads(&self.qmp, &self.process);
+        let (conditions, threads) = tokio::try_join!(biased; self.permit_conditions(), threads)?;
+        let threads = threads.ok_or(ProcessError::Unreadable {
+            pid: self.process.pid(),
+        })?;
+        match conditions {
+            PermitConditions::Met => freeze::freeze(&self.qmp, &self.process, &threads, mark).await,
             other => Err(FreezeError::NotReady(other)),
         }
     }
@@ -529,28 +484,6 @@ impl SourceVm {
                 return Ok(state);
             }
             sleep(POLL_INTERVAL).await;
-        }
-    }
-}
-
-impl std::fmt::Display for PermitConditions {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            PermitConditions::Met => write!(out, "everything is sent and the guest is stopped"),
-            PermitConditions::NotYet { status, run_state } => {
-                write!(out, "its migration is {status} and its state {run_state}")
-            }
-            PermitConditions::Failed {
-                status,
-                error: Some(error),
-            } => write!(out, "its migration is {status} ({error})"),
-            PermitConditions::Failed { status, error: None } => write!(out, "its migration is {status}"),
-            PermitConditions::Disturbed { run_state } => {
-                write!(
-                    out,
-                    "its migration completed, but somebody has brought the guest into the state {run_state}"
-                )
-            }
         }
     }
 }
