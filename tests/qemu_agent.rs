@@ -10,13 +10,14 @@
 )]
 mod harness;
 
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use harness::{SOON, Site, has_switchover_bandwidth, qemu_or_return, until};
 use longhaul::hypervisor::process::{Process, ProcessError};
 use longhaul::hypervisor::qemu::{
-    DestinationError, DestinationVm, FreezeError, Frozen, LaunchError, MigrationStatus, PermitConditions, Refusal,
-    RunState, Severity, SourceError, SourceVm, SwitchoverBandwidth, Undone, compare,
+    DestinationError, DestinationVm, FreezeError, Frozen, LaunchError, MigrationStatus, OwnerError, PermitConditions,
+    Refusal, RunState, Severity, SourceError, SourceVm, SwitchoverBandwidth, Undone, compare,
 };
 use longhaul::hypervisor::qmp::{QmpClient, QmpError};
 use serde_json::json;
@@ -630,6 +631,44 @@ async fn a_monitor_that_is_in_use_is_recognised() {
         matches!(error, DestinationError::Launch(LaunchError::SocketInUse { .. })),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn a_socket_that_was_handed_to_qemu_is_qemus() {
+    let site = Site::new(&qemu_or_return!());
+    let listener = std::os::unix::net::UnixListener::bind(site.path("inherited")).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let chardev = format!("socket,id=monitor,fd={},server=on,wait=off", listener.as_raw_fd());
+    let monitor = ["-chardev", &chardev, "-mon", "chardev=monitor,mode=control"];
+    let guest = site.start(&site.qemu, "running", &monitor).await;
+    let source = SourceVm::connect(&site.path("inherited"), SOON).await.unwrap();
+    assert_eq!(source.identity().pid, guest.pid());
+}
+
+#[tokio::test]
+async fn a_relay_in_front_of_a_monitor_is_not_taken_for_the_guest() {
+    let site = Site::new(&qemu_or_return!());
+    let guest = site.start(&site.qemu, "running", &[]).await;
+    let listener = tokio::net::UnixListener::bind(site.path("relay")).unwrap();
+    let relay = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut monitor = tokio::net::UnixStream::connect(&guest.qmp).await.unwrap();
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut monitor).await;
+        }
+    });
+    let own = std::process::id();
+    let error = SourceVm::connect(&site.path("relay"), SOON).await.unwrap_err();
+    assert!(
+        matches!(error, SourceError::Owner(OwnerError::Foreign { pid, .. }) if pid == own),
+        "{error}"
+    );
+    let error = DestinationVm::connect(&site.path("relay"), SOON).await.unwrap_err();
+    assert!(
+        matches!(error, DestinationError::Owner(OwnerError::Foreign { pid, .. }) if pid == own),
+        "{error}"
+    );
+    relay.abort();
 }
 
 #[tokio::test]

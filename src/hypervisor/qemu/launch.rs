@@ -15,6 +15,7 @@ use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
 use super::output::{Output, create_log, keep_log_bounded};
+use super::owner::{OwnerError, owner};
 use super::template::{LaunchTemplate, LaunchValues};
 use crate::hypervisor::process::{Process, ProcessError};
 use crate::hypervisor::qmp::{QmpClient, QmpError};
@@ -85,6 +86,9 @@ pub enum LaunchError {
         /// The process.
         pid: u32,
     },
+    /// The process behind the monitor.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     /// The process.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -179,14 +183,13 @@ async fn wait_for_monitor(
         sleep(CONNECT_INTERVAL).await;
     };
     // The command may be a wrapper that starts QEMU; whatever answers must have come from it.
-    let process = Process::open(qmp.peer_pid())?;
+    let process = owner(&qmp).await?;
     if process.session()? != started.pid() {
         return Err(LaunchError::ForeignProcess {
             path: qmp_path.clone(),
             pid: process.pid(),
         });
     }
-    process.check_signal_permission()?;
     Ok((qmp, process))
 }
 

@@ -7,6 +7,7 @@
 //! condition.rs    whether this one may be migrated      settings.rs   capabilities and parameters, and the old ones
 //! permit.rs       whether everything is sent            freeze.rs     a source that nobody can resume
 //! template.rs     an operator's command line            launch.rs     the process it starts, output.rs what that prints
+//! owner.rs        which process a monitor belongs to
 //! progress.rs     query-migrate                         state.rs      QEMU's names of states
 //! ```
 //!
@@ -20,6 +21,7 @@ mod freeze;
 mod inventory;
 mod launch;
 mod output;
+mod owner;
 mod permit;
 mod progress;
 mod settings;
@@ -35,6 +37,7 @@ pub use inventory::{
     CpuModel, Device, Disk, FeatureWord, InventoryTooLarge, MemoryDevice, PciDevice, RamBlock, Register, VmInventory,
 };
 pub use launch::{Launch, LaunchError};
+pub use owner::OwnerError;
 pub use permit::PermitConditions;
 pub use progress::{MigrationProgress, RamProgress};
 pub use settings::{Capability, ParameterValue, RememberedSettings};

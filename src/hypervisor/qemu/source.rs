@@ -12,12 +12,13 @@
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::condition::Condition;
 use super::freeze::{self, FreezeError, Frozen};
 use super::inventory::VmInventory;
+use super::owner::{OwnerError, owner, vcpu_threads};
 use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
@@ -77,17 +78,9 @@ pub enum SourceError {
         /// Why not.
         obstacle: &'static str,
     },
-    /// The socket's credentials name a process that is not this QEMU.
-    #[error(
-        "The process {pid} that created the monitor {path} is not the QEMU that answers on it (its vCPU threads belong \
-         elsewhere), so the gateway could not stop it safely. Let QEMU itself create the socket."
-    )]
-    ForeignProcess {
-        /// The monitor.
-        path: String,
-        /// The process.
-        pid: u32,
-    },
+    /// The process behind the monitor.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     /// The process behind the monitor is not the recorded one.
     #[error("The monitor {path} belongs to another process than the one recorded; the recorded source has ended.")]
     AnotherProcess {
@@ -134,10 +127,11 @@ impl SourceVm {
     /// Connects to a QEMU whose guest runs or is paused. Remembers which, and does not touch it.
     ///
     /// # Errors
-    /// [`SourceError::NotMigratable`] for any other state; [`SourceError::ForeignProcess`] where stopping the process
-    /// would hit another one.
+    /// [`SourceError::NotMigratable`] for any other state; [`SourceError::Owner`] where stopping the process would hit
+    /// another one.
     pub async fn connect(qmp_path: &Path, deadline: Duration) -> Result<SourceVm, SourceError> {
-        let (qmp, process) = attach(qmp_path, deadline).await?;
+        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let process = owner(&qmp).await?;
         let state = query_run_state(&qmp).await?;
         if let Some(obstacle) = state.source_obstacle() {
             return Err(SourceError::NotMigratable {
@@ -168,7 +162,8 @@ impl SourceVm {
         remembered: Option<RememberedSettings>,
         deadline: Duration,
     ) -> Result<SourceVm, SourceError> {
-        let (qmp, process) = attach(qmp_path, deadline).await?;
+        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let process = owner(&qmp).await?;
         if process.identity() != identity {
             return Err(SourceError::AnotherProcess {
                 path: qmp_path.display().to_string(),
@@ -423,11 +418,8 @@ impl SourceVm {
     pub async fn freeze(&self) -> Result<Frozen, FreezeError> {
         let mark = self.qmp.run_history();
         // One round trip for all three questions: the guest is waiting.
-        let threads = vcpu_threads(&self.qmp, &self.process);
+        let threads = async { Ok(vcpu_threads(&self.qmp, &self.process).await?) };
         let (conditions, threads) = tokio::try_join!(biased; self.permit_conditions(), threads)?;
-        let threads = threads.ok_or(ProcessError::Unreadable {
-            pid: self.process.pid(),
-        })?;
         match conditions {
             PermitConditions::Met => freeze::freeze(&self.qmp, &self.process, &threads, mark).await,
             other => Err(FreezeError::NotReady(other)),
@@ -486,33 +478,6 @@ impl SourceVm {
             sleep(POLL_INTERVAL).await;
         }
     }
-}
-
-async fn attach(qmp_path: &Path, deadline: Duration) -> Result<(QmpClient, Process), SourceError> {
-    let qmp = QmpClient::connect(qmp_path, deadline).await?;
-    let process = Process::open(qmp.peer_pid())?;
-    process.check_signal_permission()?;
-    if vcpu_threads(&qmp, &process).await?.is_none() {
-        return Err(SourceError::ForeignProcess {
-            path: qmp_path.display().to_string(),
-            pid: process.pid(),
-        });
-    }
-    Ok((qmp, process))
-}
-
-/// The host's ids of the vCPU threads, or `None` if the process has no such threads: a socket that was created by another
-/// process and handed to QEMU carries that other's credentials.
-async fn vcpu_threads(qmp: &QmpClient, process: &Process) -> Result<Option<Vec<u32>>, SourceError> {
-    let cpus: Vec<Value> = qmp.query("query-cpus-fast", json!({})).await?;
-    let inner = cpus
-        .iter()
-        .filter_map(|cpu| u32::try_from(cpu["thread-id"].as_u64()?).ok())
-        .collect::<Vec<u32>>();
-    if inner.is_empty() {
-        return Ok(None);
-    }
-    Ok(process.host_threads(&inner)?)
 }
 
 fn downtime_limit_ms(limit: Duration) -> Result<u64, SourceError> {
