@@ -4,15 +4,20 @@
 //! it. Needs qemu-system-x86 (7.2 or later); `LONGHAUL_TEST_QEMU` names another binary.
 
 #[path = "qemu_agent/harness.rs"]
+#[expect(
+    clippy::unwrap_used,
+    reason = "a harness is test code; clippy knows only test functions"
+)]
 mod harness;
 
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use harness::{SOON, Site, has_switchover_bandwidth, qemu_or_return, until};
 use longhaul::hypervisor::process::{Process, ProcessError};
 use longhaul::hypervisor::qemu::{
-    DestinationError, DestinationVm, FreezeError, Frozen, LaunchError, MigrationStatus, PermitConditions, Refusal,
-    RunState, Severity, SourceError, SourceVm, SwitchoverBandwidth, Undone, compare,
+    DestinationError, DestinationVm, FreezeError, Frozen, LaunchError, MigrationStatus, OwnerError, PermitConditions,
+    Refusal, RunState, Severity, SourceError, SourceVm, SwitchoverBandwidth, Undone, compare,
 };
 use longhaul::hypervisor::qmp::{QmpClient, QmpError};
 use serde_json::json;
@@ -519,6 +524,34 @@ async fn a_loaded_and_paused_destination_leaves_a_shared_disk_to_the_source() {
 }
 
 #[tokio::test]
+async fn the_network_hears_of_the_guest_only_once_it_runs() {
+    let site = Site::new(&qemu_or_return!());
+    let capture = site.path("capture.pcap");
+    let dump = format!("filter-dump,id=dump,netdev=net,file={}", capture.display());
+    let card = [
+        "-netdev",
+        "hubport,id=net,hubid=0",
+        "-device",
+        "e1000,netdev=net,romfile=",
+    ];
+    let (_guest, mut source) = site.source(&card).await;
+    let (_guard, mut destination) = site
+        .destination(&[&card[..], &["-object", dump.as_str()]].concat())
+        .await;
+    destination.prepare(&site.path("stream")).await.unwrap();
+    source.prepare(LIMIT).await.unwrap();
+    let stream = site.take_stream(&source).await;
+    let _stream = site.feed(&stream).await;
+    let loaded = destination.wait_loaded(SOON).await.unwrap();
+    // A capture file without packets has a header of 24 bytes.
+    let captured = || std::fs::metadata(&capture).unwrap().len();
+    assert_eq!(captured(), 24);
+    destination.cont(&loaded, SOON).await.unwrap();
+    destination.announce_self().await.unwrap();
+    until("an announcement is sent", || captured() > 24).await;
+}
+
+#[tokio::test]
 async fn a_destination_survives_the_gateway_and_is_found_again() {
     let site = Site::new(&qemu_or_return!());
     let (_guard, destination) = site.destination(&[]).await;
@@ -598,6 +631,44 @@ async fn a_monitor_that_is_in_use_is_recognised() {
         matches!(error, DestinationError::Launch(LaunchError::SocketInUse { .. })),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn a_socket_that_was_handed_to_qemu_is_qemus() {
+    let site = Site::new(&qemu_or_return!());
+    let listener = std::os::unix::net::UnixListener::bind(site.path("inherited")).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let chardev = format!("socket,id=monitor,fd={},server=on,wait=off", listener.as_raw_fd());
+    let monitor = ["-chardev", &chardev, "-mon", "chardev=monitor,mode=control"];
+    let guest = site.start(&site.qemu, "running", &monitor).await;
+    let source = SourceVm::connect(&site.path("inherited"), SOON).await.unwrap();
+    assert_eq!(source.identity().pid, guest.pid());
+}
+
+#[tokio::test]
+async fn a_relay_in_front_of_a_monitor_is_not_taken_for_the_guest() {
+    let site = Site::new(&qemu_or_return!());
+    let guest = site.start(&site.qemu, "running", &[]).await;
+    let listener = tokio::net::UnixListener::bind(site.path("relay")).unwrap();
+    let relay = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut monitor = tokio::net::UnixStream::connect(&guest.qmp).await.unwrap();
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut monitor).await;
+        }
+    });
+    let own = std::process::id();
+    let error = SourceVm::connect(&site.path("relay"), SOON).await.unwrap_err();
+    assert!(
+        matches!(error, SourceError::Owner(OwnerError::Foreign { pid, .. }) if pid == own),
+        "{error}"
+    );
+    let error = DestinationVm::connect(&site.path("relay"), SOON).await.unwrap_err();
+    assert!(
+        matches!(error, DestinationError::Owner(OwnerError::Foreign { pid, .. }) if pid == own),
+        "{error}"
+    );
+    relay.abort();
 }
 
 #[tokio::test]

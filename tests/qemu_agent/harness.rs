@@ -66,7 +66,7 @@ pub(crate) struct Guest {
 impl Site {
     pub(crate) fn new(qemu: &Path) -> Site {
         Site {
-            folder: tempfile::tempdir().unwrap(),
+            folder: tempfile::Builder::new().prefix("longhaul-qemu-").tempdir().unwrap(),
             qemu: qemu.to_owned(),
         }
     }
@@ -136,7 +136,8 @@ impl Site {
     pub(crate) async fn take_stream(&self, source: &SourceVm) -> Vec<u8> {
         let mut stream = self.begin(source).await;
         let mut bytes = Vec::new();
-        stream.read_to_end(&mut bytes).await.unwrap();
+        let whole = tokio::time::timeout(SOON, stream.read_to_end(&mut bytes)).await;
+        whole.expect("the source never ended its stream").unwrap();
         let conditions = source.wait_for_permit_conditions(SOON).await.unwrap();
         assert_eq!(conditions, PermitConditions::Met);
         bytes

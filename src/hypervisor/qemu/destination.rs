@@ -15,7 +15,9 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::inventory::VmInventory;
-use super::launch::{Launch, LaunchError, Output, keep_log_bounded, launch, remove_stale_socket};
+use super::launch::{Launch, LaunchError, launch, remove_stale_socket};
+use super::output::{Output, keep_log_bounded};
+use super::owner::{OwnerError, owner};
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
 use super::state::{MigrationStatus, RunState};
@@ -100,6 +102,9 @@ pub enum DestinationError {
         /// Its pid.
         pid: u32,
     },
+    /// The process behind the monitor.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     /// Starting it.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -133,8 +138,7 @@ impl DestinationVm {
     /// Those of the monitor and the process.
     pub async fn connect(qmp_path: &Path, deadline: Duration) -> Result<DestinationVm, DestinationError> {
         let qmp = QmpClient::connect(qmp_path, deadline).await?;
-        let process = Process::open(qmp.peer_pid())?;
-        process.check_signal_permission()?;
+        let process = owner(&qmp).await?;
         Ok(DestinationVm {
             qmp,
             process,

@@ -12,7 +12,8 @@
 
 use std::time::Duration;
 
-use super::source::{PermitConditions, SourceError};
+use super::permit::PermitConditions;
+use super::source::SourceError;
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
 use crate::hypervisor::qmp::{QmpClient, QmpError, RunHistory};
 
@@ -133,3 +134,72 @@ impl Drop for ThawOnDrop {
 
 /// Time for a signal to take effect on all threads; a main loop in the middle of a disk flush cannot stop at once.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::qmp::test_monitor;
+    use std::process::{Child, Command};
+    use tokio::io::AsyncWriteExt;
+
+    /// A process in the place of QEMU.
+    struct Stand(Child);
+
+    impl Drop for Stand {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// Freezes a process whose monitor has `said` something that nobody has read yet.
+    async fn freeze_after(said: &[u8], mark: RunHistory) -> (Stand, Process, Result<Frozen, FreezeError>) {
+        let stand = Stand(Command::new("sleep").arg("1000").spawn().unwrap());
+        let process = Process::open(stand.0.id()).unwrap();
+        let (_directory, client, mut monitor) = test_monitor().await;
+        monitor.write_all(said).await.unwrap();
+        let result = freeze(&client, &process, &[stand.0.id()], mark).await;
+        (stand, process, result)
+    }
+
+    #[tokio::test]
+    async fn a_silent_guest_is_frozen_and_thawed() {
+        let said = b"{\"event\": \"STOP\"} {\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}";
+        let (_stand, process, result) = freeze_after(said, RunHistory::default()).await;
+        let frozen = result.unwrap();
+        assert!(process.is_stopped().unwrap() && frozen.is_still_frozen().unwrap());
+        frozen.thaw().await.unwrap();
+        assert!(!process.is_stopped().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_resume_that_nobody_had_read_yet_prevents_the_freeze_and_the_process_goes_on() {
+        for said in [
+            &b"{\"event\": \"RESUME\"}"[..],
+            b"{\"event\": \"RESUME\"} {\"event\": \"STOP\"}",
+        ] {
+            let (_stand, process, result) = freeze_after(said, RunHistory::default()).await;
+            assert!(matches!(result, Err(FreezeError::Resumed)), "{result:?}");
+            process.resume(STOP_DEADLINE).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_resume_before_the_migration_stopped_the_guest_is_no_obstacle() {
+        let said = b"{\"event\": \"RESUME\"} {\"event\": \"STOP\"}";
+        let mark = RunHistory {
+            stops: 1,
+            resumes: 1,
+            resumed_last: false,
+        };
+        let (_stand, _process, result) = freeze_after(said, mark).await;
+        result.unwrap().thaw().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_message_cut_in_the_middle_prevents_the_freeze() {
+        let (_stand, process, result) = freeze_after(b"{\"event\": \"RES", RunHistory::default()).await;
+        assert!(matches!(result, Err(FreezeError::CutMessage)), "{result:?}");
+        process.resume(STOP_DEADLINE).await.unwrap();
+    }
+}

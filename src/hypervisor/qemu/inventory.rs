@@ -38,7 +38,7 @@ pub struct VmInventory {
     pub cpu: CpuModel,
     /// Devices a user asked for (`-device`, hotplug).
     pub devices: Vec<Device>,
-    /// Objects that the machine brings itself: type and how many of it, by type.
+    /// Objects that the machine brings itself: type and how many of it, by type. Empty if they are too many to be walked.
     pub built_in: Vec<(String, u32)>,
     /// Devices on PCI root buses.
     pub pci: Vec<PciDevice>,
@@ -314,7 +314,8 @@ async fn collect_built_in(qmp: &QmpClient) -> Result<Vec<(String, u32)>, QmpErro
     while let Some((folder, depth)) = folders.pop() {
         visited += 1;
         if visited > LIST_LIMIT {
-            break;
+            tracing::warn!("the machine has too many objects; the built-in ones are not compared");
+            return Ok(Vec::new());
         }
         for (name, type_name) in children(qmp, &folder).await? {
             let is_wiring = matches!(type_name.as_str(), "irq" | "container") || type_name.contains("memory-region");
@@ -323,7 +324,7 @@ async fn collect_built_in(qmp: &QmpClient) -> Result<Vec<(String, u32)>, QmpErro
             if !is_wiring && !is_users && counts.len() < LIST_LIMIT {
                 *counts.entry(type_name.clone()).or_insert(0) += 1;
             }
-            let is_leaf = type_name == "irq" || type_name.contains("memory-region");
+            let is_leaf = type_name == "irq" || type_name.contains("memory-region") || type_name.ends_with("-cpu");
             if !is_leaf && !is_users && depth < TREE_DEPTH {
                 folders.push((path, depth + 1));
             }

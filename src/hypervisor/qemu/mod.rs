@@ -5,7 +5,10 @@
 //! destination.rs  DestinationVm: launch or connect → prepare → wait until loaded → start, or kill
 //! inventory.rs    what the machine consists of          compare.rs    whether two are the same machine
 //! condition.rs    whether this one may be migrated      settings.rs   capabilities and parameters, and the old ones
-//! freeze.rs       a source that nobody can resume       launch.rs     an argv template and the process it starts
+//! permit.rs       whether everything is sent            freeze.rs     a source that nobody can resume
+//! template.rs     an operator's command line            launch.rs     the process it starts, output.rs what that prints
+//! owner.rs        which process a monitor belongs to
+//! progress.rs     query-migrate                         state.rs      QEMU's names of states
 //! ```
 //!
 //! The order of the steps, and what each may leave behind, is the callers' business: they keep the journal. Here each step
@@ -17,10 +20,14 @@ mod destination;
 mod freeze;
 mod inventory;
 mod launch;
+mod output;
+mod owner;
+mod permit;
 mod progress;
 mod settings;
 mod source;
 mod state;
+mod template;
 
 pub use compare::{Mismatch, Severity, compare};
 pub use condition::{Condition, Refusal, WritableDisk};
@@ -29,11 +36,14 @@ pub use freeze::{FreezeError, Frozen};
 pub use inventory::{
     CpuModel, Device, Disk, FeatureWord, InventoryTooLarge, MemoryDevice, PciDevice, RamBlock, Register, VmInventory,
 };
-pub use launch::{Launch, LaunchError, LaunchTemplate, LaunchValues, TemplateError};
+pub use launch::{Launch, LaunchError};
+pub use owner::OwnerError;
+pub use permit::PermitConditions;
 pub use progress::{MigrationProgress, RamProgress};
 pub use settings::{Capability, ParameterValue, RememberedSettings};
-pub use source::{DirtyRate, PermitConditions, SourceError, SourceVm, SwitchoverBandwidth, Undone};
+pub use source::{DirtyRate, SourceError, SourceVm, SwitchoverBandwidth, Undone};
 pub use state::{MigrationStatus, RunState};
+pub use template::{LaunchTemplate, LaunchValues, TemplateError};
 
 use std::path::Path;
 use std::time::Duration;

@@ -64,8 +64,19 @@ impl MigrationProgress {
     }
 }
 
+#[cfg(test)]
+impl MigrationProgress {
+    /// Of a migration of which only the status is known.
+    pub(super) fn of_status(status: MigrationStatus) -> MigrationProgress {
+        MigrationProgress {
+            status,
+            ..MigrationProgress::from(Answer::default())
+        }
+    }
+}
+
 /// The answer as QEMU's schema has it; times in milliseconds.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Answer {
     status: Option<String>,

@@ -12,12 +12,14 @@
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::condition::Condition;
 use super::freeze::{self, FreezeError, Frozen};
 use super::inventory::VmInventory;
+use super::owner::{OwnerError, owner, vcpu_threads};
+use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
 use super::state::{MigrationStatus, RunState};
@@ -32,32 +34,6 @@ pub struct SourceVm {
     process: Process,
     was_running: bool,
     remembered: Option<RememberedSettings>,
-}
-
-/// Whether PERMIT may be given as far as QEMU is concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PermitConditions {
-    /// `query-migrate` says completed and `query-status` says postmigrate.
-    Met,
-    /// Not yet.
-    NotYet {
-        /// Status of the migration.
-        status: MigrationStatus,
-        /// State of the guest.
-        run_state: RunState,
-    },
-    /// They will not be met: the migration has failed or was cancelled, and QEMU restarts a guest that was running.
-    Failed {
-        /// Status of the migration.
-        status: MigrationStatus,
-        /// QEMU's reason, if it gave one.
-        error: Option<String>,
-    },
-    /// The migration completed, and then somebody resumed the guest or changed its state.
-    Disturbed {
-        /// State of the guest.
-        run_state: RunState,
-    },
 }
 
 /// Where a source guest is after a migration was undone.
@@ -102,17 +78,9 @@ pub enum SourceError {
         /// Why not.
         obstacle: &'static str,
     },
-    /// The socket's credentials name a process that is not this QEMU.
-    #[error(
-        "The process {pid} that created the monitor {path} is not the QEMU that answers on it (its vCPU threads belong \
-         elsewhere), so the gateway could not stop it safely. Let QEMU itself create the socket."
-    )]
-    ForeignProcess {
-        /// The monitor.
-        path: String,
-        /// The process.
-        pid: u32,
-    },
+    /// The process behind the monitor.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     /// The process behind the monitor is not the recorded one.
     #[error("The monitor {path} belongs to another process than the one recorded; the recorded source has ended.")]
     AnotherProcess {
@@ -159,10 +127,11 @@ impl SourceVm {
     /// Connects to a QEMU whose guest runs or is paused. Remembers which, and does not touch it.
     ///
     /// # Errors
-    /// [`SourceError::NotMigratable`] for any other state; [`SourceError::ForeignProcess`] where stopping the process
-    /// would hit another one.
+    /// [`SourceError::NotMigratable`] for any other state; [`SourceError::Owner`] where stopping the process would hit
+    /// another one.
     pub async fn connect(qmp_path: &Path, deadline: Duration) -> Result<SourceVm, SourceError> {
-        let (qmp, process) = attach(qmp_path, deadline).await?;
+        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let process = owner(&qmp).await?;
         let state = query_run_state(&qmp).await?;
         if let Some(obstacle) = state.source_obstacle() {
             return Err(SourceError::NotMigratable {
@@ -193,7 +162,8 @@ impl SourceVm {
         remembered: Option<RememberedSettings>,
         deadline: Duration,
     ) -> Result<SourceVm, SourceError> {
-        let (qmp, process) = attach(qmp_path, deadline).await?;
+        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let process = owner(&qmp).await?;
         if process.identity() != identity {
             return Err(SourceError::AnotherProcess {
                 path: qmp_path.display().to_string(),
@@ -420,29 +390,7 @@ impl SourceVm {
     /// # Errors
     /// Those of the monitor.
     pub async fn permit_conditions(&self) -> Result<PermitConditions, SourceError> {
-        let progress = self.progress().await?;
-        if progress.status == MigrationStatus::Completed {
-            return Ok(match query_run_state(&self.qmp).await? {
-                RunState::PostMigrate => PermitConditions::Met,
-                // QEMU reports `completed` before it changes the guest's state.
-                run_state @ RunState::FinishMigrate => PermitConditions::NotYet {
-                    status: progress.status,
-                    run_state,
-                },
-                run_state => PermitConditions::Disturbed { run_state },
-            });
-        }
-        if progress.status.is_under_way() {
-            let run_state = query_run_state(&self.qmp).await?;
-            return Ok(PermitConditions::NotYet {
-                status: progress.status,
-                run_state,
-            });
-        }
-        Ok(PermitConditions::Failed {
-            status: progress.status,
-            error: progress.error,
-        })
+        Ok(PermitConditions::query(&self.qmp).await?)
     }
 
     /// [`SourceVm::permit_conditions`], waiting while they are not met yet. Meant for after the stream's EOF.
@@ -468,13 +416,12 @@ impl SourceVm {
     /// The process has been continued: the guest is in `postmigrate`, or runs if somebody resumed it
     /// ([`FreezeError::Resumed`]). PERMIT must not be given.
     pub async fn freeze(&self) -> Result<Frozen, FreezeError> {
-        let pid = self.process.pid();
-        let vcpu_threads = vcpu_threads(&self.qmp, &self.process)
-            .await?
-            .ok_or(ProcessError::Unreadable { pid })?;
         let mark = self.qmp.run_history();
-        match self.permit_conditions().await? {
-            PermitConditions::Met => freeze::freeze(&self.qmp, &self.process, &vcpu_threads, mark).await,
+        // One round trip for all three questions: the guest is waiting.
+        let threads = async { Ok(vcpu_threads(&self.qmp, &self.process).await?) };
+        let (conditions, threads) = tokio::try_join!(biased; self.permit_conditions(), threads)?;
+        match conditions {
+            PermitConditions::Met => freeze::freeze(&self.qmp, &self.process, &threads, mark).await,
             other => Err(FreezeError::NotReady(other)),
         }
     }
@@ -531,55 +478,6 @@ impl SourceVm {
             sleep(POLL_INTERVAL).await;
         }
     }
-}
-
-impl std::fmt::Display for PermitConditions {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            PermitConditions::Met => write!(out, "everything is sent and the guest is stopped"),
-            PermitConditions::NotYet { status, run_state } => {
-                write!(out, "its migration is {status} and its state {run_state}")
-            }
-            PermitConditions::Failed {
-                status,
-                error: Some(error),
-            } => write!(out, "its migration is {status} ({error})"),
-            PermitConditions::Failed { status, error: None } => write!(out, "its migration is {status}"),
-            PermitConditions::Disturbed { run_state } => {
-                write!(
-                    out,
-                    "its migration completed, but somebody has brought the guest into the state {run_state}"
-                )
-            }
-        }
-    }
-}
-
-async fn attach(qmp_path: &Path, deadline: Duration) -> Result<(QmpClient, Process), SourceError> {
-    let qmp = QmpClient::connect(qmp_path, deadline).await?;
-    let process = Process::open(qmp.peer_pid())?;
-    process.check_signal_permission()?;
-    if vcpu_threads(&qmp, &process).await?.is_none() {
-        return Err(SourceError::ForeignProcess {
-            path: qmp_path.display().to_string(),
-            pid: process.pid(),
-        });
-    }
-    Ok((qmp, process))
-}
-
-/// The host's ids of the vCPU threads, or `None` if the process has no such threads: a socket that was created by another
-/// process and handed to QEMU carries that other's credentials.
-async fn vcpu_threads(qmp: &QmpClient, process: &Process) -> Result<Option<Vec<u32>>, SourceError> {
-    let cpus: Vec<Value> = qmp.query("query-cpus-fast", json!({})).await?;
-    let inner = cpus
-        .iter()
-        .filter_map(|cpu| u32::try_from(cpu["thread-id"].as_u64()?).ok())
-        .collect::<Vec<u32>>();
-    if inner.is_empty() {
-        return Ok(None);
-    }
-    Ok(process.host_threads(&inner)?)
 }
 
 fn downtime_limit_ms(limit: Duration) -> Result<u64, SourceError> {

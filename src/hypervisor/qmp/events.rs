@@ -132,7 +132,7 @@ impl Listeners {
 
 /// Longest event name kept, in characters; QEMU's longest is under 40.
 pub const NAME_LIMIT: usize = 64;
-/// Longest event message whose data is kept, in bytes. With [`QUEUE_EVENTS`] it bounds a listener's queue.
+/// Longest event message whose data is kept, in bytes. It bounds a listener's queue to 4 MiB.
 pub const DATA_LIMIT: usize = 4096;
 /// Events in a listener's queue; about 500 migrations' worth of status changes.
 const QUEUE_EVENTS: usize = 1024;

@@ -410,3 +410,5 @@ type Replies = HashMap<u64, oneshot::Sender<connection::Reply>>;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(super) use tests::connected as test_monitor;

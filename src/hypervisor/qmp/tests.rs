@@ -41,7 +41,8 @@ async fn command(stream: &mut BufReader<UnixStream>) -> (String, u64) {
     )
 }
 
-async fn connected() -> (tempfile::TempDir, QmpClient, BufReader<UnixStream>) {
+/// A client in command mode, and the other end of its connection.
+pub(crate) async fn connected() -> (tempfile::TempDir, QmpClient, BufReader<UnixStream>) {
     let (directory, path, listener) = monitor();
     let (client, stream) = tokio::join!(QmpClient::connect(&path, SOON), greet(&listener));
     (directory, client.unwrap(), stream)
