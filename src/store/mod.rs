@@ -1,1 +1,3 @@
-//! .
+//! What a gateway keeps on disk.
+
+pub mod journal;
