@@ -1,348 +1,13 @@
-//! The source's machine: gathers what PERMIT needs, and after PERMIT waits for the destination's verdict, whatever happens.
+//! The source's transition table.
 
-use super::effect::{Effect, IllegalStep, ImpossibleRecords, VmmFact};
-use super::message::{Claim, Doubt, Message, Permit, Resolution, StreamSum, Verdict};
-use super::record::{JournalRecord, Outcome, RecordKind};
-use crate::proto::page::JournalId;
-
-/// One migration as its source sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Source {
-    terms: SourceTerms,
-    state: SourceState,
-}
-
-/// What does not change during a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SourceTerms {
-    /// Whether the guest ran when the migration began.
-    pub was_running: bool,
-    /// The destination's journal when the migration began.
-    pub destination_journal: JournalId,
-}
-
-/// Where the source is in a migration.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum SourceState {
-    /// Nothing has begun, or everything is over and forgotten.
-    Idle,
-    /// `Started` is being recorded. `doomed`: how the migration will be closed instead of begun.
-    Starting {
-        /// Set by what came in meanwhile.
-        doomed: Option<Outcome>,
-    },
-    /// The vmm migrates. The source may end this at will.
-    Copying(Evidence),
-    /// Everything is sent, and the vmm is being frozen.
-    Freezing(StreamSum),
-    /// `Permit` is being recorded.
-    Permitting {
-        /// What is being recorded.
-        permit: Permit,
-        /// The guest was seen running since: the permit must not be sent.
-        loose: bool,
-    },
-    /// The permit is, or may be, on disk but was never sent by this process: the destination is asked for ABORT.
-    Withheld,
-    /// The permit is out. Only a verdict, or a person, leads on.
-    Permitted {
-        /// What was recorded.
-        permit: Permit,
-        /// Whether missing bytes can be sent again.
-        bytes: Bytes,
-        /// What a person was told, if something is wrong.
-        doubt: Option<Doubt>,
-    },
-    /// The verdict is being recorded.
-    Learning {
-        /// As in `Permitted`.
-        permit: Permit,
-        /// As in `Permitted`.
-        bytes: Bytes,
-        /// What the destination decided.
-        verdict: Verdict,
-    },
-    /// A person's decision is being recorded.
-    Resolving {
-        /// As in `Permitted`.
-        permit: Permit,
-        /// As in `Permitted`.
-        bytes: Bytes,
-        /// The decision.
-        resolution: Resolution,
-    },
-    /// The guest is being continued here.
-    Resuming {
-        /// The decision that led here, if it was a person's.
-        resolution: Option<Resolution>,
-    },
-    /// The VM is ours, and its vmm does not continue it.
-    Stranded {
-        /// The decision that led here, if it was a person's.
-        resolution: Option<Resolution>,
-    },
-    /// The VM is the destination's, and our vmm is being ended.
-    Discarding {
-        /// The decision that led here, if it was a person's.
-        resolution: Option<Resolution>,
-    },
-    /// `Closed` is being recorded.
-    Closing {
-        /// Where the VM is.
-        outcome: Outcome,
-        /// The decision that led here, if it was a person's.
-        resolution: Option<Resolution>,
-    },
-    /// Over.
-    Closed {
-        /// Where the VM is.
-        outcome: Outcome,
-        /// The decision that led here, if it was a person's.
-        resolution: Option<Resolution>,
-    },
-}
-
-/// What PERMIT needs of the vmm, in whatever order it is seen. EOF alone proves nothing: it also follows failure and cancel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Evidence {
-    /// The stream has ended (EOF), and this is what it was.
-    pub stream: Option<StreamSum>,
-    /// `query-migrate` says completed.
-    pub completed: bool,
-    /// `query-status` says postmigrate.
-    pub postmigrate: bool,
-}
-
-/// Whether the source gateway still holds what the destination has not acknowledged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Bytes {
-    /// Yes.
-    Held,
-    /// No: it was restarted.
-    Lost,
-}
-
-/// What happens to a source.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum SourceEvent {
-    /// The operator wants the migration and every pre-check has passed.
-    Begin,
-    /// The record asked for is durable.
-    Recorded,
-    /// The record asked for may or may not be durable.
-    JournalFailed,
-    /// EOF on the vmm's socket.
-    StreamEnded(StreamSum),
-    /// The vmm reports the migration completed.
-    MigrateCompleted,
-    /// The vmm reports its run state postmigrate.
-    PostMigrate,
-    /// The vmm reports the migration failed or cancelled, or cannot be told to migrate.
-    MigrateFailed,
-    /// The process is stopped, and no RESUME was seen.
-    Frozen,
-    /// The process could not be stopped, or a RESUME was seen.
-    FreezeFailed,
-    /// The guest runs again.
-    Resumed,
-    /// The vmm refuses to continue the guest.
-    ResumeFailed,
-    /// The vmm was ended, or is left paused because the configuration says so.
-    Discarded,
-    /// The vmm's process is gone, for sure.
-    VmmDead,
-    /// The guest was seen running.
-    VmmRunning,
-    /// The vmm was seen, its guest paused.
-    VmmPaused,
-    /// The operator, or the policy, gives up.
-    Cancel,
-    /// There is contact with the peer, again or still. Comes before any message of a new connection.
-    Contact {
-        /// The peer's journal as its hello says.
-        journal: JournalId,
-    },
-    /// The peer says something.
-    Received(Message),
-    /// A person decides.
-    Resolve(Resolution),
-}
+use super::super::effect::{Effect, IllegalStep};
+use super::super::message::{Claim, Doubt, Message, Permit, Resolution, Verdict};
+use super::super::record::{Outcome, RecordKind};
+use super::{Bytes, Evidence, SourceEvent, SourceState, SourceTerms};
 
 type Step = Result<(SourceState, Vec<Effect>), IllegalStep>;
 
-impl Source {
-    /// A migration about to begin.
-    #[must_use]
-    pub fn new(terms: SourceTerms) -> Self {
-        Self {
-            terms,
-            state: SourceState::Idle,
-        }
-    }
-
-    /// Takes in one event.
-    ///
-    /// # Errors
-    /// The rules do not have this step, and nothing has changed.
-    pub fn handle(&mut self, event: &SourceEvent) -> Result<Vec<Effect>, IllegalStep> {
-        let (state, effects) = self.state.step(&self.terms, event)?;
-        self.state = state;
-        Ok(effects)
-    }
-
-    /// Where the migration is.
-    #[must_use]
-    pub fn state(&self) -> &SourceState {
-        &self.state
-    }
-
-    /// What does not change.
-    #[must_use]
-    pub fn terms(&self) -> &SourceTerms {
-        &self.terms
-    }
-
-    /// Where the VM is, once the migration is over.
-    #[must_use]
-    pub fn outcome(&self) -> Option<Outcome> {
-        match self.state {
-            SourceState::Closed { outcome, .. } => Some(outcome),
-            _ => None,
-        }
-    }
-
-    /// The state after a restart of the gateway, from all records of the migration in order, and what to do first.
-    ///
-    /// Before PERMIT the migration is undone; after it the destination is asked. Nothing here reads an absent record as proof of
-    /// more than that: a source without `Started` has touched nothing.
-    ///
-    /// # Errors
-    /// The records are not what a source writes.
-    pub fn recover(records: &[JournalRecord], fact: VmmFact) -> Result<(Self, Vec<Effect>), ImpossibleRecords> {
-        let mut written = Written::Nothing;
-        let mut terms = SourceTerms {
-            was_running: false,
-            destination_journal: JournalId([0; 16]),
-        };
-        let mut after = None;
-        for record in records {
-            written = match (written, &record.kind) {
-                (Written::Nothing, RecordKind::Started { was_running }) => {
-                    terms = SourceTerms {
-                        was_running: *was_running,
-                        destination_journal: record.peer_journal,
-                    };
-                    Written::Started
-                }
-                (Written::Started, RecordKind::Permit(permit)) => Written::Permit(*permit),
-                (Written::Permit(_), RecordKind::Learnt(verdict)) => Written::Learnt(*verdict),
-                (Written::Permit(_) | Written::Resolved(_), RecordKind::Resolved(resolution)) => {
-                    Written::Resolved(resolution.clone())
-                }
-                (Written::Resolved(resolution), RecordKind::Closed(outcome)) => {
-                    Written::Closed(*outcome, Some(resolution))
-                }
-                (Written::Started | Written::Learnt(_), RecordKind::Closed(outcome)) => Written::Closed(*outcome, None),
-                // The permit was withheld, and the destination aborted.
-                (Written::Permit(_), RecordKind::Closed(outcome)) => Written::Closed(*outcome, None),
-                (_, found) => {
-                    return Err(ImpossibleRecords {
-                        role: "source",
-                        found: format!("{found:?}"),
-                        after: after.map_or_else(|| "nothing".to_owned(), |kind: &RecordKind| format!("{kind:?}")),
-                    });
-                }
-            };
-            after = Some(&record.kind);
-        }
-        let (state, effects) = written.recover(&terms, fact);
-        Ok((Self { terms, state }, effects))
-    }
-}
-
-/// How far the journal goes.
-enum Written {
-    Nothing,
-    Started,
-    Permit(Permit),
-    Learnt(Verdict),
-    Resolved(Resolution),
-    Closed(Outcome, Option<Resolution>),
-}
-
-impl Written {
-    fn recover(self, terms: &SourceTerms, fact: VmmFact) -> (SourceState, Vec<Effect>) {
-        let dead = fact == VmmFact::Dead;
-        match self {
-            Self::Nothing => (SourceState::Idle, vec![]),
-            Self::Started if dead => {
-                let (state, mut effects) = close(Outcome::VmmDied, None);
-                effects.insert(0, Effect::Send(Message::Cancel));
-                (state, effects)
-            }
-            Self::Started => give_up(terms),
-            Self::Permit(permit) => {
-                let mut effects = vec![];
-                let mut doubt = None;
-                if fact == VmmFact::Running {
-                    doubt = Some(Doubt::RanAfterPermit);
-                    effects.push(Effect::NeedsPerson(Doubt::RanAfterPermit));
-                }
-                if !dead {
-                    effects.insert(0, Effect::FreezeVmm);
-                }
-                effects.push(Effect::AskPeer);
-                (
-                    SourceState::Permitted {
-                        permit,
-                        bytes: Bytes::Lost,
-                        doubt,
-                    },
-                    effects,
-                )
-            }
-            Self::Learnt(Verdict::Running) if dead => close(Outcome::RunsAtDestination, None),
-            Self::Learnt(Verdict::Running) => (SourceState::Discarding { resolution: None }, vec![Effect::QuitVmm]),
-            Self::Learnt(_) if dead => close(Outcome::VmmDied, None),
-            Self::Learnt(_) => take_back(terms, None, vec![]),
-            Self::Resolved(resolution) => match resolution.claim {
-                Claim::PeerIsFenced if dead => close(Outcome::VmmDied, Some(resolution)),
-                Claim::PeerIsFenced => take_back(terms, Some(resolution), vec![]),
-                Claim::PeerOwns if dead => close(Outcome::RunsAtDestination, Some(resolution)),
-                Claim::PeerOwns => (
-                    SourceState::Discarding {
-                        resolution: Some(resolution),
-                    },
-                    vec![Effect::QuitVmm],
-                ),
-            },
-            Self::Closed(outcome, resolution) => (SourceState::Closed { outcome, resolution }, vec![]),
-        }
-    }
-}
-
 impl SourceState {
-    /// Name of the state, for people.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Starting { .. } => "starting",
-            Self::Copying(_) => "copying",
-            Self::Freezing(_) => "freezing",
-            Self::Permitting { .. } => "permitting",
-            Self::Withheld => "withheld",
-            Self::Permitted { .. } => "permitted",
-            Self::Learning { .. } => "learning",
-            Self::Resolving { .. } => "resolving",
-            Self::Resuming { .. } => "resuming",
-            Self::Stranded { .. } => "stranded",
-            Self::Discarding { .. } => "discarding",
-            Self::Closing { .. } => "closing",
-            Self::Closed { .. } => "closed",
-        }
-    }
-
     /// The transition table: the state after `event` and what to do, in order.
     ///
     /// # Errors
@@ -760,7 +425,7 @@ impl Evidence {
 }
 
 /// Ends the migration before PERMIT: the guest goes on at the source.
-fn give_up(terms: &SourceTerms) -> (SourceState, Vec<Effect>) {
+pub(super) fn give_up(terms: &SourceTerms) -> (SourceState, Vec<Effect>) {
     let (state, mut effects) = take_back(terms, None, vec![Effect::Send(Message::Cancel)]);
     let thawed = effects
         .iter()
@@ -771,7 +436,7 @@ fn give_up(terms: &SourceTerms) -> (SourceState, Vec<Effect>) {
 }
 
 /// The VM is the source's: as it was, so it will be.
-fn take_back(
+pub(super) fn take_back(
     terms: &SourceTerms,
     resolution: Option<Resolution>,
     mut effects: Vec<Effect>,
@@ -787,7 +452,7 @@ fn take_back(
     }
 }
 
-fn close(outcome: Outcome, resolution: Option<Resolution>) -> (SourceState, Vec<Effect>) {
+pub(super) fn close(outcome: Outcome, resolution: Option<Resolution>) -> (SourceState, Vec<Effect>) {
     (
         SourceState::Closing { outcome, resolution },
         vec![Effect::Record(RecordKind::Closed(outcome))],
@@ -836,32 +501,4 @@ fn tell(resolution: Option<&Resolution>) -> Vec<Effect> {
         .map(|resolution| Effect::Send(Message::Resolved(resolution.clone())))
         .into_iter()
         .collect()
-}
-
-impl SourceEvent {
-    /// Name of the event, for people.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Begin => "Begin",
-            Self::Recorded => "Recorded",
-            Self::JournalFailed => "JournalFailed",
-            Self::StreamEnded(_) => "StreamEnded",
-            Self::MigrateCompleted => "MigrateCompleted",
-            Self::PostMigrate => "PostMigrate",
-            Self::MigrateFailed => "MigrateFailed",
-            Self::Frozen => "Frozen",
-            Self::FreezeFailed => "FreezeFailed",
-            Self::Resumed => "Resumed",
-            Self::ResumeFailed => "ResumeFailed",
-            Self::Discarded => "Discarded",
-            Self::VmmDead => "VmmDead",
-            Self::VmmRunning => "VmmRunning",
-            Self::VmmPaused => "VmmPaused",
-            Self::Cancel => "Cancel",
-            Self::Contact { .. } => "Contact",
-            Self::Received(message) => message.name(),
-            Self::Resolve(_) => "Resolve",
-        }
-    }
 }
