@@ -1,6 +1,3 @@
-//! What outlives the process.
+//! What a gateway keeps on disk.
 
-pub mod fingerprint;
 pub mod journal;
-pub mod spill;
-pub mod trust;

@@ -192,7 +192,7 @@ impl Rules {
         }
     }
 
-    fn number(&mut self, message: &Message) -> u64 {
+    pub(crate) fn number(&mut self, message: &Message) -> u64 {
         let at = self
             .messages
             .iter()
@@ -206,7 +206,7 @@ impl Rules {
     }
 
     /// Feeds the source's machine; no step of this world may be illegal.
-    fn tell_source(&mut self, world: &mut World, event: SourceEvent) {
+    pub(crate) fn tell_source(&mut self, world: &mut World, event: SourceEvent) {
         let Some(machine) = &mut world.source else { return };
         let before = machine.clone();
         let mut effects = match machine.handle(&event) {
@@ -244,30 +244,30 @@ at {event:?}"
         queue(&mut world.source_queue, effects);
     }
 
-    fn tell_destination(&mut self, world: &mut World, event: DestinationEvent) {
+    pub(crate) fn tell_destination(&mut self, world: &mut World, event: DestinationEvent) {
         let Some(machine) = &mut world.destination else { return };
         let before = machine.clone();
-        if self.mutation == Mutation::PermitIsBelievedForAnyStream {
-            if let DestinationEvent::StreamEnded(_) = event {
-                let effects = machine
-                    .handle(&DestinationEvent::StreamEnded(SUM))
-                    .expect("a stream is awaited");
-                queue(&mut world.destination_queue, effects);
-                return;
-            }
+        if self.mutation == Mutation::PermitIsBelievedForAnyStream
+            && let DestinationEvent::StreamEnded(_) = event
+        {
+            let effects = machine
+                .handle(&DestinationEvent::StreamEnded(SUM))
+                .expect("a stream is awaited");
+            queue(&mut world.destination_queue, effects);
+            return;
         }
-        if self.mutation == Mutation::UnknownIsAnsweredWhateverTheJournal {
-            if let DestinationEvent::Received(Message::Query { permit, bytes_lost, .. }) = event {
-                let own = machine.terms().own_journal;
-                let query = Message::Query {
-                    permit,
-                    bytes_lost,
-                    destination_journal: own,
-                };
-                let effects = machine.handle(&DestinationEvent::Received(query)).unwrap_or_default();
-                queue(&mut world.destination_queue, effects);
-                return;
-            }
+        if self.mutation == Mutation::UnknownIsAnsweredWhateverTheJournal
+            && let DestinationEvent::Received(Message::Query { permit, bytes_lost, .. }) = event
+        {
+            let own = machine.terms().own_journal;
+            let query = Message::Query {
+                permit,
+                bytes_lost,
+                destination_journal: own,
+            };
+            let effects = machine.handle(&DestinationEvent::Received(query)).unwrap_or_default();
+            queue(&mut world.destination_queue, effects);
+            return;
         }
         let mut effects = match machine.handle(&event) {
             Ok(effects) => effects,
@@ -290,9 +290,10 @@ at {event:?}"
             (Mutation::CommitIsActedOnBeforeItIsRecorded, Some(Effect::Record(RecordKind::Commit(_)))) => {
                 effects.insert(effects.len() - 1, Effect::ContinueVmm);
             }
-            (Mutation::UnknownIsAnsweredWithoutRecord, Some(Effect::Record(RecordKind::Abort(reason))))
-                if reason == AbortReason::NeverPrepared =>
-            {
+            (
+                Mutation::UnknownIsAnsweredWithoutRecord,
+                Some(Effect::Record(RecordKind::Abort(reason @ AbortReason::NeverPrepared))),
+            ) => {
                 effects = vec![Effect::Send(Message::Aborted { reason })];
                 *machine = before;
             }
@@ -301,9 +302,12 @@ at {event:?}"
             {
                 *machine = Destination::new(*before.terms());
             }
-            (Mutation::DeadVmmAfterCommitIsGuessedReverted, Some(Effect::Send(Message::InDoubt { doubt })))
-                if doubt == Doubt::MayHaveRun =>
-            {
+            (
+                Mutation::DeadVmmAfterCommitIsGuessedReverted,
+                Some(Effect::Send(Message::InDoubt {
+                    doubt: Doubt::MayHaveRun,
+                })),
+            ) => {
                 effects = vec![Effect::Send(Message::Reverted)];
             }
             _ => {}
@@ -326,7 +330,7 @@ at {event:?}"
         all
     }
 
-    fn with(
+    pub(crate) fn with(
         &mut self,
         world: &World,
         all: &mut Vec<Next>,
@@ -341,436 +345,6 @@ at {event:?}"
             healthy,
             world: after,
         });
-    }
-
-    /// Performs the next effect. A crash between a deed and its answer leaves the same world as one right after the answer, and
-    /// is listed there.
-    fn source_effect(&mut self, world: &World, all: &mut Vec<Next>) {
-        let Some(effect) = world.source_queue.front().cloned() else {
-            return;
-        };
-        let mut popped = world.clone();
-        popped.source_queue.pop_front();
-        let name = format!("source: {effect:?}");
-        match effect {
-            Effect::Record(kind) => {
-                if popped.source_poisoned {
-                    self.with(&popped, all, name, true, |rules, w| {
-                        rules.tell_source(w, SourceEvent::JournalFailed)
-                    });
-                    return;
-                }
-                let mut durable = popped.clone();
-                durable.source_journal.push(kind);
-                self.with(&durable, all, name.clone(), true, |rules, w| {
-                    rules.tell_source(w, SourceEvent::Recorded)
-                });
-                if self.faults.journal_fails {
-                    for (written, what) in [(&durable, "written"), (&popped, "not written")] {
-                        self.with(written, all, format!("{name} fails, {what}"), false, |rules, w| {
-                            w.source_poisoned = true;
-                            rules.tell_source(w, SourceEvent::JournalFailed);
-                        });
-                    }
-                }
-            }
-            Effect::Send(message) => {
-                let bit = self.number(&message);
-                self.with(world, all, name, true, |_, w| {
-                    w.source_queue.pop_front();
-                    w.to_destination |= bit;
-                });
-            }
-            Effect::NeedsPerson(doubt) => self.with(world, all, name, true, |_, w| {
-                w.source_queue.pop_front();
-                let reason = match doubt {
-                    Doubt::JournalFailed => w.source_poisoned,
-                    Doubt::JournalChanged => w.journal_lost,
-                    Doubt::PeerInDoubt => true, // Weighed where the destination asked.
-                    Doubt::CannotResume => w.resume_refused,
-                    // A journal that failed under the record of an ABORT, or under the last record, is found out of date.
-                    Doubt::RanAfterPermit => true,
-                    Doubt::Contradicted => w.person_decided,
-                    Doubt::NotFrozen => w.source_guest == Guest::Running,
-                    _ => false,
-                };
-                if !reason {
-                    w.asked_without_reason = Some(doubt);
-                }
-            }),
-            Effect::AskPeer => self.with(world, all, name, true, |_, w| {
-                w.source_queue.pop_front();
-            }),
-            Effect::StartMigrate => self.with(world, all, name, true, |_, w| {
-                w.source_queue.pop_front();
-                w.migrating = w.source_guest != Guest::Dead;
-            }),
-            Effect::CancelMigrate => self.with(world, all, name, true, |_, w| {
-                w.source_queue.pop_front();
-                w.migrating = false;
-            }),
-            Effect::FreezeVmm => {
-                self.with(world, all, name, true, |rules, w| {
-                    w.source_queue.pop_front();
-                    let answer = match w.source_guest {
-                        Guest::Dead => SourceEvent::VmmDead,
-                        Guest::Running if !w.frozen => {
-                            w.frozen = true;
-                            SourceEvent::FreezeFailed
-                        }
-                        _ => {
-                            w.frozen = true;
-                            SourceEvent::Frozen
-                        }
-                    };
-                    rules.tell_source(w, answer);
-                });
-            }
-            Effect::ThawVmm => self.with(world, all, name, true, |_, w| {
-                w.source_queue.pop_front();
-                w.frozen = false;
-            }),
-            Effect::Resume => {
-                let mut resumed = popped.clone();
-                if resumed.source_guest != Guest::Dead {
-                    resumed.source_guest = Guest::Running;
-                }
-                self.with(&resumed, all, name.clone(), true, |rules, w| {
-                    let answer = if w.source_guest == Guest::Dead {
-                        SourceEvent::VmmDead
-                    } else {
-                        SourceEvent::Resumed
-                    };
-                    rules.tell_source(w, answer);
-                });
-                if self.faults.crashes {
-                    self.with(&resumed, all, format!("{name}, crash"), false, |_, w| crash_source(w));
-                }
-                if self.faults.source_vmm_dies {
-                    self.with(&popped, all, format!("{name} is refused"), false, |rules, w| {
-                        w.resume_refused = true;
-                        rules.tell_source(w, SourceEvent::ResumeFailed);
-                    });
-                }
-            }
-            Effect::QuitVmm => self.with(world, all, name, true, |rules, w| {
-                w.source_queue.pop_front();
-                w.source_ended = true;
-                w.source_guest = Guest::Dead;
-                w.frozen = false;
-                rules.tell_source(w, SourceEvent::Discarded);
-            }),
-            other => panic!("the source asks for {other:?}"),
-        }
-    }
-
-    fn destination_effect(&mut self, world: &World, all: &mut Vec<Next>) {
-        let Some(effect) = world.destination_queue.front().cloned() else {
-            return;
-        };
-        let mut popped = world.clone();
-        popped.destination_queue.pop_front();
-        let name = format!("destination: {effect:?}");
-        match effect {
-            Effect::Record(kind) => {
-                if popped.destination_poisoned {
-                    self.with(&popped, all, name, true, |rules, w| {
-                        rules.tell_destination(w, DestinationEvent::JournalFailed);
-                    });
-                    return;
-                }
-                let mut durable = popped.clone();
-                durable.destination_journal.push(kind);
-                self.with(&durable, all, name.clone(), true, |rules, w| {
-                    rules.tell_destination(w, DestinationEvent::Recorded);
-                });
-                if self.faults.journal_fails {
-                    for (written, what) in [(&durable, "written"), (&popped, "not written")] {
-                        self.with(written, all, format!("{name} fails, {what}"), false, |rules, w| {
-                            w.destination_poisoned = true;
-                            rules.tell_destination(w, DestinationEvent::JournalFailed);
-                        });
-                    }
-                }
-            }
-            Effect::Send(message) => {
-                let informs = matches!(
-                    message,
-                    Message::InProgress | Message::MissingBytes | Message::Committed
-                );
-                if informs && !self.faults.chatty {
-                    self.with(&popped, all, name, true, |_, _| {});
-                    return;
-                }
-                let bit = self.number(&message);
-                self.with(world, all, name, true, |_, w| {
-                    w.destination_queue.pop_front();
-                    w.to_source |= bit;
-                });
-            }
-            Effect::NeedsPerson(doubt) => self.with(world, all, name, true, |_, w| {
-                w.destination_queue.pop_front();
-                let committed = w
-                    .destination_journal
-                    .iter()
-                    .any(|kind| matches!(kind, RecordKind::Commit(_)));
-                let reason = match doubt {
-                    Doubt::JournalFailed => w.destination_poisoned,
-                    Doubt::MayHaveRun => {
-                        committed && w.vmm == Vmm::Dead && !w.destination_journal.contains(&RecordKind::Running)
-                    }
-                    Doubt::CannotContinue => committed,
-                    Doubt::Contradicted => w.person_decided,
-                    _ => false,
-                };
-                if !reason {
-                    w.asked_without_reason = Some(doubt);
-                }
-            }),
-            Effect::AskPeer => self.with(world, all, name, true, |_, w| {
-                w.destination_queue.pop_front();
-            }),
-            Effect::LoadVmm => self.with(world, all, name, true, |_, w| {
-                w.destination_queue.pop_front();
-                if w.vmm == Vmm::None {
-                    w.vmm = Vmm::Loading;
-                }
-            }),
-            Effect::ReleaseHeldTail => self.with(world, all, name, true, |_, w| {
-                w.destination_queue.pop_front();
-                if !w
-                    .source_journal
-                    .iter()
-                    .any(|kind| matches!(kind, RecordKind::Permit(_)))
-                {
-                    w.broken = Some("the tail was released and no permit is recorded");
-                }
-                if w.vmm == Vmm::Loading {
-                    w.vmm = Vmm::Finishing;
-                }
-            }),
-            Effect::KillVmm => self.with(world, all, name, true, |rules, w| {
-                w.destination_queue.pop_front();
-                w.vmm = Vmm::Dead;
-                rules.tell_destination(w, DestinationEvent::VmmDead);
-            }),
-            Effect::ContinueVmm => {
-                if !popped
-                    .destination_journal
-                    .iter()
-                    .any(|kind| matches!(kind, RecordKind::Commit(_)))
-                {
-                    popped.broken = Some("the guest is continued and no commit is recorded");
-                }
-                if popped.vmm == Vmm::Dead {
-                    self.with(&popped, all, name, true, |rules, w| {
-                        rules.tell_destination(w, DestinationEvent::VmmDead);
-                    });
-                    return;
-                }
-                let mut running = popped.clone();
-                running.vmm = Vmm::Running;
-                running.guest_ran_at_destination = true;
-                self.with(&running, all, name.clone(), true, |rules, w| {
-                    rules.tell_destination(w, DestinationEvent::Continued);
-                });
-                if self.faults.crashes {
-                    self.with(&running, all, format!("{name}, crash"), false, |_, w| {
-                        crash_destination(w)
-                    });
-                }
-                if self.faults.vmm_trouble {
-                    self.with(&popped, all, format!("{name} is refused"), false, |rules, w| {
-                        let answer = match w.vmm {
-                            Vmm::Running => DestinationEvent::VmmRunning,
-                            _ => DestinationEvent::ContinueFailed,
-                        };
-                        rules.tell_destination(w, answer);
-                    });
-                    self.with(&running, all, format!("{name}, vmm dies"), false, |rules, w| {
-                        w.vmm = Vmm::Dead;
-                        rules.tell_destination(w, DestinationEvent::VmmDead);
-                    });
-                    self.with(&running, all, format!("{name}, answer is lost"), false, |rules, w| {
-                        rules.tell_destination(w, DestinationEvent::VmmRunning);
-                    });
-                    self.with(&popped, all, format!("{name}, question is lost"), false, |rules, w| {
-                        let seen = match w.vmm {
-                            Vmm::Running => DestinationEvent::VmmRunning,
-                            _ => DestinationEvent::VmmPaused,
-                        };
-                        rules.tell_destination(w, seen);
-                    });
-                }
-            }
-            other => panic!("the destination asks for {other:?}"),
-        }
-    }
-
-    fn source_surroundings(&mut self, world: &World, all: &mut Vec<Next>) {
-        if world.migrating && world.source.is_some() {
-            self.with(world, all, "source vmm: migrated", true, |rules, w| {
-                w.migrating = false;
-                w.source_guest = Guest::Stopped;
-                w.bytes = true;
-                w.evidence = if rules.faults.vmm_trouble { 0b111 } else { 0b1000 };
-            });
-            if self.faults.vmm_trouble {
-                self.with(world, all, "source vmm: migration fails", false, |rules, w| {
-                    w.migrating = false;
-                    rules.tell_source(w, SourceEvent::MigrateFailed);
-                });
-            }
-        }
-        if world.evidence == 0b1000 && world.source.is_some() {
-            self.with(
-                world,
-                all,
-                "source vmm: EOF, completed, postmigrate",
-                true,
-                |rules, w| {
-                    w.evidence = 0;
-                    for event in [
-                        SourceEvent::StreamEnded(SUM),
-                        SourceEvent::MigrateCompleted,
-                        SourceEvent::PostMigrate,
-                    ] {
-                        rules.tell_source(w, event);
-                    }
-                },
-            );
-        }
-        for (bit, event) in [
-            (1, SourceEvent::StreamEnded(SUM)),
-            (2, SourceEvent::MigrateCompleted),
-            (4, SourceEvent::PostMigrate),
-        ] {
-            // The three are independent; two orders are enough to see that none is taken for all.
-            let first = world.evidence.trailing_zeros() == u32::from(bit == 2) + 2 * u32::from(bit == 4);
-            if world.evidence & bit != 0 && (first || bit == 4) && world.source.is_some() {
-                self.with(world, all, format!("source vmm: {}", event.name()), true, |rules, w| {
-                    w.evidence &= !bit;
-                    rules.tell_source(w, event);
-                });
-            }
-        }
-        let unpermitted = world.source.as_ref().is_some_and(|source| {
-            matches!(
-                source.state(),
-                SourceState::Starting { .. } | SourceState::Copying(_) | SourceState::Freezing(_)
-            )
-        });
-        if unpermitted && self.faults.cancels {
-            self.with(world, all, "operator cancels", false, |rules, w| {
-                rules.tell_source(w, SourceEvent::Cancel)
-            });
-        }
-        if self.faults.third_party && world.source_guest == Guest::Stopped && !world.frozen {
-            self.with(world, all, "third party: cont, unseen", false, |_, w| {
-                w.source_guest = Guest::Running
-            });
-            self.with(world, all, "third party: cont, seen", false, |rules, w| {
-                w.source_guest = Guest::Running;
-                rules.tell_source(w, SourceEvent::VmmRunning);
-            });
-        }
-        if self.faults.source_vmm_dies && world.source_guest != Guest::Dead {
-            self.with(world, all, "source vmm dies", false, |rules, w| {
-                w.source_guest = Guest::Dead;
-                w.frozen = false;
-                w.migrating = false;
-                rules.tell_source(w, SourceEvent::VmmDead);
-            });
-        }
-        if self.mutation == Mutation::SourceResumesWhenContactIsLost
-            && matches!(
-                world.source.as_ref().map(Source::state),
-                Some(SourceState::Permitted { .. })
-            )
-        {
-            self.with(world, all, "contact is lost", false, |rules, w| {
-                let abort = Message::Aborted {
-                    reason: AbortReason::TimedOut,
-                };
-                rules.tell_source(w, SourceEvent::Received(abort));
-            });
-        }
-    }
-
-    fn destination_surroundings(&mut self, world: &World, all: &mut Vec<Next>) {
-        let Some(machine) = &world.destination else {
-            return self.destination_vmm_dies(world, all);
-        };
-        let state = machine.state().clone();
-        if !world.begun {
-            self.with(world, all, "request to prepare arrives", true, |rules, w| {
-                w.begun = true;
-                if state == DestinationState::New {
-                    rules.tell_destination(w, DestinationEvent::Begin);
-                }
-            });
-        }
-        if let DestinationState::Receiving { stream: None, .. } = state {
-            if world.bytes && world.vmm == Vmm::Loading {
-                self.with(world, all, "last byte arrives", true, |rules, w| {
-                    rules.tell_destination(w, DestinationEvent::StreamEnded(SUM));
-                });
-                if self.faults.vmm_trouble {
-                    self.with(world, all, "last byte arrives, stream differs", false, |rules, w| {
-                        w.stream_differs = true;
-                        rules.tell_destination(w, DestinationEvent::StreamEnded(OTHER_SUM));
-                    });
-                }
-            }
-        }
-        if let DestinationState::Receiving { barriers, .. } | DestinationState::Loading { barriers, .. } = state {
-            if barriers > 0 {
-                self.with(world, all, "disk is flushed", true, |rules, w| {
-                    rules.tell_destination(w, DestinationEvent::BarrierPassed);
-                });
-            }
-        }
-        if world.vmm == Vmm::Finishing {
-            self.with(world, all, "destination vmm: loaded", true, |rules, w| {
-                w.vmm = Vmm::Loaded;
-                if matches!(state, DestinationState::Loading { .. } | DestinationState::Killing(_)) {
-                    rules.tell_destination(w, DestinationEvent::Loaded);
-                }
-            });
-            if self.faults.vmm_trouble && matches!(state, DestinationState::Loading { .. }) {
-                self.with(world, all, "destination vmm: load fails", false, |rules, w| {
-                    rules.tell_destination(w, DestinationEvent::LoadFailed);
-                });
-            }
-        }
-        if matches!(
-            state,
-            DestinationState::Preparing { .. } | DestinationState::Receiving { .. } | DestinationState::Loading { .. }
-        ) {
-            self.with(world, all, "destination waits too long", true, |rules, w| {
-                rules.tell_destination(w, DestinationEvent::TimedOut);
-            });
-        }
-        if let DestinationState::Recovering { .. } = state {
-            self.with(world, all, "destination vmm is seen again", true, |rules, w| {
-                let seen = match w.vmm {
-                    Vmm::Running => DestinationEvent::VmmRunning,
-                    Vmm::Loaded => DestinationEvent::VmmPaused,
-                    _ => DestinationEvent::VmmDead,
-                };
-                rules.tell_destination(w, seen);
-            });
-        }
-        self.destination_vmm_dies(world, all);
-    }
-
-    fn destination_vmm_dies(&mut self, world: &World, all: &mut Vec<Next>) {
-        if self.faults.vmm_trouble && !matches!(world.vmm, Vmm::None | Vmm::Dead) {
-            self.with(world, all, "destination vmm dies", false, |rules, w| {
-                w.vmm = Vmm::Dead;
-                rules.tell_destination(w, DestinationEvent::VmmDead);
-            });
-        }
     }
 
     fn network(&mut self, world: &World, all: &mut Vec<Next>) {
@@ -982,7 +556,7 @@ fn resolve(claim: Claim) -> SourceEvent {
     })
 }
 
-fn crash_source(world: &mut World) {
+pub(crate) fn crash_source(world: &mut World) {
     world.source = None;
     world.source_queue.clear();
     world.bytes = false;
@@ -991,7 +565,7 @@ fn crash_source(world: &mut World) {
     world.migrating = false;
 }
 
-fn crash_destination(world: &mut World) {
+pub(crate) fn crash_destination(world: &mut World) {
     world.destination = None;
     world.destination_queue.clear();
 }
@@ -1074,7 +648,8 @@ impl World {
         if !self.source_queue.is_empty() || !self.destination_queue.is_empty() {
             return false;
         }
-        let settled = match (source.outcome(), destination.verdict()) {
+
+        match (source.outcome(), destination.verdict()) {
             (Some(Outcome::RunsAtDestination), Some(Verdict::Running)) => {
                 self.vmm == if was_running { Vmm::Running } else { Vmm::Loaded }
             }
@@ -1098,8 +673,7 @@ impl World {
                     && self.source_executes() == was_running
             }
             _ => false,
-        };
-        settled
+        }
     }
 
     /// One of the cases in which design leaves the decision to a person, or the VM is lost with its vmm.

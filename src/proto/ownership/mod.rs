@@ -18,6 +18,10 @@
 //! The drivers of a migration and the recovery after a restart feed the same machines: recovery only rebuilds the state from
 //! the journal ([`Source::recover`], [`Destination::recover`]).
 //!
+//! A message may come for a migration that no machine is in memory for: the machine is recovered from its records then, also
+//! where nothing was open, and without records it is a new one ([`Source::new`], [`Destination::new`]), which knows what to
+//! answer. When the gateway starts, only the migrations that are open ([`Standing`]) must be recovered.
+//!
 //! What is promised (and explored exhaustively in `tests/ownership.rs`): at every instant at most one side runs the VM; a guest
 //! that ran at the destination never runs again from its old state at the source, unless a person says so; the source's copy is
 //! ended only when the destination owns the VM; and when faults stop, exactly one side runs it or a person was asked for a
