@@ -133,6 +133,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         return Err(failed.join(" "));
     }
     let checked = checked.ok_or("the checks did not come to an end")?;
+    core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     let offer = checked.offer(entry.migration);
     let offered = async {

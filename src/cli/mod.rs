@@ -29,6 +29,7 @@ use clap::{Parser, Subcommand};
 
 use self::output::note;
 use crate::lab::LabCommand;
+use crate::wan::EmulatorArgs;
 use crate::api::{ClientError, Where};
 
 /// Moves running virtual machines between continents.
@@ -58,6 +59,7 @@ enum Verb {
     Peers(peers::Args),
     Unpair(unpair::Args),
     Fingerprint(fingerprint::Args),
+    WanEmulator(EmulatorArgs),
     #[command(subcommand)]
     Lab(LabCommand),
 }
@@ -77,6 +79,7 @@ impl Verb {
             Self::Peers(args) => ask(peers::run(args)),
             Self::Unpair(args) => ask(unpair::run(args)),
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
+            Self::WanEmulator(args) => crate::wan::run(args).map_err(|error| Failure::no(with_causes(&error))),
             Self::Lab(lab) => run_lab(lab),
         }
     }
@@ -101,6 +104,18 @@ fn ask(verb: impl Future<Output = Result<u8, Failure>>) -> Result<ExitCode, Fail
         .build()
         .map_err(|error| Failure::no(format!("cannot start: {error}")))?;
     runtime.block_on(verb).map(ExitCode::from)
+}
+
+/// An error and what is behind it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    text
 }
 
 /// Runs the lab, which drives several processes at once.

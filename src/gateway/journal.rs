@@ -17,6 +17,7 @@ pub(crate) struct JournalHandle {
 
 enum Work {
     Append(Box<JournalRecord>, oneshot::Sender<Result<(), Arc<JournalError>>>),
+    Reserve(oneshot::Sender<Result<(), Arc<JournalError>>>),
     Records(MigrationId, oneshot::Sender<Vec<JournalRecord>>),
 }
 
@@ -30,6 +31,9 @@ impl JournalHandle {
                 match work {
                     Work::Append(record, reply) => {
                         let _ = reply.send(journal.append(*record).map_err(Arc::new));
+                    }
+                    Work::Reserve(reply) => {
+                        let _ = reply.send(journal.reserve().map_err(Arc::new));
                     }
                     Work::Records(migration, reply) => {
                         let _ = reply.send(journal.records_of(migration).cloned().collect());
@@ -58,6 +62,16 @@ impl JournalHandle {
         answer.await.expect("the journal's thread answers")
     }
 
+    /// Makes sure that there is room for the records of another migration.
+    ///
+    /// # Errors
+    /// The disk is full, or the journal in doubt: nothing may begin.
+    pub(crate) async fn reserve(&self) -> Result<(), Arc<JournalError>> {
+        let (reply, answer) = oneshot::channel();
+        self.work.send(Work::Reserve(reply)).await.expect("the journal's thread lives as long as a handle");
+        answer.await.expect("the journal's thread answers")
+    }
+
     /// Every record of a migration, oldest first.
     pub(crate) async fn records_of(&self, migration: MigrationId) -> Vec<JournalRecord> {
         let (reply, answer) = oneshot::channel();
@@ -73,6 +87,7 @@ impl std::fmt::Debug for Work {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Append(..) => "Append",
+            Self::Reserve(..) => "Reserve",
             Self::Records(..) => "Records",
         })
     }

@@ -97,7 +97,7 @@ pub async fn run(
 ) -> Result<(), GatewayError> {
     let now = clock::unix_ms();
     let journal_path = config.state_dir.join("journal");
-    let journal = tokio::task::spawn_blocking(move || Journal::open_or_create(&journal_path, random::bytes(), now))
+    let journal = tokio::task::spawn_blocking(move || Journal::open(&journal_path, now))
         .await
         .expect("opening a journal does not panic")?;
     let open = journal.open_migrations();

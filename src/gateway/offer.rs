@@ -74,6 +74,7 @@ async fn accept(
 ) -> Result<(DestinationDriver, String), String> {
     let (vm, source) = look(core, offer)?;
     let agreement = core.links.hello().agree(hello).map_err(|error| error.to_string())?;
+    core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
     }

@@ -16,26 +16,21 @@ use super::vm_context::VmContext;
 use crate::api::{self, Phase};
 use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, Standing, VmmFact,
+    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, VmmFact,
 };
 use crate::proto::page::MigrationId;
 
 /// Takes up what an earlier process left open.
-pub(crate) async fn recover_all(core: &Arc<Core>, open: Vec<MigrationId>) {
-    for migration in open {
-        let records = core.journal.records_of(migration).await;
-        for role in [Role::Source, Role::Destination] {
-            let records: Vec<JournalRecord> = records.iter().filter(|record| record.role == role).cloned().collect();
-            if records.is_empty() || Standing::of(records.iter().map(|record| &record.kind)) != Standing::Open {
-                continue;
-            }
-            let recovered = match role {
-                Role::Source => source(core, migration, &records).await,
-                Role::Destination => destination(core, migration, &records, None).await,
-            };
-            if let Err(reason) = recovered {
-                tracing::error!(%migration, "{reason}");
-            }
+pub(crate) async fn recover_all(core: &Arc<Core>, open: Vec<(MigrationId, Role)>) {
+    for (migration, role) in open {
+        let mut records = core.journal.records_of(migration).await;
+        records.retain(|record| record.role == role);
+        let recovered = match role {
+            Role::Source => source(core, migration, &records).await,
+            Role::Destination => destination(core, migration, &records, None).await,
+        };
+        if let Err(reason) = recovered {
+            tracing::error!(%migration, "{reason}");
         }
     }
 }
