@@ -16,8 +16,8 @@ const RAM_ID: u32 = 2;
 fn parse(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("vmm_stream/parse");
     let streams = [
-        ("pages", ram_stream(|page, out| push_page(page, out))),
-        ("zero pages", ram_stream(|page, out| push_zero(page, out))),
+        ("pages", ram_stream(push_page)),
+        ("zero pages", ram_stream(push_zero)),
         (
             "half zero",
             ram_stream(|page, out| {
@@ -52,7 +52,7 @@ fn parse(criterion: &mut Criterion) {
 }
 
 fn write_headers(criterion: &mut Criterion) {
-    let stream = ram_stream(|page, out| push_page(page, out));
+    let stream = ram_stream(push_page);
     let (mut all, mut records, mut events) = (Vec::new(), Vec::new(), Vec::new());
     QemuParser::default().parse(&stream, true, &mut records, &mut events);
     all.append(&mut records);

@@ -9,13 +9,9 @@
 //! suffers, never correctness, because QEMU's device sections carry no length and a stream cannot be delimited from the
 //! wire alone. Nothing that follows from a record or an event may be relied on for who owns the VM.
 //!
-//! `qemu` walks the outer framing, `ram` the block list and the page records, `element` reads single headers, `opaque`
-//! finds the way back out of bytes whose length nobody states.
+//! `qemu` is the parser of QEMU's format. The format of a page record is here, because both ends need it.
 
-mod element;
-mod opaque;
 pub mod qemu;
-mod ram;
 #[cfg(test)]
 mod tests;
 
@@ -92,12 +88,12 @@ pub enum PageKind {
 #[inline]
 pub fn write_page_header(record: PageRecord, kind: PageKind, block_name: &[u8], out: &mut Vec<u8>) {
     let flags = match kind {
-        PageKind::Page => ram::FLAG_PAGE,
-        PageKind::Zero => ram::FLAG_ZERO,
+        PageKind::Page => FLAG_PAGE,
+        PageKind::Zero => FLAG_ZERO,
     };
-    let address = record.at.page << ram::PAGE_BITS;
+    let address = record.at.page << PAGE_BITS;
     if record.continues {
-        out.extend_from_slice(&(address | flags | ram::FLAG_CONTINUE).to_be_bytes());
+        out.extend_from_slice(&(address | flags | FLAG_CONTINUE).to_be_bytes());
         return;
     }
     let name = &block_name[..block_name.len().min(MAX_BLOCK_NAME)];
@@ -149,8 +145,9 @@ pub enum StreamEvent {
         /// From here on pages are marked again.
         offset: u64,
     },
-    /// The stream's EOF byte. Found by walking the device sections from footer to footer, whose content a guest can
-    /// influence: good for progress and estimates, not a fact to rest safety on.
+    /// The stream's EOF byte. Found by walking the device sections from footer to footer, or by the description where the
+    /// machine goes without footers; not found where it goes without both. A guest can influence the content of those
+    /// sections: good for progress and estimates, not a fact to rest safety on.
     StreamEof {
         /// Position of the EOF byte.
         offset: u64,
@@ -206,8 +203,12 @@ pub const MAX_BLOCK_NAME: usize = 255;
 /// QEMU allows 256 and a few); with names of full length this bounds the list at 300 KiB.
 pub const MAX_BLOCKS: usize = 1024;
 
-/// Bytes of the word that starts every RAM record.
+/// Bytes of the word that starts every RAM record: an address, its low bits flags.
 const WORD: usize = 8;
+const PAGE_BITS: u32 = PAGE_SIZE.trailing_zeros();
+const FLAG_ZERO: u64 = 0x002;
+const FLAG_PAGE: u64 = 0x008;
+const FLAG_CONTINUE: u64 = 0x020;
 
 /// Where a parser puts what it finds.
 struct Output<'a> {

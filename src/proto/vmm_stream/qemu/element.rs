@@ -11,7 +11,7 @@
 //! footer                  0x7e, u32 id                               unless the machine goes without
 //! ```
 
-use super::{LostTrackReason, Read};
+use super::super::{LostTrackReason, Read};
 
 /// "QEVM", version 3: the only one in use since 2009.
 pub(super) const FILE_HEADER: [u8; 8] = [0x51, 0x45, 0x56, 0x4d, 0, 0, 0, 3];

@@ -17,24 +17,20 @@
 //! It can be told apart all the same: a name has at least one byte while those words start with a zero byte, and behind the
 //! last block a word without flags is one of them, because no record is without flags.
 
-use super::element::{be16, be32, be64};
-use super::{
-    LostTrackReason, MAX_BLOCK_NAME, MAX_BLOCKS, Output, PageRecord, RamBlock, Read, Record, StreamEvent, WORD,
+use super::super::{
+    FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO, LostTrackReason, MAX_BLOCK_NAME, MAX_BLOCKS, Output, PAGE_BITS, PageRecord,
+    RamBlock, Read, Record, StreamEvent, WORD,
 };
+use super::element::{be16, be32, be64};
 use crate::proto::page::{PAGE_SIZE, PageAddress};
 
 /// The section's name and the only version there is.
 pub(super) const SECTION_NAME: &[u8] = b"ram";
 pub(super) const SECTION_VERSION: u32 = 4;
 
-pub(super) const PAGE_BITS: u32 = PAGE_SIZE.trailing_zeros();
-
 const FLAG_MASK: u64 = PAGE_SIZE as u64 - 1;
-pub(super) const FLAG_ZERO: u64 = 0x002;
 const FLAG_MEM_SIZE: u64 = 0x004;
-pub(super) const FLAG_PAGE: u64 = 0x008;
 const FLAG_EOS: u64 = 0x010;
-pub(super) const FLAG_CONTINUE: u64 = 0x020;
 const FLAG_XBZRLE: u64 = 0x040;
 const FLAG_COMPRESS: u64 = 0x100;
 const FLAG_FLUSH: u64 = 0x200;

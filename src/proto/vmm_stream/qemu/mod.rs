@@ -13,11 +13,19 @@
 //! section footers, the whole block list). A guest cannot reach this: what it controls is inside pages and device state,
 //! and pages are never searched while the parser is sure.
 //!
+//! `configuration` reads the start of the stream, `element` single headers of the outer framing, `ram` the block list and the
+//! page records; `opaque` finds the way back out of bytes whose length nobody states.
+//!
 //! Not here: multifd's other channels (their bytes are not a QEVM stream and pass as they are), the return path.
 
-use super::element::{self, Element};
-use super::opaque::{self, Candidate, Needles, Search, Signs};
-use super::ram::{self, BlockList, ListStep, Pause, Ram};
+mod configuration;
+mod element;
+mod opaque;
+mod ram;
+
+use self::element::Element;
+use self::opaque::{Candidate, Needles, Search, Signs};
+use self::ram::{BlockList, ListStep, Pause, Ram};
 use super::{LostTrackReason, MAX_BLOCK_NAME, Output, RamBlock, Read, Record, StreamEvent, WORD};
 use crate::proto::page::PAGE_SIZE;
 
@@ -117,9 +125,6 @@ const CONFIRMATIONS: u8 = 2;
 /// Most sections other than RAM whose PARTs are known as such. A guest has a handful (dirty bitmaps, VFIO devices).
 const MAX_ITERABLES: usize = 64;
 
-/// Longest machine type that is believed.
-const MAX_MACHINE: u32 = 255;
-
 impl Default for QemuParser {
     fn default() -> Self {
         Self {
@@ -177,7 +182,7 @@ impl QemuParser {
         at
     }
 
-    /// The guest's RAM blocks in the order of the stream's list: [`super::PageAddress::block`] is an index into it. Empty
+    /// The guest's RAM blocks in the order of the stream's list: [`PageAddress::block`](crate::proto::page::PageAddress::block) is an index into it. Empty
     /// before [`StreamEvent::RamBlocks`].
     #[must_use]
     pub fn blocks(&self) -> &[RamBlock] {
@@ -207,94 +212,6 @@ impl QemuParser {
                 Step::Took(bytes.len())
             }
         }
-    }
-
-    fn file_header(&mut self, bytes: &[u8], out: &mut Output<'_>) -> Step {
-        let wanted = &element::FILE_HEADER[..bytes.len().min(element::FILE_HEADER.len())];
-        if !bytes.starts_with(wanted) {
-            return self.give_up(LostTrackReason::NotQemu, out);
-        }
-        if wanted.len() < element::FILE_HEADER.len() {
-            return Step::More;
-        }
-        self.state = State::Configuration;
-        self.take(wanted.len(), out)
-    }
-
-    fn configuration(&mut self, bytes: &[u8], out: &mut Output<'_>) -> Step {
-        if bytes[0] != element::CONFIGURATION {
-            self.state = State::Element;
-            return Step::Took(0);
-        }
-        let Some(len) = element::be32(bytes, 1) else {
-            return Step::More;
-        };
-        if !(1..=MAX_MACHINE).contains(&len) {
-            return self.lose(LostTrackReason::Configuration, out);
-        }
-        let Some(name) = bytes.get(5..5 + len as usize) else {
-            return Step::More;
-        };
-        let Some(name) = str::from_utf8(name)
-            .ok()
-            .filter(|name| name.bytes().all(|byte| element::is_printable(&byte)))
-        else {
-            return self.lose(LostTrackReason::Configuration, out);
-        };
-        out.events.push(StreamEvent::Machine(name.to_owned()));
-        self.state = State::Subsections;
-        self.take(5 + name.len(), out)
-    }
-
-    fn subsection(&mut self, bytes: &[u8], out: &mut Output<'_>) -> Step {
-        if bytes[0] != element::SUBSECTION {
-            self.state = State::Element;
-            return Step::Took(0);
-        }
-        let Some(&n) = bytes.get(1) else { return Step::More };
-        let header = 2 + usize::from(n) + 4;
-        if bytes.len() < header {
-            return Step::More;
-        }
-        match &bytes[2..header - 4] {
-            b"configuration/target-page-bits" => {
-                let Some(bits) = element::be32(bytes, header) else {
-                    return Step::More;
-                };
-                if bits != ram::PAGE_BITS {
-                    return self.give_up(LostTrackReason::TargetPageSize, out);
-                }
-                self.take(header + 4, out)
-            }
-            b"configuration/capabilities" => {
-                let Some(left) = element::be32(bytes, header) else {
-                    return Step::More;
-                };
-                self.state = State::CapabilityNames { left };
-                self.take(header + 4, out)
-            }
-            b"configuration/uuid" => {
-                self.state = State::Skip {
-                    left: 16,
-                    then: Then::Subsections,
-                };
-                self.take(header, out)
-            }
-            _ => self.lose(LostTrackReason::Configuration, out),
-        }
-    }
-
-    fn capability_name(&mut self, left: u32, bytes: &[u8], out: &mut Output<'_>) -> Step {
-        if left == 0 {
-            self.state = State::Subsections;
-            return Step::Took(0);
-        }
-        let len = 1 + usize::from(bytes[0]);
-        if bytes.len() < len {
-            return Step::More;
-        }
-        self.state = State::CapabilityNames { left: left - 1 };
-        self.take(len, out)
     }
 
     fn element(&mut self, bytes: &[u8], end: bool, out: &mut Output<'_>) -> Step {
