@@ -1,1 +1,462 @@
-//! .
+//! The site-to-site migration, seen from its source: named phases in a straight line, one exit that says where the VM is.
+//!
+//! ```text
+//! check ─▶ agree ─▶ copy and hand over (gateway::source drives) ─▶ report
+//! ```
+//!
+//! Until `agree` nothing has been touched and a failure is a refusal. From then on the ownership machine decides where the VM
+//! is, and the report says it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
+use crate::config::{AfterSuccess, Disks, Vm};
+use crate::gateway::channel::{Channel, ChannelError};
+use crate::gateway::copying::{Copying, CopyingStart};
+use crate::gateway::links::Link;
+use crate::gateway::registry::{Entry, ResolveOrder};
+use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
+use crate::gateway::source_vmm::SourceVmm;
+use crate::gateway::vm_context::VmContext;
+use crate::gateway::{Core, clock};
+use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
+use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
+use crate::proto::precopy::{Budget, FixedCosts, Forecast, ForecastInput};
+use crate::proto::reduce::DictionaryLimits;
+use crate::proto::wire::message::{Offer, Reply};
+use crate::proto::wire::{Request, SessionMessage};
+use crate::shaper::Shaper;
+
+/// Time for a hypervisor's monitor to answer.
+const MONITOR_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Time for the destination to start its hypervisor and agree.
+const AGREE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The shortest sample that QEMU offers.
+const DIRTY_SAMPLE: Duration = Duration::from_secs(1);
+
+/// What the first pass of a Linux guest was reduced by with this stage of reduction (Debian guest with Redis, 2026-11), and
+/// what re-sent pages are. Assumptions of a forecast, replaced by measurement once a migration runs.
+const FIRST_PASS_RATIO: f64 = 2.2;
+const RESEND_RATIO: f64 = 1.5;
+
+/// A region of the session dictionary, in bytes of guest memory.
+const REGION_BYTES: u64 = 4 << 20;
+
+/// Regions for what is not the guest's main memory: video memory, firmware, option ROMs.
+const EXTRA_REGIONS: u64 = 64;
+
+/// Accepts a migration and runs it in the background.
+///
+/// # Errors
+/// The request makes no sense here; everything else is in the report.
+pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, Refusal> {
+    if core.is_draining() {
+        return Err(Refusal::new(RefusalKind::Unavailable, "the gateway is being stopped and starts no migrations"));
+    }
+    vm_of(core, &request)?;
+    let migration = MigrationId(crate::gateway::random::bytes());
+    let (entry, orders) = core
+        .registry
+        .add(migration, &request.vm, &request.peer, api::Role::Source, clock::now())
+        .map_err(|open| {
+            Refusal::new(
+                RefusalKind::Conflict,
+                format!("{} is in migration {} already; longhaul status {0} shows it", open.vm, open.migration),
+            )
+        })?;
+    tracing::info!(%migration, vm = request.vm, peer = request.peer, "migration requested");
+    tokio::spawn(run(Arc::clone(core), entry, orders, request));
+    Ok(Started { migration })
+}
+
+/// Makes every check and a forecast; nothing moves.
+///
+/// # Errors
+/// The request makes no sense here.
+pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<DryRun, Refusal> {
+    let (checks, checked) = check(core, &request, Thoroughness::AskDestination).await;
+    let forecast = match &checked {
+        Some(checked) => Some(checked.forecast(checked.sample().await)),
+        None => None,
+    };
+    Ok(DryRun { vm: request.vm, peer: request.peer, checks, forecast })
+}
+
+async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
+    match agree(&core, &entry, &request).await {
+        Ok(agreed) => {
+            let Agreed { vmm, link, channel, copying, forecast, was_running } = agreed;
+            let terms = SourceTerms { was_running, destination_journal: link.peer_journal() };
+            let start = SourceStart {
+                vmm,
+                machine: Source::new(terms),
+                effects: Vec::new(),
+                peer_journal: link.peer_journal(),
+                copying: Some(copying),
+            };
+            let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
+            driver.adopt(link, channel);
+            let end = driver.run(Some(SourceEvent::Begin)).await;
+            finish(&core, &entry, end, Some(forecast));
+        }
+        Err(reason) => {
+            let outcome = if entry.cancel.is_cancelled() { api::Outcome::Cancelled } else { api::Outcome::Refused };
+            tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
+            core.metrics.migration(api::Role::Source).ended(outcome);
+            let now = clock::now();
+            entry.finish(Some(empty_report(&entry, now, outcome, reason)), now);
+        }
+    }
+}
+
+/// Both sites agree: from here on there is a destination that waits.
+struct Agreed {
+    vmm: SourceVmm,
+    link: Arc<Link>,
+    channel: Channel,
+    copying: Copying,
+    forecast: api::Forecast,
+    was_running: bool,
+}
+
+async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> Result<Agreed, String> {
+    entry.set_phase(Phase::Checking);
+    let (checks, checked) = check(core, request, Thoroughness::OwnSide).await;
+    let failed: Vec<String> = checks.into_iter().filter(|check| !check.ok).map(|check| check.detail).collect();
+    if !failed.is_empty() {
+        return Err(failed.join(" "));
+    }
+    let checked = checked.ok_or("the checks did not come to an end")?;
+    core.journal.reserve().await.map_err(|error| error.to_string())?;
+    entry.set_phase(Phase::Preparing);
+    let offer = checked.offer(entry.migration);
+    let offered = async {
+        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;
+        agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
+    };
+    let (sample, channel) = tokio::join!(checked.sample(), offered);
+    let channel = channel?;
+    if entry.cancel.is_cancelled() {
+        return Err("the operator cancelled it".to_owned());
+    }
+    let forecast = checked.forecast(sample);
+    let Checked { mut vm, link, budget, costs, vm_config, cap, deadline, inventory, .. } = checked;
+    if !forecast.converges {
+        entry.notice(&forecast.reason);
+    }
+    let now = clock::now();
+    let memory_bytes = memory_of(&inventory);
+    let slots = link.agreement().limits.dictionary_pages.min(dictionary_pages(&inventory));
+    let regions = regions(&inventory);
+    let mut copying = Copying::new(&core.metrics, CopyingStart {
+        now,
+        budget,
+        costs,
+        deadline: deadline.map(|deadline| now + deadline),
+        shaper: Arc::new(Shaper::new(cap)),
+        cap,
+        dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
+        memory_bytes,
+        wire_at_start: link.wire_bytes(),
+    });
+    let settings = copying.first_settings(&link);
+    let prepared = async {
+        vm.prepare(settings.downtime_limit).await?;
+        vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await
+    };
+    prepared.await.map_err(|error| error.to_string())?;
+    let was_running = vm.was_running();
+    let context = VmContext {
+        qmp: vm_config.qmp.clone(),
+        process: Some(vm.identity().clone()),
+        leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
+    };
+    copying.show(now, Phase::Preparing, entry);
+    Ok(Agreed { vmm: SourceVmm::new(vm, context), link, channel, copying, forecast, was_running })
+}
+
+async fn open_session(link: &Link, offer: Offer) -> Result<Channel, String> {
+    let opened = async {
+        let mut channel = Channel::open(link.control(), &Request::Open(offer)).await?;
+        let answer = channel.receiver.receive::<SessionMessage>().await?.ok_or(ChannelError::Closed)?;
+        Ok::<_, ChannelError>((channel, answer))
+    };
+    match opened.await {
+        Ok((channel, SessionMessage::Accepted { .. })) => Ok(channel),
+        Ok((_, SessionMessage::Refused { reason } | SessionMessage::Failed { reason })) => Err(reason),
+        Ok(_) => Err("the peer answered the offer with something else".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// How far checks go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Thoroughness {
+    /// Everything here, and that the peer is there. The destination checks when it is offered the VM.
+    OwnSide,
+    /// The destination is asked too.
+    AskDestination,
+}
+
+/// What the checks found.
+struct Checked {
+    vm: SourceVm,
+    vm_config: Vm,
+    inventory: VmInventory,
+    link: Arc<Link>,
+    budget: Budget,
+    costs: FixedCosts,
+    cap: Option<ByteRate>,
+    deadline: Option<Duration>,
+}
+
+/// Every check in turn. `None` unless all of them passed.
+async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (Vec<Check>, Option<Checked>) {
+    let mut checks = Vec::new();
+    let mut note = |name: &str, result: Result<String, String>| {
+        let ok = result.is_ok();
+        let detail = result.unwrap_or_else(|reason| reason);
+        checks.push(Check { name: name.to_owned(), ok, detail });
+        ok
+    };
+
+    let vm_config = match vm_of(core, request) {
+        Ok(vm) => vm.clone(),
+        Err(refusal) => {
+            note("vm", Err(refusal.message));
+            return (checks, None);
+        }
+    };
+    let (vm, link) = tokio::join!(
+        SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE),
+        core.links.link(&request.peer)
+    );
+    let link = match link {
+        Ok(link) => {
+            note("peer", Ok(format!("{} answers, RTT {:.1} ms", request.peer, link.rtt().as_secs_f64() * 1e3)));
+            Some(link)
+        }
+        Err(error) => {
+            note("peer", Err(error.to_string()));
+            None
+        }
+    };
+    let mut fine = link.is_some();
+    let found = match &vm {
+        Ok(vm) => look_at_vm(vm, &vm_config, &mut note).await,
+        Err(error) => {
+            note("hypervisor", Err(error.to_string()));
+            None
+        }
+    };
+    fine &= found.is_some();
+
+    let limit = match request.downtime_limit_seconds {
+        Some(seconds) => Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+        None => core.config.migration.downtime_limit,
+    };
+    // The path's RTT as it was measured; a queue that happens to stand in it now is no part of the promise.
+    let rtt = link.as_ref().map_or(core.config.link.rtt, |link| link.rtt());
+    let costs = FixedCosts::on_path(rtt);
+    let budget = Budget::new(limit, &costs);
+    fine &= note(
+        "downtime limit",
+        budget
+            .as_ref()
+            .map(|budget| {
+                format!("{} ms, of which {} ms are left for memory", limit.as_millis(), budget.transfer.as_millis())
+            })
+            .map_err(ToString::to_string),
+    );
+    let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else { return (checks, None) };
+    let cap = request.rate_bytes_per_second.map(ByteRate).or(core.config.migration.rate);
+    let deadline = request
+        .deadline_seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .or(core.config.migration.deadline);
+    let checked = Checked { vm, vm_config, inventory, link, budget, costs, cap, deadline };
+    if how == Thoroughness::AskDestination {
+        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes())));
+        let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
+        fine &= note("destination", match answer {
+            Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
+            Ok(Reply::Checked(against)) => Err(against.join(" ")),
+            Ok(Reply::Refused(reason)) => Err(reason),
+            Ok(_) => Err(format!("{} answered something else", request.peer)),
+            Err(error) => Err(error.to_string()),
+        });
+    }
+    (checks, fine.then_some(checked))
+}
+
+async fn look_at_vm(
+    vm: &SourceVm,
+    config: &Vm,
+    note: &mut impl FnMut(&str, Result<String, String>) -> bool,
+) -> Option<VmInventory> {
+    let looked: Result<_, SourceError> = async { Ok((vm.inventory().await?, vm.condition().await?)) }.await;
+    match looked {
+        Ok((inventory, condition)) => {
+            note("hypervisor", Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)));
+            let refusals = condition.refusals(config.disks == Disks::Shared);
+            let mut fine = true;
+            for refusal in &refusals {
+                fine &= note("condition", Err(refusal.to_string()));
+            }
+            if refusals.is_empty() {
+                note("condition", Ok(format!("{} MiB of memory, nothing speaks against it", memory_of(&inventory) >> 20)));
+            }
+            fine.then_some(inventory)
+        }
+        Err(error) => {
+            note("hypervisor", Err(error.to_string()));
+            None
+        }
+    }
+}
+
+impl Checked {
+    fn offer(&self, migration: MigrationId) -> Offer {
+        Offer {
+            migration,
+            vm: self.vm_config.name.clone(),
+            inventory: serde_json::to_string(&self.inventory).expect("an inventory is plain data"),
+            was_running: self.vm.was_running(),
+            reduce: true,
+            dictionary_pages: dictionary_pages(&self.inventory),
+            regions: regions(&self.inventory),
+        }
+    }
+
+    /// What the guest writes at the moment; `None` where the hypervisor cannot say.
+    async fn sample(&self) -> Option<DirtyRate> {
+        if !self.vm.was_running() {
+            return Some(DirtyRate { bytes_per_second: 0, sampled_bytes: memory_of(&self.inventory) });
+        }
+        match self.vm.dirty_rate_sample(DIRTY_SAMPLE).await {
+            Ok(rate) if rate.sampled_bytes > 0 => Some(rate),
+            Ok(_) => None,
+            Err(error) => {
+                tracing::debug!(vm = self.vm_config.name, "no dirty-rate sample: {error}");
+                None
+            }
+        }
+    }
+
+    fn forecast(&self, sample: Option<DirtyRate>) -> api::Forecast {
+        let memory = memory_of(&self.inventory);
+        let dirty_rate = ByteRate(sample.map_or(0, |rate| rate.bytes_per_second));
+        let goodput = self.link.goodput().or(self.link.capacity()).unwrap_or(ByteRate(12_500_000));
+        let goodput = self.cap.map_or(goodput, |cap| cap.min(goodput));
+        let forecast = Forecast::of(&ForecastInput {
+            used_bytes: memory,
+            total_bytes: memory,
+            dirty_rate,
+            goodput,
+            rtt: self.link.rtt(),
+            first_pass_ratio: FIRST_PASS_RATIO,
+            resend_ratio: RESEND_RATIO,
+            budget: self.budget,
+        });
+        let known = if sample.is_some() { "" } else { "; what the guest writes could not be sampled" };
+        api::Forecast {
+            total_seconds: forecast.total.as_secs_f64(),
+            wire_bytes: forecast.wire_bytes,
+            downtime_seconds: forecast.downtime.as_secs_f64(),
+            dirty_bytes_per_second: dirty_rate.0 as f64,
+            converges: forecast.converges,
+            reason: forecast.reason.unwrap_or_else(|| {
+                format!(
+                    "the guest writes {:.1} MB/s and the link carries more{known}",
+                    dirty_rate.0 as f64 / 1e6
+                )
+            }),
+        }
+    }
+}
+
+/// The one exit: says where the VM is.
+pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Option<api::Forecast>) {
+    let now = clock::now();
+    let outcome = match end.outcome {
+        Outcome::RunsAtDestination => api::Outcome::Completed,
+        Outcome::RunsAtSource if end.cancelled => api::Outcome::Cancelled,
+        Outcome::RunsAtSource | Outcome::VmmDied => api::Outcome::Failed,
+    };
+    let reason = match (outcome, end.reason) {
+        (api::Outcome::Completed, _) => format!("{} runs at {}", entry.vm, entry.peer),
+        (_, Some(reason)) => reason,
+        (_, None) => "the migration was undone".to_owned(),
+    };
+    let mut report = empty_report(entry, now, outcome, reason);
+    report.downtime_seconds = end.downtime.map(|downtime| downtime.as_secs_f64());
+    report.stream_digest = end.stream.map(|sum| hex(&sum.digest.0));
+    report.forecast = forecast;
+    report.wire_bytes = end.wire_bytes;
+    if let Some(downtime) = end.downtime {
+        core.metrics.observe_downtime(downtime);
+    }
+    match end.copying {
+        Some(copying) => {
+            report.rounds = copying.rounds();
+            report.vmm_bytes = copying.totals().vmm_bytes;
+            report.reduction_ratio = copying.reduction_ratio();
+            report.pages = copying.pages();
+            copying.ended(outcome);
+        }
+        None => core.metrics.migration(api::Role::Source).ended(outcome),
+    }
+    tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
+        total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
+    entry.set_advice(None);
+    entry.finish(Some(report), now);
+}
+
+fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, reason: String) -> Report {
+    Report {
+        migration: entry.migration,
+        vm: entry.vm.clone(),
+        peer: entry.peer.clone(),
+        outcome,
+        reason,
+        total_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
+        downtime_seconds: None,
+        rounds: Vec::new(),
+        vmm_bytes: 0,
+        wire_bytes: 0,
+        reduction_ratio: 1.0,
+        pages: api::Pages::default(),
+        stream_digest: None,
+        forecast: None,
+    }
+}
+
+fn vm_of<'a>(core: &'a Core, request: &StartRequest) -> Result<&'a Vm, Refusal> {
+    core.config.vm(&request.vm).ok_or_else(|| {
+        Refusal::new(
+            RefusalKind::NotFound,
+            format!("no [[vm]] section is called {}: add one to this gateway's configuration", request.vm),
+        )
+    })
+}
+
+fn memory_of(inventory: &VmInventory) -> u64 {
+    inventory.base_memory_bytes + inventory.plugged_memory_bytes
+}
+
+fn regions(inventory: &VmInventory) -> u32 {
+    u32::try_from(memory_of(inventory) / REGION_BYTES + EXTRA_REGIONS)
+        .unwrap_or(u32::MAX)
+        .min(DictionaryLimits::MAX_REGIONS)
+}
+
+/// All of the guest's memory, and a quarter for what changes: evictions in order of age then spare what is re-sent.
+fn dictionary_pages(inventory: &VmInventory) -> u32 {
+    u32::try_from(memory_of(inventory) / PAGE_SIZE as u64 * 5 / 4).unwrap_or(u32::MAX).min(DictionaryLimits::MAX_SLOTS)
+}

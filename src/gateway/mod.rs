@@ -1,1 +1,242 @@
-//! .
+//! The gateway of a site: accepts peers and commands, drives migrations, recovers what an earlier process left open.
+//!
+//! ```text
+//! commands (api) ─▶ commands ─▶ migrate ─▶ source ──── contact, outbound ──▶ peer
+//!                                            │
+//!                       registry, journal, memory, links
+//!                                            │
+//! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
+//! ```
+//!
+//! Drivers (`source`, `destination`) only route: what may be done is decided by `proto::ownership`, when to switch over by
+//! `proto::precopy`, what goes on the wire by `proto::session`.
+
+mod accept;
+pub(crate) mod channel;
+pub(crate) mod clock;
+mod commands;
+mod contact;
+pub(crate) mod copying;
+mod destination;
+mod destination_vmm;
+mod directory;
+mod inbound;
+mod journal;
+pub(crate) mod links;
+mod memory;
+mod offer;
+mod outbound;
+pub mod pairing;
+pub(crate) mod random;
+mod recovery;
+pub(crate) mod registry;
+pub(crate) mod source;
+pub(crate) mod source_vmm;
+pub(crate) mod vm_context;
+mod vmm_output;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use self::destination::Attachment;
+use self::directory::Directory;
+use self::inbound::Inbound;
+use self::journal::JournalHandle;
+use self::links::Links;
+use self::memory::MemoryBudget;
+use self::pairing::exchange::Invitations;
+use self::registry::Registry;
+use crate::api::Command;
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::proto::page::MigrationId;
+use crate::store::journal::{Journal, JournalError};
+use crate::store::trust::{TrustError, TrustStore};
+use crate::transport::{
+    BindError, CloseCode, ConnectionKind, Identity, IdentityError, Transport, TransportSettings, TrustAnchors,
+};
+
+/// Without a packet from the peer for this long a connection is given up; keep-alives come every second.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Between two looks at links for metrics.
+const MEASURE: Duration = Duration::from_secs(1);
+
+/// What every part of the gateway shares.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) config: Arc<Config>,
+    pub(crate) links: Arc<Links>,
+    pub(crate) transport: Arc<Transport>,
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) anchors: Arc<TrustAnchors>,
+    pub(crate) trust: Arc<TrustStore>,
+    pub(crate) invitations: Mutex<Invitations>,
+    pub(crate) journal: JournalHandle,
+    pub(crate) registry: Registry,
+    pub(crate) drivers: Directory<mpsc::Sender<Attachment>>,
+    pub(crate) inbound: Directory<Arc<Inbound>>,
+    pub(crate) memory: MemoryBudget,
+    pub(crate) metrics: Arc<Metrics>,
+    draining: CancellationToken,
+}
+
+/// Runs the gateway until `drain` is cancelled and the migrations that were open then are over.
+///
+/// # Errors
+/// [`GatewayError`] where it cannot start; nothing has been touched then.
+pub async fn run(
+    config: Arc<Config>,
+    commands: mpsc::Receiver<Command>,
+    metrics: Arc<Metrics>,
+    drain: CancellationToken,
+) -> Result<(), GatewayError> {
+    let now = clock::unix_ms();
+    let journal_path = config.state_dir.join("journal");
+    let journal = tokio::task::spawn_blocking(move || Journal::open(&journal_path, now))
+        .await
+        .expect("opening a journal does not panic")?;
+    let open = journal.open_migrations();
+    let journal = JournalHandle::spawn(journal);
+    remove_left_over_sockets(&config);
+
+    let identity = Identity::load_or_create(&config.state_dir, clock::wall())?;
+    let trust = TrustStore::load(&config.state_dir)?;
+    let anchors = Arc::new(TrustAnchors::default());
+    for (name, peer) in trust.peers() {
+        anchors.insert(peer.fingerprint, &name);
+    }
+    let trust = Arc::new(trust);
+    let memory = MemoryBudget::new(config.memory_budget);
+    let limits = memory.limits(config.link.rate, config.link.rtt);
+    let settings = TransportSettings {
+        bulk_address: Some(config.bulk_listen()),
+        link: config.link.rate,
+        rtt: config.link.rtt,
+        idle_timeout: IDLE_TIMEOUT,
+        window_budget: limits.window_bytes,
+        ..TransportSettings::new(config.listen)
+    };
+    let transport = Arc::new(Transport::bind(settings, Arc::clone(&identity), Arc::clone(&anchors))?);
+    let links =
+        Links::new(Arc::clone(&config), Arc::clone(&transport), Arc::clone(&trust), journal.id(), limits);
+    let core = Arc::new(Core {
+        config,
+        links: Arc::new(links),
+        transport,
+        identity,
+        anchors,
+        trust,
+        invitations: Mutex::default(),
+        journal,
+        registry: Registry::default(),
+        drivers: Directory::default(),
+        inbound: Directory::default(),
+        memory,
+        metrics,
+        draining: drain.clone(),
+    });
+
+    recovery::recover_all(&core, open).await;
+    let serving = [
+        tokio::spawn(accept_peers(Arc::clone(&core))),
+        tokio::spawn(commands::serve(Arc::clone(&core), commands)),
+        tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
+    ];
+    core.metrics.set_ready(true);
+    tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),
+        fingerprint = %core.identity.fingerprint(), "ready");
+
+    drain.cancelled().await;
+    core.metrics.set_ready(false);
+    core.wait_for_open_migrations().await;
+    core.transport.shutdown(CloseCode::Draining, "the gateway is being stopped").await;
+    for task in serving {
+        task.abort();
+    }
+    Ok(())
+}
+
+/// Takes what peers open until the transport is shut down.
+async fn accept_peers(core: Arc<Core>) {
+    while let Some(incoming) = core.transport.accept().await {
+        let core = Arc::clone(&core);
+        match (incoming.kind, incoming.peer) {
+            (ConnectionKind::Control, Some(peer)) => {
+                tokio::spawn(accept::control(core, peer, incoming.connection));
+            }
+            (ConnectionKind::Bulk, Some(peer)) => {
+                tokio::spawn(accept::bulk(core, peer, incoming.connection));
+            }
+            (ConnectionKind::Pairing, _) => {
+                tokio::spawn(commands::answer_pairing(core, incoming.connection, incoming.fingerprint));
+            }
+            (_, None) => incoming.connection.close_with(CloseCode::Unpaired, "the gateways are not paired"),
+        }
+    }
+}
+
+impl Core {
+    /// Whether the gateway is being stopped.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// The socket of a migration's stream: short, since the kernel takes 107 bytes.
+    pub(crate) fn stream_socket(&self, migration: MigrationId) -> PathBuf {
+        let id = migration.to_string();
+        self.config.state_dir.join(format!("{}.{SOCKET_EXTENSION}", &id[..12]))
+    }
+
+    /// Where a vmm that this gateway starts writes its output.
+    pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
+        self.config.state_dir.join(format!("vmm-{migration}.log"))
+    }
+
+    /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
+    async fn wait_for_open_migrations(&self) {
+        loop {
+            let open = self.registry.open();
+            let busy = open.iter().filter(|entry| !entry.needs_person()).count();
+            if busy == 0 {
+                return;
+            }
+            tracing::info!(migrations = busy, "draining: waiting for migrations to end");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+/// Sockets of streams that an earlier process left: nobody will ever connect to them.
+fn remove_left_over_sockets(config: &Config) {
+    let Ok(entries) = std::fs::read_dir(&config.state_dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == SOCKET_EXTENSION) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+const SOCKET_EXTENSION: &str = "stream";
+
+/// The gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The ownership journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The site's key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Whom to trust.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// Where to listen.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+}

@@ -1,1 +1,6 @@
-//! .
+//! What a gateway keeps on disk.
+
+pub mod fingerprint;
+pub mod journal;
+pub mod spill;
+pub mod trust;

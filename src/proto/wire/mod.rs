@@ -1,1 +1,19 @@
-//! .
+//! Stage 3: what gateways say to each other. `docs/wire-format.md` describes the same from outside.
+//!
+//! Two kinds of carriage:
+//!
+//! - **Lanes**: one QUIC stream in one direction each, on the bulk connection. A lane holds exactly one [`Frame`]: a
+//!   fixed header and a payload ([`frame`]).
+//! - **Channels**: QUIC streams in both directions on the control connection. A channel holds [`message`]s, each with a
+//!   length in front.
+//!
+//! Numbers in headers are little-endian. Zero is never a valid kind, so a zeroed buffer means nothing. Every length is
+//! compared with a limit before anything is allocated.
+
+pub mod frame;
+pub mod hello;
+pub mod message;
+
+pub use frame::{Frame, FrameError, FrameHeader, FrameKind, MAX_PAYLOAD};
+pub use hello::{Hello, HelloError, Limits, VERSION};
+pub use message::{MessageError, Offer, Request, SessionMessage};

@@ -1,0 +1,132 @@
+//! `longhaul migrate`: the gateway of this site runs the migration, the command is its client.
+
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use super::control::ControlArgs;
+use super::output::{Format, OutputArgs, note, result};
+use super::watch::{Interrupt, PatienceArgs, Signals, watch};
+use super::{Failure, NO, YES, dry_run};
+use crate::api::{ClientError, Refusal, StartRequest};
+use crate::config::units::{parse_duration, parse_name};
+use crate::proto::page::ByteRate;
+
+/// Moves a running VM to another site.
+///
+/// The gateway of this site runs the migration; this command shows its progress. Ctrl-C cancels it and the VM stays
+/// here. When the terminal is lost, the migration goes on: `longhaul list` names it, `longhaul attach ID` shows it
+/// again.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = HELP)]
+pub(super) struct Args {
+    /// Name of the VM in the configuration.
+    #[arg(value_name = "VM", value_parser = parse_name)]
+    vm: String,
+
+    /// Site to move it to.
+    #[arg(long = "to", value_name = "PEER", value_parser = parse_name)]
+    peer: String,
+
+    /// Longest downtime that is accepted, such as 500ms [default: migration.downtime_limit of the gateway]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    downtime_limit: Option<Duration>,
+
+    /// Cap of this migration, such as 800mbit [default: migration.rate of the gateway]
+    #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
+    rate: Option<ByteRate>,
+
+    /// Longest time until the VM is paused, such as 30m; then it is cancelled [default: migration.deadline of the
+    /// gateway]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    deadline: Option<Duration>,
+
+    /// Make every check and forecast time, bytes and downtime; nothing moves.
+    #[arg(long, conflicts_with = "detach")]
+    dry_run: bool,
+
+    /// Print the migration's id once it has started and leave it to the gateway.
+    #[arg(long)]
+    detach: bool,
+
+    #[command(flatten)]
+    patience: PatienceArgs,
+
+    #[command(flatten)]
+    output: OutputArgs,
+
+    #[command(flatten)]
+    control: ControlArgs,
+}
+
+pub(super) async fn run(args: Args) -> Result<u8, Failure> {
+    let client = args.control.client()?;
+    let request = StartRequest {
+        vm: args.vm,
+        peer: args.peer,
+        downtime_limit_seconds: args.downtime_limit.map(|limit| limit.as_secs_f64()),
+        rate_bytes_per_second: args.rate.map(|rate| rate.0),
+        deadline_seconds: args.deadline.map(|deadline| deadline.as_secs_f64()),
+    };
+    if args.dry_run {
+        let answer = client.check(&request).await?;
+        args.output.result(&answer, dry_run::text);
+        return Ok(if answer.is_yes() { YES } else { NO });
+    }
+    // From here on a signal is kept until the id is known that it is about.
+    let signals = Signals::listen()?;
+    let started = match client.start(&request).await {
+        Ok(started) => started,
+        Err(ClientError::Refused(refusal)) => return Err(refused(&request, &refusal, args.output.format)),
+        Err(error @ ClientError::Unreachable { .. }) => return Err(error.into()),
+        Err(error @ (ClientError::Lost { .. } | ClientError::Garbled { .. })) => {
+            let advice = "the migration may have started: see `longhaul list` once the gateway runs";
+            return Err(Failure::unknown(format!("{error}; {advice}")));
+        }
+    };
+    if args.detach {
+        args.output.result(&started, |started| started.migration.to_string());
+        return Ok(YES);
+    }
+    note(&format!(
+        "migration {} of {} to {}",
+        started.migration, request.vm, request.peer
+    ));
+    watch(
+        client,
+        started.migration,
+        signals,
+        Interrupt::Cancels,
+        args.patience,
+        args.output,
+    )
+    .await
+}
+
+/// Scripts that read JSON get the object that says so, too.
+fn refused(request: &StartRequest, refusal: &Refusal, format: Format) -> Failure {
+    if format == Format::Json {
+        let report = serde_json::json!({
+            "vm": request.vm,
+            "peer": request.peer,
+            "outcome": "refused",
+            "reason": refusal.message,
+        });
+        result(&report.to_string());
+    }
+    Failure::no(refusal.to_string())
+}
+
+const HELP: &str = "\
+Examples:
+  longhaul migrate db-1 --to tokyo --dry-run
+      will it work, how long will it take, how long is the VM paused?
+  longhaul migrate db-1 --to tokyo --downtime-limit 300ms --rate 800mbit
+  longhaul migrate db-1 --to tokyo --deadline 30m --output json > report.json
+  longhaul attach $(longhaul migrate db-1 --to tokyo --detach)
+
+Exit codes say where the VM is:
+  0  running at the destination (--detach: the migration has started)
+  1  failed or cancelled: running at the source
+  2  usage, configuration or a failed pre-check: nothing was touched
+  3  unknown or paused: needs a person, and what to do is printed
+With --dry-run: 0 it will work, 2 it will not.";

@@ -1,0 +1,89 @@
+//! Flags that go over the configuration file: one for each key that is not in a list.
+
+use crate::config::Overrides;
+
+/// Values are read with the file, so that their mistakes are reported together with those of the file.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Settings over the configuration file")]
+pub(super) struct Settings {
+    /// Name of this site.
+    #[arg(long, value_name = "NAME", env = "LONGHAUL_SITE")]
+    site: Option<String>,
+
+    /// Directory of everything that outlives the process.
+    #[arg(long, value_name = "DIRECTORY", env = "LONGHAUL_STATE_DIR")]
+    state_dir: Option<String>,
+
+    /// UDP address of the control connection; bulk data uses the next port.
+    #[arg(long, value_name = "ADDRESS", env = "LONGHAUL_LISTEN")]
+    listen: Option<String>,
+
+    /// Address under which other sites reach this gateway.
+    #[arg(long, value_name = "HOST:PORT", env = "LONGHAUL_ADVERTISE")]
+    advertise: Option<String>,
+
+    /// Memory for caches and queues, such as 512mib.
+    #[arg(long, value_name = "SIZE", env = "LONGHAUL_MEMORY_BUDGET")]
+    memory_budget: Option<String>,
+
+    /// Capacity of the link, such as 1gbit.
+    #[arg(long, value_name = "RATE", env = "LONGHAUL_LINK_RATE")]
+    link_rate: Option<String>,
+
+    /// RTT to the farthest peer, such as 150ms.
+    #[arg(long, value_name = "DURATION", env = "LONGHAUL_LINK_RTT")]
+    link_rtt: Option<String>,
+
+    /// TCP address of the metrics, or off.
+    #[arg(long, value_name = "ADDRESS", env = "LONGHAUL_METRICS_LISTEN")]
+    metrics_listen: Option<String>,
+
+    /// Longest downtime that is accepted, such as 500ms.
+    #[arg(long, value_name = "DURATION", env = "LONGHAUL_MIGRATION_DOWNTIME_LIMIT")]
+    migration_downtime_limit: Option<String>,
+
+    /// What becomes of the source's process: quit or leave.
+    #[arg(long, value_name = "ACTION", env = "LONGHAUL_MIGRATION_AFTER_SUCCESS")]
+    migration_after_success: Option<String>,
+
+    /// Longest time until switchover, such as 30m.
+    #[arg(long, value_name = "DURATION", env = "LONGHAUL_MIGRATION_DEADLINE")]
+    migration_deadline: Option<String>,
+
+    /// Cap of each migration, such as 800mbit.
+    #[arg(long, value_name = "RATE", env = "LONGHAUL_MIGRATION_RATE")]
+    migration_rate: Option<String>,
+
+    /// Least severe level that is logged: error, warn, info, debug, trace.
+    #[arg(long, value_name = "LEVEL", env = "LONGHAUL_LOG_LEVEL")]
+    log_level: Option<String>,
+
+    /// Shape of log lines: text or json.
+    #[arg(long, value_name = "FORMAT", env = "LONGHAUL_LOG_FORMAT")]
+    log_format: Option<String>,
+}
+
+impl Settings {
+    pub(super) fn overrides(&self) -> Overrides {
+        let mut overrides = Overrides::default();
+        for (key, value) in [
+            ("site", &self.site),
+            ("state_dir", &self.state_dir),
+            ("listen", &self.listen),
+            ("advertise", &self.advertise),
+            ("memory_budget", &self.memory_budget),
+            ("link.rate", &self.link_rate),
+            ("link.rtt", &self.link_rtt),
+            ("metrics.listen", &self.metrics_listen),
+            ("migration.downtime_limit", &self.migration_downtime_limit),
+            ("migration.after_success", &self.migration_after_success),
+            ("migration.deadline", &self.migration_deadline),
+            ("migration.rate", &self.migration_rate),
+            ("log.level", &self.log_level),
+            ("log.format", &self.log_format),
+        ] {
+            overrides.set(key, value.as_deref());
+        }
+        overrides
+    }
+}

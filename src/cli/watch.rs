@@ -1,0 +1,171 @@
+//! Looks on at a migration until its report: shows progress, passes Ctrl-C on, waits for a gateway that restarts.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::output::OutputArgs;
+use super::progress::Display;
+use super::{Failure, report};
+use crate::api::{Cancellation, Client, ClientError, Event, Following, RefusalKind};
+use crate::config::units::parse_duration;
+use crate::proto::page::MigrationId;
+
+/// What Ctrl-C means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Interrupt {
+    /// The migration is cancelled.
+    Cancels,
+    /// Only the looking on ends.
+    Detaches,
+}
+
+/// How long a gateway may be away.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(super) struct PatienceArgs {
+    /// How long to wait for a gateway that went away, before saying that it is not known where the VM is.
+    #[arg(long = "wait-for-gateway", value_name = "DURATION", value_parser = parse_duration, default_value = "60s")]
+    wait: Duration,
+}
+
+/// The signals that concern a migration. Created before it starts, so that none is missed.
+#[derive(Debug)]
+pub(super) struct Signals {
+    interrupt: Signal,
+    hangup: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    pub(super) fn listen() -> Result<Self, Failure> {
+        let listen = |kind| signal(kind).map_err(|error| Failure::no(format!("cannot listen to signals: {error}")));
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+            terminate: listen(SignalKind::terminate())?,
+        })
+    }
+}
+
+/// Looks on until the migration has ended, and gives the exit code that says where the VM is.
+pub(super) async fn watch(
+    client: Client,
+    migration: MigrationId,
+    mut signals: Signals,
+    interrupt: Interrupt,
+    patience: PatienceArgs,
+    output: OutputArgs,
+) -> Result<u8, Failure> {
+    let mut display = Display::on_stderr();
+    let mut watcher = Watcher {
+        client: client.clone(),
+        migration,
+        following: None,
+        tries: 0,
+        seen: false,
+        patience,
+    };
+    let (answers, mut answer) = mpsc::channel(1);
+    let mut cancelling = false;
+    loop {
+        tokio::select! {
+            event = watcher.next(&mut display) => match event? {
+                Event::Progress(progress) => display.progress(&progress),
+                Event::Notice(text) => display.notice(&text),
+                Event::Report(report) => {
+                    display.clear();
+                    output.result(&*report, report::text);
+                    return Ok(report.outcome.vm_is().exit_code());
+                }
+            },
+            Some(()) = signals.interrupt.recv() => match (interrupt, cancelling) {
+                (Interrupt::Detaches, _) => return Err(detached(&display, migration)),
+                (Interrupt::Cancels, true) => display.notice("it is already being cancelled"),
+                (Interrupt::Cancels, false) => {
+                    cancelling = true;
+                    display.notice("cancelling; the VM stays at the source");
+                    let (client, answers) = (client.clone(), answers.clone());
+                    tokio::spawn(async move { answers.send(client.cancel(migration).await).await });
+                }
+            },
+            Some(answer) = answer.recv() => match answer {
+                Ok(Cancellation::Requested) => {}
+                Ok(Cancellation::AlreadyRequested) => display.notice("it was already being cancelled"),
+                Err(error) => {
+                    // A later Ctrl-C may ask again.
+                    cancelling = false;
+                    display.notice(&format!("not cancelled: {error}"));
+                }
+            },
+            Some(()) = signals.hangup.recv() => return Err(detached(&display, migration)),
+            Some(()) = signals.terminate.recv() => return Err(detached(&display, migration)),
+        }
+    }
+}
+
+fn detached(display: &Display, migration: MigrationId) -> Failure {
+    display.clear();
+    Failure::unknown(format!(
+        "detached; the migration goes on, `longhaul attach {migration}` shows it again"
+    ))
+}
+
+/// Follows one migration across restarts of the gateway.
+struct Watcher {
+    client: Client,
+    migration: MigrationId,
+    following: Option<Following>,
+    /// Failed tries to reach the gateway since it was lost.
+    tries: u32,
+    /// Whether the gateway has ever answered.
+    seen: bool,
+    patience: PatienceArgs,
+}
+
+impl Watcher {
+    /// The next event. Cancel-safe: what has been tried is kept in `self`.
+    async fn next(&mut self, display: &mut Display) -> Result<Event, Failure> {
+        loop {
+            if let Some(following) = &mut self.following {
+                match following.next().await {
+                    Ok(Some(event)) => return Ok(event),
+                    Ok(None) | Err(ClientError::Lost { .. }) => {
+                        self.following = None;
+                        display.notice("the gateway went away; waiting for it to come back");
+                    }
+                    Err(error) => return Err(self.lost_sight(&error)),
+                }
+            }
+            if self.tries > 0 {
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+            self.tries += 1;
+            match self.client.follow(self.migration).await {
+                Ok(following) => {
+                    self.following = Some(following);
+                    self.tries = 0;
+                    self.seen = true;
+                }
+                Err(error @ ClientError::Refused(_)) if !self.seen => return Err(error.into()),
+                Err(ClientError::Refused(refusal)) if refusal.kind != RefusalKind::Unavailable => {
+                    return Err(self.lost_sight(&refusal));
+                }
+                Err(error) if !self.seen || RETRY_INTERVAL * self.tries > self.patience.wait => {
+                    return Err(self.lost_sight(&error));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn lost_sight(&self, error: &dyn std::fmt::Display) -> Failure {
+        Failure::unknown(format!(
+            "where the VM is cannot be told: {error}; once the gateway runs it finishes or undoes the migration by itself, and `longhaul attach {}` tells",
+            self.migration
+        ))
+    }
+}
+
+/// Often enough that a restart of a few seconds is hardly noticed.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);

@@ -1,0 +1,572 @@
+//! What an operator states about one gateway: TOML, under flags and the environment, read once into [`Config`].
+//!
+//! Asked for is what an operator knows (rate and RTT of the link, memory, where a VM's QMP socket is); windows, buffers
+//! and timers are derived from it elsewhere. Flag > environment > file > default. Who is trusted is not here but in the
+//! trust store, which pairing writes.
+
+mod section;
+pub mod units;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::section::{Overrides, Problem};
+use self::section::{Section, Source};
+pub use self::units::PeerAddress;
+use self::units::{DEFAULT_PORT, parse_duration, parse_name, parse_size};
+use crate::proto::page::{ByteRate, MigrationId};
+
+/// Where the configuration is when nothing else is said.
+pub const DEFAULT_PATH: &str = "/etc/longhaul/gateway.toml";
+
+/// Where the control socket is when nothing else is said: in the default `state_dir`.
+pub const DEFAULT_SOCKET: &str = "/var/lib/longhaul/control.sock";
+
+/// Everything a gateway is told. Defaults are in [`Config::for_site`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name of this site, as other sites see it. No default: two sites of one name could not be told apart.
+    pub site: String,
+    /// Directory of everything that outlives the process: identity, trust, journal, page store, control socket.
+    pub state_dir: PathBuf,
+    /// UDP address of the control connection; bulk data uses the port after it.
+    pub listen: SocketAddr,
+    /// Address under which other sites reach this gateway. Needed in invitations where `listen` is a wildcard or behind
+    /// NAT.
+    pub advertise: Option<PeerAddress>,
+    /// Bytes of memory that page caches, dictionaries and queues may use together.
+    pub memory_budget: u64,
+    /// The site's link towards the WAN.
+    pub link: Link,
+    /// Where metrics are served.
+    pub metrics: Metrics,
+    /// How migrations run when the command does not say.
+    pub migration: Migration,
+    /// Gateways of other sites, in the order of the file.
+    pub peers: Vec<Peer>,
+    /// VMs that may leave or arrive here, in the order of the file.
+    pub vms: Vec<Vm>,
+    /// What is logged.
+    pub log: Log,
+}
+
+/// The link of the site towards the WAN.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Capacity, headers included. Absent: found by probing.
+    pub rate: Option<ByteRate>,
+    /// RTT to the farthest peer. Sizes windows before anything is measured.
+    pub rtt: Duration,
+}
+
+/// Where `/metrics`, `/live` and `/ready` are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// TCP address; `None` (`"off"` in the file) serves none.
+    pub listen: Option<SocketAddr>,
+}
+
+/// How migrations run when the command does not say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// Longest downtime that is accepted.
+    pub downtime_limit: Duration,
+    /// What becomes of the source's VM process once the VM runs at the destination.
+    pub after_success: AfterSuccess,
+    /// Longest time from start to switchover; a migration that takes longer is cancelled. Absent: no limit.
+    pub deadline: Option<Duration>,
+    /// Cap of each migration. Absent: the link's rate.
+    pub rate: Option<ByteRate>,
+}
+
+/// The gateway of another site.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The site's name, as in `--to`.
+    pub name: String,
+    /// Where it is called. Absent: the address learnt in pairing.
+    pub address: Option<PeerAddress>,
+    /// Cap towards this peer. Absent: `link.rate`.
+    pub rate: Option<ByteRate>,
+    /// RTT to this peer. Absent: `link.rtt`.
+    pub rtt: Option<Duration>,
+}
+
+/// A VM that may leave or arrive here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vm {
+    /// Its name, the same at both sites.
+    pub name: String,
+    /// QMP socket: where the running VM listens, and where one started by `command` will.
+    pub qmp: PathBuf,
+    /// Argument vector of the process that receives the VM; without it a process already waits on `qmp`. See
+    /// [`Vm::command_for`].
+    pub command: Option<Vec<String>>,
+    /// Where its disks are.
+    pub disks: Disks,
+    /// For this VM instead of `migration.after_success`.
+    pub after_success: Option<AfterSuccess>,
+}
+
+/// What becomes of the source's VM process once the VM runs at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterSuccess {
+    /// It is ended by QMP `quit`.
+    Quit,
+    /// It stays, paused; starting it again is the operator's mistake to avoid.
+    Leave,
+}
+
+/// Where a VM's writable disks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Disks {
+    /// It has none. A VM that has one is refused.
+    None,
+    /// On storage that both sites reach under the same names.
+    Shared,
+}
+
+/// What is logged, on stderr.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// Least severe level.
+    pub level: LogLevel,
+    /// Shape of a line.
+    pub format: LogFormat,
+}
+
+/// Least severe level that is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each variant is its own word")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Shape of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `key=value`, for people and journald.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Config {
+    /// The defaults.
+    ///
+    /// | key | default | reason |
+    /// |---|---|---|
+    /// | `state_dir` | `/var/lib/longhaul` | the place that the file hierarchy standard gives to state |
+    /// | `listen` | `0.0.0.0:4646` | every interface; one port for control, the next for bulk |
+    /// | `memory_budget` | `512mib` | the dictionary of a 100 GiB guest's digests fits, and a hypervisor host has it to spare |
+    /// | `link.rtt` | `150ms` | one ocean; on a shorter path windows are merely larger than used |
+    /// | `metrics.listen` | `127.0.0.1:9646` | metrics name peers, so nobody else reads them unasked |
+    /// | `migration.downtime_limit` | `500ms` | one ocean crossing, one retransmission and the load of the last pages |
+    /// | `migration.after_success` | `quit` | a paused copy that stays is a second VM waiting for a mistake |
+    /// | `vm.disks` | `none` | a writable disk must never be forgotten silently |
+    /// | `log.level`, `log.format` | `info`, `text` | one line a phase and a round |
+    #[must_use]
+    pub fn for_site(site: &str) -> Self {
+        Self {
+            site: site.to_owned(),
+            state_dir: PathBuf::from("/var/lib/longhaul"),
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT)),
+            advertise: None,
+            memory_budget: 512 << 20,
+            link: Link {
+                rate: None,
+                rtt: Duration::from_millis(150),
+            },
+            metrics: Metrics {
+                listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9646))),
+            },
+            migration: Migration {
+                downtime_limit: Duration::from_millis(500),
+                after_success: AfterSuccess::Quit,
+                deadline: None,
+                rate: None,
+            },
+            peers: Vec::new(),
+            vms: Vec::new(),
+            log: Log {
+                level: LogLevel::Info,
+                format: LogFormat::Text,
+            },
+        }
+    }
+
+    /// Reads the file at `path` under `overrides`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unreadable`] where the file cannot be read, [`ConfigError::Invalid`] with every mistake in it.
+    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let unreadable = |source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
+        if bytes > MAX_FILE_BYTES {
+            let message = format!("the file has {bytes} bytes; a configuration has at most {MAX_FILE_BYTES}");
+            let problem = Problem {
+                line: None,
+                key: String::new(),
+                message,
+            };
+            return Err(ConfigError::Invalid {
+                path: path.to_owned(),
+                problems: vec![problem],
+            });
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Self::parse(&text, overrides).map_err(|problems| ConfigError::Invalid {
+            path: path.to_owned(),
+            problems,
+        })
+    }
+
+    /// Reads `text` under `overrides`.
+    ///
+    /// # Errors
+    /// Every mistake, in the order of the file.
+    pub fn parse(text: &str, overrides: &Overrides) -> Result<Self, Vec<Problem>> {
+        let source = Source::new(text, overrides);
+        let config = Self::read(source.top()?);
+        let problems = source.into_problems();
+        if problems.is_empty() { Ok(config) } else { Err(problems) }
+    }
+
+    /// The control socket of the gateway.
+    #[must_use]
+    pub fn control_socket(&self) -> PathBuf {
+        self.state_dir.join("control.sock")
+    }
+
+    /// UDP address of bulk data: the port after `listen`.
+    #[must_use]
+    pub fn bulk_listen(&self) -> SocketAddr {
+        SocketAddr::new(self.listen.ip(), self.listen.port().saturating_add(1))
+    }
+
+    /// The peer of that name.
+    #[must_use]
+    pub fn peer(&self, name: &str) -> Option<&Peer> {
+        self.peers.iter().find(|peer| peer.name == name)
+    }
+
+    /// The VM of that name.
+    #[must_use]
+    pub fn vm(&self, name: &str) -> Option<&Vm> {
+        self.vms.iter().find(|vm| vm.name == name)
+    }
+
+    /// What becomes of the source process of `vm`.
+    #[must_use]
+    pub fn after_success(&self, vm: &Vm) -> AfterSuccess {
+        vm.after_success.unwrap_or(self.migration.after_success)
+    }
+
+    /// Values that are wrong or missing keep their default here; the caller discards the result when there are
+    /// problems.
+    fn read(mut top: Section<'_>) -> Self {
+        let mut config = Self::for_site("");
+        set(&mut config.site, top.required("site", parse_name));
+        set(&mut config.state_dir, top.value("state_dir", parse_absolute));
+        set(&mut config.listen, top.value("listen", parse_listen));
+        config.advertise = top.value("advertise", PeerAddress::from_str);
+        set(&mut config.memory_budget, top.value("memory_budget", parse_budget));
+        if config.control_socket().as_os_str().len() > MAX_SOCKET_PATH_BYTES {
+            top.mistake(
+                "state_dir",
+                format!("a control socket in it has a path of more than {MAX_SOCKET_PATH_BYTES} bytes"),
+            );
+        }
+
+        let mut link = top.section("link");
+        config.link.rate = link.value("rate", ByteRate::from_str);
+        set(&mut config.link.rtt, link.value("rtt", parse_duration));
+        link.finish();
+
+        let mut metrics = top.section("metrics");
+        set(
+            &mut config.metrics.listen,
+            metrics.value("listen", parse_metrics_listen),
+        );
+        metrics.finish();
+
+        let mut migration = top.section("migration");
+        set(
+            &mut config.migration.downtime_limit,
+            migration.value("downtime_limit", parse_duration),
+        );
+        set(
+            &mut config.migration.after_success,
+            migration.value("after_success", AfterSuccess::from_str),
+        );
+        config.migration.deadline = migration.value("deadline", parse_duration);
+        config.migration.rate = migration.value("rate", ByteRate::from_str);
+        migration.finish();
+
+        let mut log = top.section("log");
+        set(&mut config.log.level, log.value("level", LogLevel::from_str));
+        set(&mut config.log.format, log.value("format", LogFormat::from_str));
+        log.finish();
+
+        for mut section in top.sections("peer") {
+            let peer = Peer {
+                name: section.required("name", parse_name).unwrap_or_default(),
+                address: section.value("address", PeerAddress::from_str),
+                rate: section.value("rate", ByteRate::from_str),
+                rtt: section.value("rtt", parse_duration),
+            };
+            if !peer.name.is_empty() && config.peer(&peer.name).is_some() {
+                section.mistake("name", format!("the peer {:?} is there already", peer.name));
+            }
+            if !peer.name.is_empty() && peer.name == config.site {
+                section.mistake("name", format!("{:?} is this site itself", peer.name));
+            }
+            section.finish();
+            config.peers.push(peer);
+        }
+
+        for mut section in top.sections("vm") {
+            let vm = Vm {
+                name: section.required("name", parse_name).unwrap_or_default(),
+                qmp: section.required("qmp", parse_socket_path).unwrap_or_default(),
+                command: section.texts("command"),
+                disks: section.value("disks", Disks::from_str).unwrap_or(Disks::None),
+                after_success: section.value("after_success", AfterSuccess::from_str),
+            };
+            if !vm.name.is_empty() && config.vm(&vm.name).is_some() {
+                section.mistake("name", format!("the VM {:?} is there already", vm.name));
+            }
+            if let Some(other) = config
+                .vms
+                .iter()
+                .find(|other| other.qmp == vm.qmp && !vm.qmp.as_os_str().is_empty())
+            {
+                section.mistake("qmp", format!("is the socket of the VM {:?} too", other.name));
+            }
+            for problem in vm.command.as_deref().map(problems_of_command).unwrap_or_default() {
+                section.mistake("command", problem);
+            }
+            section.finish();
+            config.vms.push(vm);
+        }
+        top.finish();
+        config
+    }
+}
+
+impl Vm {
+    /// The argument vector that receives `migration`, with `{qmp}`, `{vm}` and `{migration}` filled in. No shell sees
+    /// it, and nothing in it comes from the peer but the migration's id, which is hexadecimal. `None` where the VM's
+    /// process is started by someone else.
+    #[must_use]
+    pub fn command_for(&self, migration: MigrationId) -> Option<Vec<String>> {
+        let qmp = self.qmp.display().to_string();
+        let migration = migration.to_string();
+        let value = |placeholder: &str| match placeholder {
+            "qmp" => Some(qmp.as_str()),
+            "vm" => Some(self.name.as_str()),
+            "migration" => Some(migration.as_str()),
+            _ => None,
+        };
+        Some(
+            self.command
+                .as_ref()?
+                .iter()
+                .map(|argument| fill_in(argument, value))
+                .collect(),
+        )
+    }
+}
+
+/// `argument` with every `{placeholder}` that `value` knows replaced, in one pass, so that no value is looked into.
+fn fill_in<'v>(argument: &str, value: impl Fn(&str) -> Option<&'v str>) -> String {
+    let mut filled = String::with_capacity(argument.len());
+    let mut rest = argument;
+    while let Some(start) = rest.find('{') {
+        let (before, from) = rest.split_at(start);
+        filled.push_str(before);
+        match from
+            .find('}')
+            .and_then(|end| value(&from[1..end]).map(|value| (end, value)))
+        {
+            Some((end, value)) => {
+                filled.push_str(value);
+                rest = &from[end + 1..];
+            }
+            None => {
+                filled.push('{');
+                rest = &from[1..];
+            }
+        }
+    }
+    filled.push_str(rest);
+    filled
+}
+
+/// What is wrong with an argument template. JSON in arguments (`-blockdev {"driver":...}`) is no placeholder.
+fn problems_of_command(command: &[String]) -> Vec<String> {
+    let mut problems = Vec::new();
+    if command.first().is_none_or(|program| program.is_empty()) {
+        problems.push("the first text names the program".to_owned());
+    }
+    if command.iter().any(|argument| argument.contains('\0')) {
+        problems.push("no argument may contain a zero byte".to_owned());
+    }
+    for argument in command {
+        for from in argument.match_indices('{').map(|(start, _)| &argument[start + 1..]) {
+            let Some((name, _)) = from.split_once('}') else {
+                continue;
+            };
+            let is_word = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+            if is_word && !["qmp", "vm", "migration"].contains(&name) {
+                problems.push(format!(
+                    "{{{name}}} stands for nothing; known are {{qmp}}, {{vm}} and {{migration}}"
+                ));
+            }
+        }
+    }
+    if !command.windows(2).any(|pair| pair == ["-incoming", "defer"]) {
+        problems.push(
+            "must contain \"-incoming\", \"defer\", so that the gateway decides when the VM is received".to_owned(),
+        );
+    }
+    if !command.iter().any(|argument| argument == "-S") {
+        problems.push("must contain \"-S\"; without it the VM would start by itself before it is committed".to_owned());
+    }
+    if !command.iter().any(|argument| argument.contains("{qmp}")) {
+        problems.push("must name {qmp}, so that the gateway finds the VM that it started".to_owned());
+    }
+    problems
+}
+
+fn set<T>(place: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *place = value;
+    }
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| "write an IP address and a port, for example 0.0.0.0:4646")?;
+    match address.port() {
+        0 | u16::MAX => Err("use a port from 1 to 65534, since bulk data takes the next one"),
+        _ => Ok(address),
+    }
+}
+
+fn parse_metrics_listen(text: &str) -> Result<Option<SocketAddr>, &'static str> {
+    if text == "off" {
+        return Ok(None);
+    }
+    text.parse()
+        .map(Some)
+        .map_err(|_| "write an IP address and a port, for example 127.0.0.1:9646, or off")
+}
+
+fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {
+    if text.starts_with('/') && !text.contains('\0') {
+        Ok(PathBuf::from(text))
+    } else {
+        Err("write an absolute path")
+    }
+}
+
+fn parse_socket_path(text: &str) -> Result<PathBuf, String> {
+    if text.len() > MAX_SOCKET_PATH_BYTES {
+        return Err(format!(
+            "the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes"
+        ));
+    }
+    Ok(parse_absolute(text)?)
+}
+
+fn parse_budget(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text).map_err(|error| error.to_string())?;
+    if bytes < MIN_MEMORY_BUDGET {
+        return Err("a gateway needs at least 64mib".to_owned());
+    }
+    Ok(bytes)
+}
+
+/// Gives an enum its words, for the file, the command line and for showing it.
+macro_rules! words {
+    ($type:ident { $($word:literal => $variant:ident),+ $(,)? }) => {
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err(format!("write one of {}", [$($word),+].join(", "))),
+                }
+            }
+        }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $(Self::$variant => $word,)+ })
+            }
+        }
+    };
+}
+
+words!(AfterSuccess { "quit" => Quit, "leave" => Leave });
+words!(Disks { "none" => None, "shared" => Shared });
+words!(LogLevel { "error" => Error, "warn" => Warn, "info" => Info, "debug" => Debug, "trace" => Trace });
+words!(LogFormat { "text" => Text, "json" => Json });
+
+/// A configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file, a flag or the environment has mistakes.
+    #[error("the configuration {} has {}:{}", path.display(), count(problems), list(problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Every mistake.
+        problems: Vec<Problem>,
+    },
+}
+
+fn count(problems: &[Problem]) -> String {
+    if problems.len() == 1 {
+        "1 mistake".to_owned()
+    } else {
+        format!("{} mistakes", problems.len())
+    }
+}
+
+fn list(problems: &[Problem]) -> String {
+    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+}
+
+/// Thousands of VMs fit; anything larger is another file by mistake.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+
+/// `sun_path` has 108 bytes, the last of them zero (unix(7)).
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// Queues and the smallest useful dictionary.
+const MIN_MEMORY_BUDGET: u64 = 64 << 20;

@@ -1,0 +1,172 @@
+//! What peers open: control channels and lanes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::Core;
+use super::channel::{Channel, ChannelError};
+use super::destination::Attachment;
+use super::{offer, recovery};
+use crate::proto::page::MigrationId;
+use crate::proto::session::SessionError;
+use crate::proto::wire::frame::HEADER_LEN;
+use crate::proto::wire::message::Reply;
+use crate::proto::wire::{Frame, FrameError, Hello, MAX_PAYLOAD, Request, SessionMessage};
+use crate::transport::{CloseCode, LaneError, PeerConnection, read_lane};
+
+/// How long a peer may take to say what it opened a channel for.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Serves a peer's control connection until it closes.
+pub(crate) async fn control(core: Arc<Core>, peer: String, connection: PeerConnection) {
+    let mut hello: Option<Hello> = None;
+    loop {
+        let channel = match connection.accept_bi().await {
+            Ok((sender, receiver)) => Channel::new(sender, receiver),
+            Err(error) => {
+                tracing::debug!(peer, "control connection closed: {error}");
+                return;
+            }
+        };
+        if let Err(error) = serve(&core, &peer, &mut hello, channel).await {
+            tracing::warn!(peer, "{error}");
+            if matches!(error, ChannelError::Message(_)) {
+                connection.close_with(CloseCode::Protocol, &error.to_string());
+                return;
+            }
+        }
+    }
+}
+
+async fn serve(
+    core: &Arc<Core>,
+    peer: &str,
+    hello: &mut Option<Hello>,
+    mut channel: Channel,
+) -> Result<(), ChannelError> {
+    let request = tokio::time::timeout(REQUEST_DEADLINE, channel.receiver.receive::<Request>())
+        .await
+        .map_err(|_| ChannelError::Closed)??
+        .ok_or(ChannelError::Closed)?;
+    let Some(known) = hello.clone() else {
+        let Request::Hello(theirs) = request else {
+            return reply(channel, Reply::Refused("a hello comes first".to_owned())).await;
+        };
+        let ours = core.links.hello();
+        return match ours.agree(&theirs) {
+            Ok(agreement) => {
+                tracing::info!(peer, site = theirs.site, software = theirs.software, version = agreement.version,
+                    "a peer connected");
+                *hello = Some(theirs);
+                reply(channel, Reply::Hello(ours.clone())).await
+            }
+            Err(error) => reply(channel, Reply::Refused(error.to_string())).await,
+        };
+    };
+    match request {
+        Request::Hello(_) => reply(channel, Reply::Refused("the hello came twice".to_owned())).await,
+        Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
+        Request::Check(offered) => {
+            let core = Arc::clone(core);
+            let peer = peer.to_owned();
+            tokio::spawn(async move {
+                let against = offer::check(&core, &peer, &offered).await;
+                let _ = reply(channel, Reply::Checked(against)).await;
+            });
+            Ok(())
+        }
+        Request::Open(offered) => {
+            // A vmm is started, which takes a while; other channels go on meanwhile.
+            tokio::spawn(offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel));
+            Ok(())
+        }
+        Request::Attach { migration, epoch } => {
+            let attachment = Attachment { channel, epoch, peer_journal: known.journal };
+            tokio::spawn(attach(Arc::clone(core), peer.to_owned(), migration, attachment));
+            Ok(())
+        }
+    }
+}
+
+async fn reply(mut channel: Channel, reply: Reply) -> Result<(), ChannelError> {
+    channel.sender.send(&reply).await?;
+    channel.sender.finish();
+    Ok(())
+}
+
+/// Hands a channel to the driver of its migration, which is started where only the journal knows of it.
+async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachment: Attachment) {
+    let mut attachment = attachment;
+    if let Some(driver) = core.drivers.get(migration, &peer) {
+        match driver.send(attachment).await {
+            Ok(()) => return,
+            // It ended this moment: what it left in the journal answers.
+            Err(mpsc::error::SendError(back)) => attachment = back,
+        }
+    }
+    if let Err(reason) = recovery::answer_for(&core, &peer, migration, &mut attachment).await {
+        tracing::warn!(%migration, peer, "{reason}");
+        let _ = attachment.channel.sender.send(&SessionMessage::Refused { reason }).await;
+        return;
+    }
+    if let Some(driver) = core.drivers.get(migration, &peer) {
+        let _ = driver.send(attachment).await;
+    }
+}
+
+/// Takes lanes off a peer's bulk connection until it closes.
+pub(crate) async fn bulk(core: Arc<Core>, peer: String, connection: PeerConnection) {
+    loop {
+        let lane = match connection.accept_uni().await {
+            Ok(lane) => lane,
+            Err(error) => {
+                tracing::debug!(peer, "bulk connection closed: {error}");
+                return;
+            }
+        };
+        let core = Arc::clone(&core);
+        let peer = peer.clone();
+        let connection = connection.clone();
+        // Lanes are read side by side; how many there are is bounded by the limit on open lanes, their bytes by the window.
+        tokio::spawn(async move {
+            if let Err(error) = take_lane(&core, &peer, lane).await {
+                match error {
+                    TakeError::Lane(LaneError::TooLong { .. })
+                    | TakeError::Frame(_)
+                    | TakeError::Session(
+                        SessionError::WindowExceeded { .. }
+                        | SessionError::BeyondTheEnd { .. }
+                        | SessionError::OutOfStep { .. },
+                    ) => {
+                        tracing::warn!(peer, "closing the connection: {error}");
+                        connection.close_with(CloseCode::Protocol, &error.to_string());
+                    }
+                    _ => tracing::debug!(peer, "a lane was dropped: {error}"),
+                }
+            }
+        });
+    }
+}
+
+async fn take_lane(core: &Core, peer: &str, lane: quinn::RecvStream) -> Result<(), TakeError> {
+    let bytes = read_lane(lane, HEADER_LEN + MAX_PAYLOAD).await?;
+    let frame = Frame::decode(bytes)?;
+    let migration = frame.header.migration;
+    let inbound = core.inbound.get(migration, peer).ok_or(TakeError::NoMigration { migration })?;
+    inbound.receive(frame)?;
+    Ok(())
+}
+
+#[derive(Debug, thiserror::Error)]
+enum TakeError {
+    #[error(transparent)]
+    Lane(#[from] LaneError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("no migration {migration} of this peer is being received")]
+    NoMigration { migration: MigrationId },
+}

@@ -1,0 +1,108 @@
+//! A channel of the control connection: messages both ways on one QUIC stream.
+
+use bytes::BytesMut;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::proto::wire::message::{self, MessageError};
+
+/// One end of a channel. Dropping it ends both directions.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    pub(crate) sender: ChannelSender,
+    pub(crate) receiver: ChannelReceiver,
+}
+
+/// The half that sends.
+#[derive(Debug)]
+pub(crate) struct ChannelSender(quinn::SendStream);
+
+/// The half that receives.
+#[derive(Debug)]
+pub(crate) struct ChannelReceiver {
+    stream: quinn::RecvStream,
+    received: BytesMut,
+}
+
+impl Channel {
+    pub(crate) fn new(sender: quinn::SendStream, receiver: quinn::RecvStream) -> Self {
+        Self {
+            sender: ChannelSender(sender),
+            receiver: ChannelReceiver { stream: receiver, received: BytesMut::new() },
+        }
+    }
+
+    /// Opens a channel with its first message.
+    ///
+    /// # Errors
+    /// [`ChannelError`] where the connection is gone.
+    pub(crate) async fn open<M: Serialize>(connection: &quinn::Connection, first: &M) -> Result<Self, ChannelError> {
+        let (sender, receiver) = connection.open_bi().await?;
+        let mut channel = Self::new(sender, receiver);
+        channel.sender.send(first).await?;
+        Ok(channel)
+    }
+
+    /// Asks one thing on a channel of its own and waits for the answer.
+    ///
+    /// # Errors
+    /// [`ChannelError`] where the connection is gone or the answer is not one.
+    pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
+        connection: &quinn::Connection,
+        question: &Q,
+    ) -> Result<A, ChannelError> {
+        let mut channel = Self::open(connection, question).await?;
+        channel.receiver.receive().await?.ok_or(ChannelError::Closed)
+    }
+}
+
+impl ChannelSender {
+    /// Sends one message. Not cancel-safe: a message that was cut in half ends the channel.
+    pub(crate) async fn send<M: Serialize>(&mut self, message: &M) -> Result<(), ChannelError> {
+        let bytes = message::encode(message)?;
+        self.0.write_chunk(bytes).await?;
+        Ok(())
+    }
+
+    /// Nothing follows; what was sent still arrives.
+    pub(crate) fn finish(&mut self) {
+        // An error here says that the stream is closed already, which is what was asked for.
+        let _ = self.0.finish();
+    }
+}
+
+impl ChannelReceiver {
+    /// The next message; `None` where the peer has finished. Cancel-safe: bytes that were read are kept.
+    pub(crate) async fn receive<M: DeserializeOwned>(&mut self) -> Result<Option<M>, ChannelError> {
+        loop {
+            if let Some(message) = message::decode(&mut self.received)? {
+                return Ok(Some(message));
+            }
+            match self.stream.read_chunk(message::MAX_MESSAGE, true).await? {
+                Some(chunk) => self.received.extend_from_slice(&chunk.bytes),
+                None if self.received.is_empty() => return Ok(None),
+                None => return Err(MessageError::Truncated.into()),
+            }
+        }
+    }
+}
+
+/// A channel cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChannelError {
+    /// The connection is lost or was closed.
+    #[error("the connection to the peer is lost: {0}")]
+    Connection(#[from] quinn::ConnectionError),
+    /// The peer does not take messages any more.
+    #[error("the peer ended the channel: {0}")]
+    Write(#[from] quinn::WriteError),
+    /// The peer does not send messages any more.
+    #[error("the peer ended the channel: {0}")]
+    Read(#[from] quinn::ReadError),
+    /// What came is not a message.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// The peer finished without the answer.
+    #[error("the peer ended the channel without an answer")]
+    Closed,
+}

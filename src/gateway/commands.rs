@@ -1,0 +1,323 @@
+//! Commands of the control API, and the look at links that metrics need.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::pairing::{self, InviteCode, Local, exchange};
+use super::{Core, clock};
+use crate::api::{
+    AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal, RefusalKind,
+    Resolution, ResolveRequest, Statement, Trust,
+};
+use crate::config::PeerAddress;
+use crate::metrics::{Direction, PeerMetrics};
+use crate::migrate;
+use crate::proto::ownership::{self, Claim};
+use crate::proto::page::MigrationId;
+use crate::store::trust::Fingerprint;
+use crate::transport::{CloseCode, LinkMeasures, PeerConnection};
+
+/// Answers commands until the last asker is gone.
+pub(crate) async fn serve(core: Arc<Core>, mut commands: mpsc::Receiver<Command>) {
+    while let Some(command) = commands.recv().await {
+        answer(&core, command);
+    }
+}
+
+/// What takes time is done on a task of its own: no command waits for another.
+fn answer(core: &Arc<Core>, command: Command) {
+    match command {
+        Command::Start { request, reply } => reply.send(migrate::start(core, request)),
+        Command::Check { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(migrate::dry_run(&core, request).await) });
+        }
+        Command::List { reply } => {
+            let now = clock::now();
+            let known = core.registry.all();
+            reply.send(Ok(known.iter().filter(|entry| !entry.vm.is_empty()).map(|entry| entry.summary(now)).collect()));
+        }
+        Command::Status { migration, reply } => {
+            reply.send(entry(core, migration).map(|entry| entry.status(clock::now())));
+        }
+        Command::Follow { migration, reply } => reply.send(entry(core, migration).map(|entry| entry.follow())),
+        Command::Cancel { migration, reply } => {
+            reply.send(entry(core, migration).and_then(|entry| entry.request_cancel()));
+        }
+        Command::Resolve { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(resolve(&core, request).await) });
+        }
+        Command::Peers { reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(Ok(peers(&core).await)) });
+        }
+        Command::Invite { request, reply } => reply.send(invite(core, &request)),
+        Command::AcceptInvite { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(accept_invite(&core, &request).await) });
+        }
+        Command::PairByFingerprint { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(pair_by_fingerprint(&core, request).await) });
+        }
+        Command::Unpair { peer, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(unpair(&core, &peer).await) });
+        }
+        Command::Identity { reply } => reply.send(Ok(Identity {
+            site: core.config.site.clone(),
+            fingerprint: core.identity.fingerprint(),
+            address: core.config.advertise.as_ref().map(ToString::to_string),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        })),
+    }
+}
+
+fn entry(core: &Core, migration: MigrationId) -> Result<Arc<super::registry::Entry>, Refusal> {
+    core.registry.get(migration).ok_or_else(|| {
+        Refusal::new(
+            RefusalKind::NotFound,
+            format!("this gateway knows no migration {migration}; longhaul list shows those it knows"),
+        )
+    })
+}
+
+async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Refusal> {
+    let open = core.registry.open_for_vm(&request.vm).ok_or_else(|| {
+        Refusal::new(RefusalKind::NotFound, format!("no migration of {} is open here: there is nothing to resolve", request.vm))
+    })?;
+    let claim = match request.statement {
+        Statement::PeerIsFenced => Claim::PeerIsFenced,
+        Statement::RunsAtPeer | Statement::LostHere => Claim::PeerOwns,
+    };
+    let resolution = ownership::Resolution { claim, by: "control socket".to_owned() };
+    match open.resolve(resolution).await {
+        Ok(result) => Ok(Resolution { migration: open.migration, result }),
+        Err(reason) => Err(Refusal::new(RefusalKind::Conflict, reason)),
+    }
+}
+
+async fn peers(core: &Core) -> Vec<PeerStatus> {
+    let mut trusted = core.trust.peers();
+    let mut known: Vec<PeerStatus> = Vec::new();
+    for configured in &core.config.peers {
+        let paired = trusted.remove(&configured.name);
+        let address = configured.address.clone().or_else(|| paired.as_ref()?.address.clone());
+        known.push(peer_status(core, &configured.name, address, paired.map(|peer| peer.fingerprint)).await);
+    }
+    for (name, peer) in trusted {
+        known.push(peer_status(core, &name, peer.address, Some(peer.fingerprint)).await);
+    }
+    known
+}
+
+async fn peer_status(
+    core: &Core,
+    name: &str,
+    address: Option<PeerAddress>,
+    fingerprint: Option<Fingerprint>,
+) -> PeerStatus {
+    // Somebody looks: a link that is not there is tried, shortly, so that the answer is of now.
+    let link = match (fingerprint, &address) {
+        (Some(_), Some(_)) => {
+            tokio::time::timeout(LOOK_DEADLINE, core.links.link(name)).await.ok().and_then(Result::ok)
+        }
+        _ => None,
+    };
+    PeerStatus {
+        name: name.to_owned(),
+        address: address.map(|address| address.to_string()),
+        trust: if fingerprint.is_some() { Trust::Paired } else { Trust::Unpaired },
+        connected: link.is_some(),
+        rtt_seconds: link.map(|link| link.rtt().as_secs_f64()),
+        fingerprint,
+    }
+}
+
+const LOOK_DEADLINE: Duration = Duration::from_secs(3);
+
+fn local(core: &Core) -> Local {
+    Local {
+        site: core.config.site.clone(),
+        fingerprint: core.identity.fingerprint(),
+        address: core.config.advertise.clone().or_else(|| listen_address(core.transport.control_address())),
+    }
+}
+
+/// The address that this gateway listens on, where that is one and not all.
+fn listen_address(address: SocketAddr) -> Option<PeerAddress> {
+    (!address.ip().is_unspecified()).then(|| PeerAddress { host: address.ip().to_string(), port: address.port() })
+}
+
+fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refusal> {
+    let invalid = |message: String| Refusal::new(RefusalKind::Invalid, message);
+    let local = local(core);
+    let address = match &request.address {
+        Some(text) => text.parse::<PeerAddress>().map_err(|error| invalid(format!("{text}: {error}")))?,
+        None => local.address.clone().ok_or_else(|| {
+            invalid(
+                "the other site has to know where this gateway is: set `advertise` in its configuration, or give --address"
+                    .to_owned(),
+            )
+        })?,
+    };
+    let valid_for = match request.valid_for_seconds {
+        Some(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| invalid(error.to_string()))?,
+        None => exchange::DEFAULT_VALIDITY,
+    };
+    let code = pairing::invite(&core.invitations, &local, address, valid_for)
+        .map_err(|error| Refusal::new(RefusalKind::Conflict, error.to_string()))?;
+    watch_invitations(core);
+    Ok(Invitation { code: code.to_string(), valid_for_seconds: valid_for.as_secs_f64() })
+}
+
+/// Unknown gateways may knock only while there is an invitation.
+fn watch_invitations(core: &Arc<Core>) {
+    core.transport.set_invitation(true);
+    let core = Arc::clone(core);
+    tokio::spawn(async move {
+        while let Some(until) = open_until(&core) {
+            tokio::time::sleep(until.saturating_duration_since(clock::now()) + Duration::from_millis(10)).await;
+        }
+        core.transport.set_invitation(false);
+    });
+}
+
+fn open_until(core: &Core) -> Option<Instant> {
+    core.invitations.lock().unwrap_or_else(PoisonError::into_inner).open_until(clock::now())
+}
+
+async fn accept_invite(core: &Core, request: &AcceptInvite) -> Result<Paired, Refusal> {
+    let code: InviteCode = request
+        .code
+        .trim()
+        .parse()
+        .map_err(|error: pairing::InvalidCode| Refusal::new(RefusalKind::Invalid, error.to_string()))?;
+    let unavailable = |message: String| Refusal::new(RefusalKind::Unavailable, message);
+    let address = super::links::resolve_address(&code.address).await.map_err(unavailable)?;
+    let connection = core
+        .transport
+        .dial_to_pair(address, code.fingerprint)
+        .await
+        .map_err(|error| unavailable(error.to_string()))?;
+    let theirs = connection.fingerprint();
+    let paired = pairing::join(&connection, &code, &local(core), theirs, &core.trust)
+        .await
+        .map_err(|error| Refusal::new(RefusalKind::Refused, error.to_string()))?;
+    core.anchors.insert(paired.fingerprint, &paired.peer);
+    tracing::info!(peer = paired.peer, fingerprint = %paired.fingerprint, "paired");
+    Ok(paired)
+}
+
+/// A gateway with an unknown key knocks while an invitation is open.
+pub(crate) async fn answer_pairing(core: Arc<Core>, connection: PeerConnection, theirs: Fingerprint) {
+    match pairing::answer(&connection, &core.invitations, &local(&core), theirs, &core.trust).await {
+        Ok(paired) => {
+            core.anchors.insert(paired.fingerprint, &paired.peer);
+            tracing::info!(peer = paired.peer, fingerprint = %paired.fingerprint, "paired");
+        }
+        Err(error) => tracing::warn!(fingerprint = %theirs, "{error}"),
+    }
+    if open_until(&core).is_none() {
+        core.transport.set_invitation(false);
+    }
+}
+
+async fn pair_by_fingerprint(core: &Core, request: PairByFingerprint) -> Result<Paired, Refusal> {
+    let address = request
+        .address
+        .parse::<PeerAddress>()
+        .map_err(|error| Refusal::new(RefusalKind::Invalid, format!("{}: {error}", request.address)))?;
+    if request.fingerprint == core.identity.fingerprint() {
+        return Err(Refusal::new(RefusalKind::Invalid, "that is the fingerprint of this gateway itself"));
+    }
+    let paired = pairing::trust_by_fingerprint(&core.trust, &request.peer, request.fingerprint, Some(address))
+        .await
+        .map_err(|error| Refusal::new(RefusalKind::Conflict, error.to_string()))?;
+    core.anchors.insert(paired.fingerprint, &paired.peer);
+    tracing::info!(peer = paired.peer, fingerprint = %paired.fingerprint, "paired");
+    Ok(paired)
+}
+
+async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
+    if let Some(open) = core.registry.open().iter().find(|entry| entry.peer == peer) {
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            format!("{peer} takes part in migration {} of {}: let it end, cancel it or resolve it first", open.migration, open.vm),
+        ));
+    }
+    let trust = Arc::clone(&core.trust);
+    let name = peer.to_owned();
+    let removed = tokio::task::spawn_blocking(move || trust.remove(&name))
+        .await
+        .expect("removing trust does not panic")
+        .map_err(|error| Refusal::new(RefusalKind::Internal, error.to_string()))?;
+    if removed.is_none() {
+        return Err(Refusal::new(RefusalKind::NotFound, format!("{peer} is not paired; longhaul peers shows who is")));
+    }
+    core.anchors.remove(peer);
+    let reason = "the gateways are not paired any more";
+    core.transport.close_peer(peer, CloseCode::Unpaired, reason);
+    core.metrics.forget_peer(peer);
+    tracing::info!(peer, "unpaired");
+    Ok(())
+}
+
+/// Looks at every link from time to time and tells the metrics what has been added.
+pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
+    let mut seen: HashMap<String, Seen> = HashMap::new();
+    loop {
+        tokio::time::sleep(every).await;
+        for name in core.trust.peers().into_keys() {
+            let metrics = core.metrics.peer(&name);
+            match core.links.existing(&name).await {
+                Some(link) => {
+                    let seen = seen.entry(name).or_default();
+                    if !seen.connected {
+                        metrics.connected();
+                        *seen = Seen { connected: true, ..Seen::default() };
+                    }
+                    let measures = link.measures();
+                    add(&metrics, &seen.measures, &measures);
+                    let waited = measures.bulk.shaper_wait.saturating_sub(seen.measures.bulk.shaper_wait);
+                    core.metrics.add_shaper_wait(waited);
+                    seen.measures = measures;
+                }
+                None => {
+                    if seen.remove(&name).is_some() {
+                        metrics.disconnected();
+                    }
+                }
+            }
+        }
+        let doubtful = core.registry.open().iter().filter(|entry| entry.needs_person()).count();
+        core.metrics.set_in_doubt(u32::try_from(doubtful).unwrap_or(u32::MAX));
+    }
+}
+
+/// What the last look at a link saw.
+#[derive(Default)]
+struct Seen {
+    connected: bool,
+    measures: LinkMeasures,
+}
+
+fn add(metrics: &PeerMetrics, before: &LinkMeasures, now: &LinkMeasures) {
+    for (before, now) in [(&before.control, &now.control), (&before.bulk, &now.bulk)] {
+        metrics.add_wan_bytes(Direction::Out, now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent));
+        metrics.add_wan_bytes(Direction::In, now.wire_bytes_received.saturating_sub(before.wire_bytes_received));
+        metrics.add_packets(
+            now.sent_packets.saturating_sub(before.sent_packets),
+            now.lost_packets.saturating_sub(before.lost_packets),
+        );
+    }
+    metrics.set_rtt(now.control.rtt);
+    if let Some(rate) = now.bulk.rate {
+        metrics.set_controller_rate(rate);
+    }
+}

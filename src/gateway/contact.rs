@@ -1,0 +1,165 @@
+//! Contact with the peer about one migration: a channel while there is one, and a task that looks for the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use super::channel::{Channel, ChannelError, ChannelSender};
+use super::links::{Link, LinkError, Links};
+use crate::proto::page::MigrationId;
+use crate::proto::wire::message::Held;
+use crate::proto::wire::{Request, SessionMessage};
+
+/// First and longest pause between attempts to reach the peer.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LONGEST: Duration = Duration::from_secs(2);
+
+/// What a driver hears from its channel.
+#[derive(Debug)]
+pub(crate) enum ContactEvent {
+    /// A channel is there: the link it runs over, and what the peer holds of the stream.
+    Made {
+        link: Arc<Link>,
+        channel: Channel,
+        held: Held,
+    },
+    /// The peer says something on the channel of this number.
+    Message { channel: u64, message: SessionMessage },
+    /// The channel of this number is gone.
+    Lost { channel: u64, reason: String },
+}
+
+/// The sending half of the current channel, if there is one.
+#[derive(Debug)]
+pub(crate) struct Contact {
+    events: mpsc::Sender<ContactEvent>,
+    sender: Option<ChannelSender>,
+    channel: u64,
+    reader: Option<AbortHandle>,
+    search: Option<AbortHandle>,
+}
+
+impl Contact {
+    pub(crate) fn new(events: mpsc::Sender<ContactEvent>) -> Self {
+        Self { events, sender: None, channel: 0, reader: None, search: None }
+    }
+
+    /// Uses this channel from now on; what an older one still delivers is not heard any more.
+    pub(crate) fn adopt(&mut self, channel: Channel) {
+        let Channel { sender, receiver } = channel;
+        self.drop_channel();
+        self.channel += 1;
+        self.sender = Some(sender);
+        let number = self.channel;
+        let events = self.events.clone();
+        let mut receiver = receiver;
+        let task = tokio::spawn(async move {
+            loop {
+                let event = match receiver.receive::<SessionMessage>().await {
+                    Ok(Some(message)) => ContactEvent::Message { channel: number, message },
+                    Ok(None) => ContactEvent::Lost { channel: number, reason: "the peer ended the channel".to_owned() },
+                    Err(error) => ContactEvent::Lost { channel: number, reason: error.to_string() },
+                };
+                let lost = matches!(event, ContactEvent::Lost { .. });
+                if events.send(event).await.is_err() || lost {
+                    return;
+                }
+            }
+        });
+        self.reader = Some(task.abort_handle());
+    }
+
+    /// Whether an event is of the channel that is in use.
+    pub(crate) fn is_current(&self, channel: u64) -> bool {
+        channel == self.channel && self.sender.is_some()
+    }
+
+    /// Whether there is a channel.
+    pub(crate) fn is_made(&self) -> bool {
+        self.sender.is_some()
+    }
+
+    /// Says something, if there is a channel. A message may be lost; a channel that fails is given up.
+    pub(crate) async fn send(&mut self, message: &SessionMessage) {
+        let Some(sender) = &mut self.sender else { return };
+        if let Err(error) = sender.send(message).await {
+            tracing::debug!("a message to the peer was lost: {error}");
+            let channel = self.channel;
+            self.drop_channel();
+            // The queue may be full of messages of the same channel; the driver reads them first.
+            let events = self.events.clone();
+            tokio::spawn(async move { events.send(ContactEvent::Lost { channel, reason: error.to_string() }).await });
+        }
+    }
+
+    /// Gives up the channel without a word to the driver.
+    pub(crate) fn drop_channel(&mut self) {
+        if let Some(mut sender) = self.sender.take() {
+            sender.finish();
+        }
+        if let Some(reader) = self.reader.take() {
+            reader.abort();
+        }
+    }
+
+    /// Looks for the peer until there is a channel again, which comes as [`ContactEvent::Made`] and is not yet adopted.
+    pub(crate) fn search(&mut self, links: Arc<Links>, peer: String, migration: MigrationId, epoch: Option<u32>) {
+        self.stop_search();
+        let events = self.events.clone();
+        let task = tokio::spawn(async move {
+            let mut pause = RETRY_FIRST;
+            loop {
+                match attach(&links, &peer, migration, epoch).await {
+                    Ok(made) => {
+                        let _ = events.send(made).await;
+                        return;
+                    }
+                    Err(error) => tracing::debug!(%migration, peer, "no contact: {error}"),
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_LONGEST);
+            }
+        });
+        self.search = Some(task.abort_handle());
+    }
+
+    fn stop_search(&mut self) {
+        if let Some(search) = self.search.take() {
+            search.abort();
+        }
+    }
+}
+
+impl Drop for Contact {
+    fn drop(&mut self) {
+        self.drop_channel();
+        self.stop_search();
+    }
+}
+
+async fn attach(
+    links: &Links,
+    peer: &str,
+    migration: MigrationId,
+    epoch: Option<u32>,
+) -> Result<ContactEvent, AttachError> {
+    let link = links.link(peer).await?;
+    let mut channel = Channel::open(link.control(), &Request::Attach { migration, epoch }).await?;
+    match channel.receiver.receive::<SessionMessage>().await? {
+        Some(SessionMessage::Accepted { held }) => Ok(ContactEvent::Made { link, channel, held }),
+        Some(SessionMessage::Refused { reason }) => Err(AttachError::Refused { reason }),
+        Some(_) | None => Err(ChannelError::Closed.into()),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("the peer refused: {reason}")]
+    Refused { reason: String },
+}

@@ -1,0 +1,320 @@
+//! Pre-copy as the source gateway sees it: figures in, settings for the hypervisor and looks for the operator out.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::links::Link;
+use super::outbound::{LEAST_BACKLOG, Outbound};
+use super::registry::Entry;
+use crate::api::{self, Pages, Phase, Progress};
+use crate::hypervisor::qemu::MigrationProgress;
+use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
+use crate::proto::page::ByteRate;
+use crate::proto::precopy::policy::{Settings, vmm_rate};
+use crate::proto::precopy::rounds::Totals;
+use crate::proto::precopy::{Budget, Decision, FixedCosts, GoodputMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample};
+use crate::proto::reduce::DictionaryLimits;
+use crate::shaper::Shaper;
+
+/// What may wait unsent in the gateway, in time: the vmm believes that it has been carried.
+const BACKLOG: Duration = Duration::from_millis(50);
+
+/// Assumed until a rate is measured or configured.
+const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
+
+/// Settings are sent to the hypervisor again where they changed by more than this share.
+const WORTH_SETTING: f64 = 0.1;
+
+/// The figures of one migration.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    metrics: ActiveMigration,
+    counted: Totals,
+    phase: Option<(Phase, Instant)>,
+    policy: Policy,
+    costs: FixedCosts,
+    tracker: ProgressTracker,
+    goodput: GoodputMeter,
+    ratio: RatioMeter,
+    rounds: Rounds,
+    shaper: Arc<Shaper>,
+    cap: Option<ByteRate>,
+    dictionary: Option<DictionaryLimits>,
+    memory_bytes: u64,
+    applied: Option<Settings>,
+    last: Option<Progress>,
+    wire: WireRate,
+    totals: Totals,
+    wire_at_start: u64,
+    delivered_bytes: u64,
+    pages: Pages,
+}
+
+/// What a migration's copying begins with.
+#[derive(Debug)]
+pub(crate) struct CopyingStart {
+    pub(crate) now: Instant,
+    pub(crate) budget: Budget,
+    pub(crate) costs: FixedCosts,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) shaper: Arc<Shaper>,
+    /// Cap of this migration, where there is one.
+    pub(crate) cap: Option<ByteRate>,
+    pub(crate) dictionary: Option<DictionaryLimits>,
+    /// Memory of the guest.
+    pub(crate) memory_bytes: u64,
+    /// IP bytes of the link before the migration.
+    pub(crate) wire_at_start: u64,
+}
+
+/// Bytes on the wire per second over the last looks.
+#[derive(Debug, Default)]
+struct WireRate {
+    last: Option<(Instant, u64)>,
+    bytes_per_second: f64,
+}
+
+impl Copying {
+    pub(crate) fn new(metrics: &Arc<Metrics>, start: CopyingStart) -> Self {
+        Self {
+            metrics: metrics.migration(api::Role::Source),
+            counted: Totals::default(),
+            phase: None,
+            policy: Policy::new(start.now, start.budget, start.deadline),
+            costs: start.costs,
+            tracker: ProgressTracker::default(),
+            goodput: GoodputMeter::default(),
+            ratio: RatioMeter::default(),
+            rounds: Rounds::new(start.now),
+            shaper: start.shaper,
+            cap: start.cap,
+            dictionary: start.dictionary,
+            memory_bytes: start.memory_bytes,
+            applied: None,
+            last: None,
+            wire: WireRate::default(),
+            totals: Totals::default(),
+            wire_at_start: start.wire_at_start,
+            delivered_bytes: 0,
+            pages: Pages::default(),
+        }
+    }
+
+    pub(crate) fn shaper(&self) -> Arc<Shaper> {
+        Arc::clone(&self.shaper)
+    }
+
+    /// How both ends reduce the stream.
+    pub(crate) fn dictionary(&self) -> Option<DictionaryLimits> {
+        self.dictionary
+    }
+
+    /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.
+    pub(crate) fn first_settings(&self, link: &Link) -> Settings {
+        self.policy.settings(self.path_rate(link), 1.0)
+    }
+
+    /// Takes in a look at the hypervisor. New settings, where they changed enough to be worth a command.
+    ///
+    /// # Errors
+    /// The policy gives up, with the reason for the operator.
+    pub(crate) fn look(
+        &mut self,
+        now: Instant,
+        progress: &MigrationProgress,
+        outbound: &Outbound,
+        link: &Link,
+        entry: &Entry,
+    ) -> Result<Option<Settings>, String> {
+        let ram = progress.ram.unwrap_or_default();
+        self.totals = outbound.totals();
+        self.ratio.observe(self.totals);
+        self.goodput.observe(now, outbound.acknowledged_bytes());
+        let wire_bytes = link.wire_bytes().saturating_sub(self.wire_at_start);
+        self.wire.observe(now, wire_bytes);
+        let goodput = self.path_rate(link);
+        outbound.set_backlog_limit(goodput.bytes_in(BACKLOG));
+
+        let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
+        let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);
+        if let Some(round) = ended {
+            self.metrics.round_ended(round.duration);
+            tracing::info!(migration = %entry.migration, round = round.number, seconds = round.duration.as_secs_f64(),
+                vmm_bytes = round.vmm_bytes, frame_bytes = round.wire_bytes, remaining = ram.remaining_bytes, "round");
+        }
+        let sample = Sample {
+            now,
+            round,
+            remaining_bytes: ram.remaining_bytes,
+            dirty_rate: ByteRate(ram.dirty_pages_per_second.saturating_mul(crate::proto::page::PAGE_SIZE as u64)),
+            goodput,
+            reduction_ratio: self.ratio.pessimistic(),
+        };
+        let decision = self.policy.decide(&sample);
+        let outlook =
+            self.tracker.update(&sample, self.memory_bytes, self.policy.allowed_transfer(), self.policy.is_stuck());
+        let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
+        let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
+        let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
+        self.metrics.look(&Look {
+            dirty_rate: sample.dirty_rate,
+            backlog_bytes: outbound.backlog_bytes(),
+            outstanding_bytes: outbound.outstanding_bytes(),
+            expected_downtime: expected,
+        });
+        self.count();
+        let look = Progress {
+            migration: entry.migration,
+            vm: entry.vm.clone(),
+            peer: entry.peer.clone(),
+            phase: Phase::Precopy,
+            round,
+            percent: outlook.percent,
+            elapsed_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
+            wire_bytes_per_second: self.wire.bytes_per_second,
+            reduction_ratio: self.reduction_ratio(),
+            dirty_bytes_per_second: sample.dirty_rate.0 as f64,
+            remaining_bytes: ram.remaining_bytes,
+            expected_downtime_seconds: expected.as_secs_f64(),
+            eta_seconds: outlook.eta.map(|eta| eta.as_secs_f64()),
+            eta_reason: outlook.note,
+            converging: !self.policy.is_stuck(),
+        };
+        entry.publish(look.clone());
+        self.last = Some(look);
+        match decision {
+            Decision::Continue(settings) => Ok(self.worth_setting(settings)),
+            Decision::GiveUp { reason } => Err(reason),
+        }
+    }
+
+    /// A new phase, with the figures of the last look.
+    pub(crate) fn show(&mut self, now: Instant, phase: Phase, entry: &Entry) {
+        if phase > Phase::Precopy {
+            self.rounds.finish(now, self.totals);
+        }
+        if let Some((before, since)) = self.phase.replace((phase, now)) {
+            self.metrics.phase_ended(before, now.saturating_duration_since(since));
+        }
+        let mut look = self.last.clone().unwrap_or_else(|| Progress {
+            migration: entry.migration,
+            vm: entry.vm.clone(),
+            peer: entry.peer.clone(),
+            phase,
+            round: 0,
+            percent: 0.0,
+            elapsed_seconds: 0.0,
+            wire_bytes_per_second: 0.0,
+            reduction_ratio: 1.0,
+            dirty_bytes_per_second: 0.0,
+            remaining_bytes: 0,
+            expected_downtime_seconds: 0.0,
+            eta_seconds: None,
+            eta_reason: None,
+            converging: true,
+        });
+        look.phase = phase;
+        look.elapsed_seconds = now.saturating_duration_since(entry.started).as_secs_f64();
+        entry.publish(look.clone());
+        self.last = Some(look);
+    }
+
+    /// The destination's vmm has taken this much.
+    pub(crate) fn delivered(&mut self, vmm_bytes: u64) {
+        self.delivered_bytes = self.delivered_bytes.max(vmm_bytes);
+    }
+
+    /// The stream has ended: pages by how they were sent.
+    pub(crate) fn set_pages(&mut self, pages: Pages) {
+        self.pages = pages;
+    }
+
+    /// The last figures, once everything is sent.
+    pub(crate) fn close(&mut self, totals: Totals) {
+        self.totals = totals;
+        self.count();
+        self.metrics.add_pages(&self.pages);
+    }
+
+    /// It has ended: counted by outcome.
+    pub(crate) fn ended(self, outcome: api::Outcome) {
+        self.metrics.ended(outcome);
+    }
+
+    fn count(&mut self) {
+        let before = std::mem::replace(&mut self.counted, self.totals);
+        self.metrics.add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
+        self.metrics.add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
+    }
+
+    pub(crate) fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    pub(crate) fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Another link is used from now on, which has carried this much before.
+    pub(crate) fn set_wire_at_start(&mut self, bytes: u64) {
+        self.wire_at_start = bytes;
+    }
+
+    pub(crate) fn wire_at_start(&self) -> u64 {
+        self.wire_at_start
+    }
+
+    pub(crate) fn reduction_ratio(&self) -> f64 {
+        (self.totals.vmm_bytes as f64 / self.totals.wire_bytes.max(1) as f64).max(1.0)
+    }
+
+    /// Every round as the report shows it.
+    pub(crate) fn rounds(&self) -> Vec<api::Round> {
+        self.rounds
+            .finished()
+            .iter()
+            .map(|round| api::Round {
+                number: round.number,
+                seconds: round.duration.as_secs_f64(),
+                vmm_bytes: round.vmm_bytes,
+                wire_bytes: round.wire_bytes,
+                dirty_bytes: round.remaining_bytes,
+            })
+            .collect()
+    }
+
+    /// What the path takes: the controller's word where a capacity is configured, else the best that was measured.
+    fn path_rate(&self, link: &Link) -> ByteRate {
+        let rate = link.goodput().or_else(|| self.goodput.best()).unwrap_or(UNKNOWN_RATE);
+        let rate = self.cap.map_or(rate, |cap| cap.min(rate));
+        ByteRate(rate.0.max(LEAST_BACKLOG))
+    }
+
+    fn worth_setting(&mut self, settings: Settings) -> Option<Settings> {
+        let far = |before: f64, now: f64| (now - before).abs() > before * WORTH_SETTING;
+        let changed = self.applied.is_none_or(|applied| {
+            applied.downtime_limit != settings.downtime_limit
+                || far(applied.switchover_bandwidth.0 as f64, settings.switchover_bandwidth.0 as f64)
+        });
+        changed.then(|| {
+            self.applied = Some(settings);
+            settings
+        })
+    }
+}
+
+impl WireRate {
+    const SPAN: Duration = Duration::from_millis(400);
+
+    fn observe(&mut self, now: Instant, bytes: u64) {
+        let Some((at, before)) = self.last else {
+            self.last = Some((now, bytes));
+            return;
+        };
+        let took = now.saturating_duration_since(at);
+        if took >= Self::SPAN {
+            self.bytes_per_second = bytes.saturating_sub(before) as f64 / took.as_secs_f64();
+            self.last = Some((now, bytes));
+        }
+    }
+}

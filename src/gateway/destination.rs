@@ -1,0 +1,454 @@
+//! Drives one migration at its destination: performs what the ownership machine asks for and feeds it what happens.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+
+use super::Core;
+use super::channel::Channel;
+use super::contact::{Contact, ContactEvent};
+use super::inbound::{Inbound, Progress, Shelf};
+use super::registry::{Entry, ResolveOrder};
+use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::vm_context::VmContext;
+use crate::api::{self, Outcome, Phase};
+use crate::metrics::ActiveMigration;
+use crate::proto::ownership::{
+    Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
+};
+use crate::proto::page::JournalId;
+use crate::proto::session::Decoder;
+use crate::proto::wire::SessionMessage;
+use crate::proto::wire::message::Held;
+
+/// No contact with the source, and no permit, for this long: the migration is aborted here. Longer than the source waits, so that
+/// it is the source that gives up first and says so.
+const LONGEST_SILENCE: Duration = Duration::from_secs(150);
+
+/// Between looks at the vmm while it loads the tail: the guest stands still.
+const CLOSE_LOOK: Duration = Duration::from_millis(2);
+
+/// Between looks at the vmm otherwise.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// How long a decided migration waits for the source to hear of it before only the journal remembers it.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// A channel for a driver.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    pub(crate) channel: Channel,
+    /// Incarnation of the stream that begins, where the source still has one.
+    pub(crate) epoch: Option<u32>,
+    pub(crate) peer_journal: JournalId,
+}
+
+/// A migration at its destination.
+pub(crate) struct DestinationDriver {
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    machine: Destination,
+    effects: VecDeque<Effect>,
+    /// `None` where nothing was ever prepared.
+    vmm: Option<DestinationVmm>,
+    source_journal: JournalId,
+    contact: Contact,
+    contact_events: mpsc::Receiver<ContactEvent>,
+    attachments: mpsc::Receiver<Attachment>,
+    orders: mpsc::Receiver<ResolveOrder>,
+    waiting_order: Option<ResolveOrder>,
+    inbound: Option<Arc<Inbound>>,
+    progress: Option<watch::Receiver<Progress>>,
+    decoder: Option<Decoder<Shelf>>,
+    window_bytes: u64,
+    last_contact: Instant,
+    decided_at: Option<Instant>,
+    active: Option<ActiveMigration>,
+    stream_ended: bool,
+    tail_released: bool,
+}
+
+/// What a driver begins with.
+pub(crate) struct DestinationStart {
+    pub(crate) machine: Destination,
+    pub(crate) effects: Vec<Effect>,
+    pub(crate) vmm: Option<DestinationVmm>,
+    pub(crate) source_journal: JournalId,
+    /// Where a stream is expected.
+    pub(crate) decoder: Option<Decoder<Shelf>>,
+    pub(crate) window_bytes: u64,
+}
+
+impl DestinationDriver {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        entry: Arc<Entry>,
+        orders: mpsc::Receiver<ResolveOrder>,
+        attachments: mpsc::Receiver<Attachment>,
+        start: DestinationStart,
+    ) -> Self {
+        let (events, contact_events) = mpsc::channel(64);
+        let active = Some(core.metrics.migration(api::Role::Destination));
+        Self {
+            core,
+            entry,
+            machine: start.machine,
+            effects: start.effects.into(),
+            vmm: start.vmm,
+            source_journal: start.source_journal,
+            contact: Contact::new(events),
+            contact_events,
+            attachments,
+            orders,
+            waiting_order: None,
+            inbound: None,
+            progress: None,
+            decoder: start.decoder,
+            window_bytes: start.window_bytes,
+            last_contact: super::clock::now(),
+            decided_at: None,
+            active,
+            stream_ended: false,
+            tail_released: false,
+        }
+    }
+
+    /// The channel on which the source made its offer.
+    pub(crate) fn adopt(&mut self, channel: Channel) {
+        self.contact.adopt(channel);
+    }
+
+    /// Drives until the migration is decided and the source knows, or long enough after that only the journal is needed.
+    pub(crate) async fn run(mut self, first: Option<DestinationEvent>) {
+        if let Some(event) = first {
+            self.feed(&event);
+        }
+        loop {
+            while let Some(effect) = self.effects.pop_front() {
+                self.perform(effect).await;
+            }
+            self.note_verdict().await;
+            if self.is_over() {
+                break;
+            }
+            self.wait().await;
+        }
+        self.stop_stream();
+        self.core.inbound.remove(self.entry.migration);
+        self.contact.drop_channel();
+        if !self.entry.has_ended() {
+            self.entry.finish(None, super::clock::now());
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        if matches!(self.machine.state(), DestinationState::Settled(_) | DestinationState::JournalLost) {
+            return true;
+        }
+        self.decided_at.is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
+    }
+
+    /// The verdict frees the VM for its next migration, whether or not the source has heard of it.
+    async fn note_verdict(&mut self) {
+        let Some(verdict) = self.machine.verdict() else { return };
+        if self.decided_at.is_some() {
+            return;
+        }
+        self.decided_at = Some(super::clock::now());
+        self.entry.set_advice(None);
+        match verdict {
+            Verdict::Running => {
+                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "the VM is here");
+                if let Some(vmm) = &mut self.vmm {
+                    vmm.settle().await;
+                }
+            }
+            Verdict::Aborted(reason) => {
+                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "aborted: {reason}");
+            }
+            Verdict::Reverted => {
+                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "given back to the source");
+            }
+        }
+        self.stop_stream();
+        self.core.inbound.remove(self.entry.migration);
+        if let Some(active) = self.active.take() {
+            active.ended(match verdict {
+                Verdict::Running => Outcome::Completed,
+                Verdict::Aborted(_) | Verdict::Reverted => Outcome::Failed,
+            });
+        }
+        self.entry.finish(None, super::clock::now());
+    }
+
+    fn feed(&mut self, event: &DestinationEvent) {
+        let resolved = matches!(event, DestinationEvent::Resolve(_));
+        let answer = match self.machine.handle(event) {
+            Ok(effects) => {
+                self.effects.extend(effects);
+                Ok(format!("the decision about {} is being carried out", self.entry.vm))
+            }
+            Err(step) => {
+                tracing::warn!(migration = %self.entry.migration, "{step}");
+                Err(format!("the migration of {} does not need a decision: {step}", self.entry.vm))
+            }
+        };
+        if resolved && let Some(order) = self.waiting_order.take() {
+            let _ = order.reply.send(answer);
+        }
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        tracing::debug!(migration = %self.entry.migration, ?effect, "destination");
+        match effect {
+            Effect::Record(kind) => self.record(kind).await,
+            Effect::Send(message) => self.contact.send(&SessionMessage::Ownership(message)).await,
+            // It is the source that calls: it knows where we are.
+            Effect::AskPeer => {}
+            Effect::NeedsPerson(doubt) => {
+                let text = format!("{}: {doubt}", self.entry.vm);
+                self.entry.set_advice(Some(text.clone()));
+                self.entry.notice(&text);
+            }
+            Effect::LoadVmm => {
+                if let Err(reason) = self.load().await {
+                    self.fail(reason).await;
+                    self.feed(&DestinationEvent::LoadFailed);
+                }
+            }
+            Effect::ReleaseHeldTail => {
+                self.tail_released = true;
+                if let Some(inbound) = &self.inbound {
+                    inbound.release_tail();
+                }
+            }
+            Effect::ContinueVmm => self.continue_vm().await,
+            Effect::KillVmm => {
+                self.stop_stream();
+                if let Some(vmm) = &mut self.vmm {
+                    vmm.kill_confirmed().await;
+                }
+                self.feed(&DestinationEvent::VmmDead);
+            }
+            Effect::StartMigrate
+            | Effect::CancelMigrate
+            | Effect::FreezeVmm
+            | Effect::ThawVmm
+            | Effect::Resume
+            | Effect::QuitVmm => unreachable!("effects of a source"),
+        }
+    }
+
+    async fn record(&mut self, kind: RecordKind) {
+        let record = JournalRecord {
+            migration: self.entry.migration,
+            role: Role::Destination,
+            kind,
+            peer: self.entry.peer.clone(),
+            peer_journal: self.source_journal,
+            vm: self.entry.vm.clone(),
+            context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
+            unix_ms: super::clock::unix_ms(),
+        };
+        let event = match self.core.journal.append(record).await {
+            Ok(()) => DestinationEvent::Recorded,
+            Err(error) => {
+                self.fail(error.to_string()).await;
+                DestinationEvent::JournalFailed
+            }
+        };
+        self.feed(&event);
+    }
+
+    async fn load(&mut self) -> Result<(), String> {
+        let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
+            return Err("this gateway has no hypervisor for the migration".to_owned());
+        };
+        let path = self.core.stream_socket(self.entry.migration);
+        let stream = vmm.receive(&path).await?;
+        let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder));
+        self.progress = Some(inbound.progress());
+        self.core.inbound.insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
+        self.inbound = Some(inbound);
+        self.entry.set_phase(Phase::Precopy);
+        self.contact.send(&SessionMessage::Accepted { held: Held::default() }).await;
+        Ok(())
+    }
+
+    async fn continue_vm(&mut self) {
+        let outcome = match &mut self.vmm {
+            Some(vmm) => vmm.cont().await,
+            None => ContinueOutcome::Dead,
+        };
+        let event = match outcome {
+            ContinueOutcome::Running => DestinationEvent::Continued,
+            ContinueOutcome::Refused(reason) => {
+                self.fail(format!("the destination's hypervisor refused to start the VM: {reason}")).await;
+                DestinationEvent::ContinueFailed
+            }
+            ContinueOutcome::Paused => DestinationEvent::VmmPaused,
+            ContinueOutcome::Dead => DestinationEvent::VmmDead,
+        };
+        self.feed(&event);
+    }
+
+    fn stop_stream(&mut self) {
+        // The tail was given to the vmm by now, or must never be.
+        if let Some(inbound) = self.inbound.take() {
+            inbound.stop();
+        }
+        self.progress = None;
+    }
+
+    /// Waits for one thing to happen and takes it in.
+    async fn wait(&mut self) {
+        let loading = matches!(self.machine.state(), DestinationState::Loading { .. });
+        let look = if loading { CLOSE_LOOK } else { LOOK };
+        let inbound = self.inbound.clone();
+        let acknowledge = async {
+            match &inbound {
+                Some(inbound) => inbound.acknowledge_due().await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut progress = self.progress.clone();
+        let changed = async {
+            match &mut progress {
+                Some(progress) => {
+                    if progress.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = changed => {
+                self.progress = progress;
+                self.on_progress().await;
+            }
+            Some(event) = self.contact_events.recv() => self.on_contact(event),
+            Some(attachment) = self.attachments.recv() => self.on_attachment(attachment).await,
+            Some(order) = self.orders.recv() => {
+                let event = DestinationEvent::Resolve(order.resolution.clone());
+                self.waiting_order = Some(order);
+                self.feed(&event);
+            }
+            () = acknowledge => self.acknowledge().await,
+            () = tokio::time::sleep(look) => self.look().await,
+        }
+    }
+
+    async fn acknowledge(&mut self) {
+        if let Some(inbound) = &self.inbound {
+            let ack = SessionMessage::Ack { held: inbound.decoded(), vmm_bytes: inbound.vmm_bytes() };
+            self.contact.send(&ack).await;
+        }
+    }
+
+    async fn on_progress(&mut self) {
+        let Some(progress) = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone()) else { return };
+        if let Some((summary, _)) = progress.restored
+            && !self.stream_ended
+        {
+            self.stream_ended = true;
+            self.acknowledge().await;
+            self.feed(&DestinationEvent::StreamEnded(StreamSum { digest: summary.digest, length: summary.bytes }));
+        }
+        if let Some(reason) = progress.failed {
+            self.progress = None;
+            if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
+                self.fail("the destination's hypervisor died while it loaded the VM".to_owned()).await;
+                self.feed(&DestinationEvent::VmmDead);
+            } else {
+                self.fail(reason).await;
+                self.feed(&DestinationEvent::LoadFailed);
+            }
+        }
+    }
+
+    fn on_contact(&mut self, event: ContactEvent) {
+        match event {
+            ContactEvent::Message { channel, message } if self.contact.is_current(channel) => {
+                self.last_contact = super::clock::now();
+                match message {
+                    SessionMessage::Ownership(message) => self.feed(&DestinationEvent::Received(message)),
+                    other => {
+                        tracing::debug!(migration = %self.entry.migration, ?other, "not a source's message");
+                    }
+                }
+            }
+            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+                self.contact.drop_channel();
+                self.last_contact = super::clock::now();
+                if self.machine.verdict().is_none() {
+                    tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
+                }
+            }
+            ContactEvent::Made { .. } | ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+        }
+    }
+
+    async fn on_attachment(&mut self, attachment: Attachment) {
+        let Attachment { mut channel, epoch, peer_journal } = attachment;
+        self.last_contact = super::clock::now();
+        let held = match (epoch, &self.inbound) {
+            (Some(epoch), Some(inbound)) => match inbound.resume(epoch) {
+                Ok(held) => held,
+                Err(error) => {
+                    tracing::warn!(migration = %self.entry.migration, "{error}");
+                    let refused = SessionMessage::Refused { reason: error.to_string() };
+                    let _ = channel.sender.send(&refused).await;
+                    return;
+                }
+            },
+            _ => Held::default(),
+        };
+        if channel.sender.send(&SessionMessage::Accepted { held }).await.is_err() {
+            return;
+        }
+        self.contact.adopt(channel);
+        self.feed(&DestinationEvent::Contact { journal: peer_journal });
+    }
+
+    /// A look at the vmm and at the clock.
+    async fn look(&mut self) {
+        let now = super::clock::now();
+        let receiving = matches!(self.machine.state(), DestinationState::Receiving { .. });
+        if receiving
+            && !self.contact.is_made()
+            && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE
+        {
+            self.feed(&DestinationEvent::TimedOut);
+            return;
+        }
+        if self.machine.verdict().is_some() {
+            return;
+        }
+        let Some(vmm) = &mut self.vmm else { return };
+        let event = match vmm.load_state().await {
+            LoadState::Loading | LoadState::Unknown => return,
+            LoadState::Loaded if self.tail_released => DestinationEvent::Loaded,
+            LoadState::Loaded => DestinationEvent::VmmPaused,
+            LoadState::Running => DestinationEvent::VmmRunning,
+            LoadState::Failed(reason) => {
+                self.fail(format!("the destination's hypervisor could not load the VM: {reason}")).await;
+                DestinationEvent::LoadFailed
+            }
+            LoadState::Dead(reason) => {
+                self.fail(reason).await;
+                DestinationEvent::VmmDead
+            }
+        };
+        self.feed(&event);
+    }
+
+    /// Says in words what the machine only knows as a reason.
+    async fn fail(&mut self, reason: String) {
+        tracing::warn!(migration = %self.entry.migration, vm = self.entry.vm, "{reason}");
+        self.contact.send(&SessionMessage::Failed { reason }).await;
+    }
+}

@@ -1,0 +1,283 @@
+//! The destination's vmm through a whole migration: started or connected to, fed, continued, found again after a restart, killed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+
+use super::vm_context::VmContext;
+use crate::config::Vm;
+use crate::hypervisor::process::Process;
+use crate::hypervisor::qemu::{
+    DestinationError, DestinationVm, Launch, LaunchTemplate, LaunchValues, Loaded, RunState, VmInventory,
+};
+use crate::proto::ownership::VmmFact;
+
+/// Time for a hypervisor that was started to answer.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Time for the monitor to answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Time for the process to end after SIGKILL before it is tried again.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The vmm, in whichever way it is held at the moment.
+#[derive(Debug)]
+pub(crate) struct DestinationVmm {
+    context: VmContext,
+    log: PathBuf,
+    /// Started by us, so ours to end where nothing has come of it.
+    launched: bool,
+    vm: Option<DestinationVm>,
+    loaded: Option<Loaded>,
+}
+
+/// What can be seen of the load.
+#[derive(Debug)]
+pub(crate) enum LoadState {
+    /// Not there yet.
+    Loading,
+    /// Loaded and paused.
+    Loaded,
+    /// Loaded, and the guest runs.
+    Running,
+    /// It will never be loaded.
+    Failed(String),
+    /// The process is gone.
+    Dead(String),
+    /// It did not answer.
+    Unknown,
+}
+
+/// What became of `cont`.
+#[derive(Debug)]
+pub(crate) enum ContinueOutcome {
+    /// The guest runs.
+    Running,
+    /// The vmm said no: the guest has not run.
+    Refused(String),
+    /// The vmm said nothing, and the guest stands.
+    Paused,
+    /// The process is gone.
+    Dead,
+}
+
+impl DestinationVmm {
+    /// Starts the vmm of the configuration's command, or connects to the one that waits. Nothing is left running on failure.
+    ///
+    /// # Errors
+    /// A sentence for both operators.
+    pub(crate) async fn start(config: &Vm, socket: &Path, log: PathBuf) -> Result<Self, String> {
+        let vm = match &config.command {
+            Some(command) => {
+                let template = LaunchTemplate::parse(command.clone()).map_err(|error| error.to_string())?;
+                let values =
+                    LaunchValues::new(&config.name, &config.qmp, socket).map_err(|error| error.to_string())?;
+                let launch = Launch { template, values, log: log.clone(), ready_within: READY_WITHIN };
+                DestinationVm::launch(&launch).await
+            }
+            None => DestinationVm::connect(&config.qmp, DEADLINE).await,
+        };
+        let vm = vm.map_err(|error| error.to_string())?;
+        let context =
+            VmContext { qmp: config.qmp.clone(), process: Some(vm.identity().clone()), leave_after_success: false };
+        Ok(Self { context, log, launched: config.command.is_some(), vm: Some(vm), loaded: None })
+    }
+
+    /// Whether a migration could begin, without starting anything.
+    ///
+    /// # Errors
+    /// A sentence: why not.
+    pub(crate) async fn could_start(config: &Vm) -> Result<(), String> {
+        let answers = DestinationVm::connect(&config.qmp, DEADLINE).await;
+        match (&config.command, answers) {
+            (Some(command), Err(_)) => {
+                LaunchTemplate::parse(command.clone()).map(drop).map_err(|error| error.to_string())
+            }
+            (Some(_), Ok(_)) => Err(format!(
+                "a hypervisor answers on {} already: {} may run there",
+                config.qmp.display(),
+                config.name
+            )),
+            (None, Ok(vm)) => match vm.run_state().await {
+                Ok(RunState::InMigrate) => Ok(()),
+                Ok(state) => Err(format!(
+                    "the hypervisor on {} does not wait for a migration (its state is {state}): start it with -incoming defer -S",
+                    config.qmp.display()
+                )),
+                Err(error) => Err(error.to_string()),
+            },
+            (None, Err(error)) => Err(error.to_string()),
+        }
+    }
+
+    /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
+    pub(crate) async fn find(context: VmContext, log: PathBuf) -> (Self, VmmFact) {
+        let mut vmm = Self { context, log, launched: true, vm: None, loaded: None };
+        let fact = if vmm.is_dead() {
+            VmmFact::Dead
+        } else {
+            match vmm.load_state().await {
+                LoadState::Running => VmmFact::Running,
+                LoadState::Loaded => VmmFact::Paused,
+                LoadState::Dead(_) => VmmFact::Dead,
+                LoadState::Loading | LoadState::Failed(_) | LoadState::Unknown => VmmFact::Unreachable,
+            }
+        };
+        (vmm, fact)
+    }
+
+    pub(crate) fn context(&self) -> &VmContext {
+        &self.context
+    }
+
+    /// Whether its process is gone, for sure.
+    pub(crate) fn is_dead(&self) -> bool {
+        match &self.context.process {
+            Some(identity) => matches!(Process::reattach(identity), Ok(None)),
+            None => true,
+        }
+    }
+
+    /// What the machine consists of.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub(crate) async fn inventory(&mut self) -> Result<VmInventory, String> {
+        let vm = self.connected().await.map_err(|error| error.to_string())?;
+        vm.inventory().await.map_err(|error| error.to_string())
+    }
+
+    /// Makes it listen on `socket` for the stream and connects to that.
+    ///
+    /// # Errors
+    /// A sentence. The process is left as it is.
+    pub(crate) async fn receive(&mut self, socket: &Path) -> Result<UnixStream, String> {
+        let vm = self.connected().await.map_err(|error| error.to_string())?;
+        vm.prepare(socket).await.map_err(|error| error.to_string())?;
+        let stream = UnixStream::connect(socket).await;
+        // Nobody else needs to find it.
+        let _ = std::fs::remove_file(socket);
+        stream.map_err(|error| format!("the hypervisor does not listen where it was told to: {error}"))
+    }
+
+    /// What can be seen of the load now.
+    pub(crate) async fn load_state(&mut self) -> LoadState {
+        let looked = match self.connected().await {
+            Ok(vm) => vm.wait_loaded(Duration::ZERO).await,
+            Err(error) => Err(error),
+        };
+        match looked {
+            Ok(loaded) => {
+                self.loaded = Some(loaded);
+                LoadState::Loaded
+            }
+            Err(DestinationError::StartedByItself) => LoadState::Running,
+            Err(DestinationError::NotLoadedInTime { .. }) => LoadState::Loading,
+            Err(DestinationError::LoadFailed { reason }) => LoadState::Failed(reason),
+            Err(error @ (DestinationError::Ended { .. } | DestinationError::RecordedProcessGone { .. })) => {
+                LoadState::Dead(error.to_string())
+            }
+            Err(error) if self.is_dead() => LoadState::Dead(error.to_string()),
+            Err(error) => {
+                tracing::debug!(qmp = %self.context.qmp.display(), "the hypervisor did not answer: {error}");
+                LoadState::Unknown
+            }
+        }
+    }
+
+    /// Lets the guest run. Only after COMMIT.
+    pub(crate) async fn cont(&mut self) -> ContinueOutcome {
+        loop {
+            if self.loaded.is_none() {
+                match self.load_state().await {
+                    LoadState::Loaded => {}
+                    LoadState::Running => return ContinueOutcome::Running,
+                    LoadState::Dead(_) => return ContinueOutcome::Dead,
+                    // What it is cannot be told yet, and nothing was asked of it.
+                    LoadState::Loading | LoadState::Failed(_) | LoadState::Unknown => return ContinueOutcome::Paused,
+                }
+            }
+            let (Some(vm), Some(loaded)) = (&self.vm, &self.loaded) else { continue };
+            return match vm.cont(loaded, DEADLINE).await {
+                Ok(()) => ContinueOutcome::Running,
+                Err(DestinationError::ContRefused(error)) => ContinueOutcome::Refused(error.to_string()),
+                Err(error) => {
+                    tracing::warn!(qmp = %self.context.qmp.display(), "{error}");
+                    if self.is_dead() {
+                        return ContinueOutcome::Dead;
+                    }
+                    match vm.run_state().await {
+                        Ok(RunState::Running) => ContinueOutcome::Running,
+                        _ => ContinueOutcome::Paused,
+                    }
+                }
+            };
+        }
+    }
+
+    /// Lets it tell the network where the guest is, and puts its migration settings back.
+    pub(crate) async fn settle(&mut self) {
+        let Some(vm) = &mut self.vm else { return };
+        if let Err(error) = vm.announce_self().await {
+            tracing::warn!(qmp = %self.context.qmp.display(), "the VM was not announced to its network: {error}");
+        }
+        if let Err(error) = vm.restore_settings().await {
+            tracing::debug!(qmp = %self.context.qmp.display(), "migration settings were not put back: {error}");
+        }
+    }
+
+    /// Gives it up before it was told to load anything: one that we started is ended, another goes on waiting.
+    pub(crate) async fn abandon(mut self) {
+        if self.launched {
+            self.kill_confirmed().await;
+        }
+    }
+
+    /// Ends it and returns when its process is gone, however long that takes.
+    pub(crate) async fn kill_confirmed(&mut self) {
+        loop {
+            if self.is_dead() {
+                break;
+            }
+            let killed = match (&self.vm, self.context.process.as_ref().map(Process::reattach)) {
+                (Some(vm), _) => vm.kill(KILL_DEADLINE).await.map_err(|error| error.to_string()),
+                (None, Some(Ok(Some(process)))) => {
+                    process.kill(KILL_DEADLINE).await.map_err(|error| error.to_string())
+                }
+                (None, Some(Err(error))) => Err(error.to_string()),
+                (None, Some(Ok(None)) | None) => Ok(()),
+            };
+            match killed {
+                Ok(()) => break,
+                Err(error) => tracing::error!("the hypervisor that must not run could not be ended: {error}"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        self.vm = None;
+        // Its log is of no use once what it said has been told.
+        let _ = std::fs::remove_file(&self.log);
+        remove_socket_of_the_dead(&self.context.qmp);
+    }
+
+    async fn connected(&mut self) -> Result<&mut DestinationVm, DestinationError> {
+        if self.vm.is_none() {
+            let Some(identity) = &self.context.process else {
+                return Err(DestinationError::RecordedProcessGone { pid: 0 });
+            };
+            let log = self.log.exists().then(|| self.log.clone());
+            self.vm = Some(DestinationVm::reattach(&self.context.qmp, identity, log, DEADLINE).await?);
+        }
+        Ok(self.vm.as_mut().expect("connected above"))
+    }
+}
+
+/// A killed vmm leaves its socket file, on which nobody listens.
+fn remove_socket_of_the_dead(path: &Path) {
+    if let Err(error) = std::os::unix::net::UnixStream::connect(path)
+        && error.kind() == std::io::ErrorKind::ConnectionRefused
+    {
+        let _ = std::fs::remove_file(path);
+    }
+}

@@ -1,0 +1,39 @@
+//! Who serves a migration, by its id and the peer that it belongs to: a peer reaches its own migrations and no others.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::proto::page::MigrationId;
+
+/// Values by migration.
+#[derive(Debug)]
+pub(crate) struct Directory<T>(Mutex<HashMap<MigrationId, (String, T)>>);
+
+impl<T> Default for Directory<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> Directory<T> {
+    /// Names who serves the migration from now on.
+    pub(crate) fn insert(&self, migration: MigrationId, peer: &str, value: T) {
+        self.entries().insert(migration, (peer.to_owned(), value));
+    }
+
+    /// Who serves it, where it is a migration of this peer.
+    pub(crate) fn get(&self, migration: MigrationId, peer: &str) -> Option<T> {
+        let entries = self.entries();
+        let (owner, value) = entries.get(&migration)?;
+        (owner == peer).then(|| value.clone())
+    }
+
+    /// Nobody serves it any more.
+    pub(crate) fn remove(&self, migration: MigrationId) {
+        self.entries().remove(&migration);
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<MigrationId, (String, T)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,248 @@
+//! The destination's data path: lanes → session → decoder → the vmm's socket, all but the held tail.
+//!
+//! Lanes arrive on tasks of their own and only sort their frame in. One *decoder* thread takes frames in order and restores
+//! them; one *writer* task gives the bytes to the vmm. A vmm that reads slowly fills the queue between them, the decoder
+//! stands still, acknowledgements stop and with them the source.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use super::memory::Reservation;
+use super::vmm_output::VmmOutput;
+use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
+use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
+use crate::proto::wire::Frame;
+use crate::proto::wire::message::Held;
+use crate::store::spill::SpillShelf;
+
+/// Restored frames between decoder and writer.
+const RESTORED_AHEAD: usize = 8;
+
+/// A shelf and the memory that is reserved for it.
+#[derive(Debug)]
+pub(crate) struct Shelf {
+    pub(crate) shelf: SpillShelf,
+    pub(crate) _memory: Reservation,
+}
+
+impl PageShelf for Shelf {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        self.shelf.put(slot, page)
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        self.shelf.get(slot, page)
+    }
+}
+
+/// One migration's stream on its way from the peer.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    shared: Arc<Shared>,
+    release: Mutex<Option<oneshot::Sender<()>>>,
+    outcome: watch::Receiver<Progress>,
+}
+
+/// How far the stream has come.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Progress {
+    /// Set once every frame is restored: what the destination computed, and how the pages came.
+    pub(crate) restored: Option<(StreamSummary, PageCounts)>,
+    /// Set once the vmm has taken everything, tail included.
+    pub(crate) delivered: bool,
+    /// Set where the stream cannot go on, with a sentence.
+    pub(crate) failed: Option<String>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    session: Mutex<Receiving>,
+    arrived: Condvar,
+    /// The decoder has moved on: an acknowledgement is due.
+    acknowledge: Notify,
+    stopped: AtomicBool,
+    vmm_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Receiving {
+    session: DestinationSession,
+    /// Frames before this one are restored: what may be acknowledged.
+    decoded: u64,
+}
+
+impl Inbound {
+    /// Starts decoder and writer towards the vmm's socket.
+    pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder<Shelf>) -> Self {
+        let shared = Arc::new(Shared {
+            session: Mutex::new(Receiving { session: DestinationSession::new(window_bytes), decoded: 0 }),
+            arrived: Condvar::new(),
+            acknowledge: Notify::new(),
+            stopped: AtomicBool::new(false),
+            vmm_bytes: AtomicU64::new(0),
+        });
+        let (progress, outcome) = watch::channel(Progress::default());
+        let (release, released) = oneshot::channel();
+        let (restored, to_write) = mpsc::channel(RESTORED_AHEAD);
+        let progress = Arc::new(progress);
+
+        let decoding = Arc::clone(&shared);
+        let report = Arc::clone(&progress);
+        tokio::task::spawn_blocking(move || match decode(&decoding, decoder, &restored) {
+            Ok(Some(summary)) => {
+                report.send_modify(|progress| progress.restored = Some(summary));
+                decoding.acknowledge.notify_one();
+            }
+            Ok(None) => {}
+            Err(error) => report.send_modify(|progress| progress.failed = Some(error.to_string())),
+        });
+
+        let writing = Arc::clone(&shared);
+        tokio::spawn(async move {
+            match write(&writing, VmmOutput::new(vmm), to_write, released).await {
+                Ok(delivered) => progress.send_modify(|progress| progress.delivered = delivered),
+                Err(error) => {
+                    let text = format!("the destination's hypervisor stopped reading its migration stream: {error}");
+                    progress.send_modify(|progress| progress.failed.get_or_insert(text).truncate(4096));
+                }
+            }
+        });
+        Self { shared, release: Mutex::new(Some(release)), outcome }
+    }
+
+    /// Sorts a frame in.
+    ///
+    /// # Errors
+    /// [`SessionError`]: [`SessionError::OldEpoch`] is harmless, anything else breaks the agreement.
+    pub(crate) fn receive(&self, frame: Frame) -> Result<(), SessionError> {
+        let mut receiving = self.shared.receiving();
+        receiving.session.receive(frame)?;
+        drop(receiving);
+        self.shared.arrived.notify_one();
+        Ok(())
+    }
+
+    /// A new incarnation of the session begins: frames of older ones are refused. Returns what need not be sent again.
+    ///
+    /// # Errors
+    /// [`SessionError::StaleEpoch`].
+    pub(crate) fn resume(&self, epoch: u32) -> Result<Held, SessionError> {
+        self.shared.receiving().session.resume(epoch)
+    }
+
+    /// Completes when the decoder has moved on since the last call.
+    pub(crate) async fn acknowledge_due(&self) {
+        self.shared.acknowledge.notified().await;
+    }
+
+    /// What the decoder has; frames that only wait for it are not in it.
+    pub(crate) fn decoded(&self) -> Held {
+        Held { next: self.shared.receiving().decoded, beyond: Vec::new() }
+    }
+
+    /// How far the stream has come; changes wake the receiver.
+    pub(crate) fn progress(&self) -> watch::Receiver<Progress> {
+        self.outcome.clone()
+    }
+
+    /// Ownership has moved: the vmm is given the tail and the end of the stream. Only the first call does something.
+    pub(crate) fn release_tail(&self) {
+        if let Some(release) = self.release.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // The writer is gone only where it has reported why.
+            let _ = release.send(());
+        }
+    }
+
+    /// Ends decoder and writer without delivering the tail.
+    pub(crate) fn stop(&self) {
+        drop(self.release.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.shared.stopped.store(true, Ordering::Release);
+        self.shared.arrived.notify_all();
+    }
+
+    /// Bytes that the vmm has taken.
+    pub(crate) fn vmm_bytes(&self) -> u64 {
+        self.shared.vmm_bytes.load(Ordering::Relaxed)
+    }
+
+}
+
+impl Drop for Inbound {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn receiving(&self) -> MutexGuard<'_, Receiving> {
+        // The session is left consistent by every method, also where a caller panicked after it.
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next frame in order; `None` once the stream is complete or stopped.
+    fn next_frame(&self) -> Result<Option<Frame>, SessionError> {
+        let mut receiving = self.receiving();
+        loop {
+            if self.stopped.load(Ordering::Acquire) {
+                return Ok(None);
+            }
+            if let Some(frame) = receiving.session.poll_frame()? {
+                return Ok(Some(frame));
+            }
+            if receiving.session.is_finished() {
+                return Ok(None);
+            }
+            receiving = self.arrived.wait(receiving).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The decoder's thread. The summary, where the stream was restored to its end.
+fn decode(
+    shared: &Shared,
+    mut decoder: Decoder<Shelf>,
+    restored: &mpsc::Sender<(Bytes, bool)>,
+) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
+    while let Some(frame) = shared.next_frame()? {
+        let bytes = decoder.restore(&frame)?;
+        if restored.blocking_send((bytes, frame.header.held)).is_err() {
+            return Ok(None);
+        }
+        shared.receiving().decoded = frame.header.sequence + 1;
+        shared.acknowledge.notify_one();
+        if frame.header.last {
+            return Ok(Some((decoder.summary(), decoder.pages())));
+        }
+    }
+    Ok(None)
+}
+
+/// The writer: everything but the tail as it comes; the tail when released. `true` where the vmm has it all.
+async fn write(
+    shared: &Shared,
+    mut output: VmmOutput<UnixStream>,
+    mut restored: mpsc::Receiver<(Bytes, bool)>,
+    released: oneshot::Receiver<()>,
+) -> std::io::Result<bool> {
+    while let Some((bytes, held)) = restored.recv().await {
+        output.write(bytes, held).await?;
+        shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
+    }
+    if shared.stopped.load(Ordering::Acquire) || released.await.is_err() {
+        return Ok(false);
+    }
+    output.release().await?;
+    Ok(true)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum InboundError {
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+}

@@ -1,0 +1,155 @@
+//! After a restart: every migration that the journal leaves open is taken up where it stood.
+//!
+//! Nothing is guessed. The journal says what was recorded, the hypervisor what its guest does, the peer what it decided; the
+//! same ownership machines as during a migration draw the conclusions.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use super::Core;
+use super::destination_vmm::DestinationVmm;
+use super::destination::{Attachment, DestinationDriver, DestinationStart};
+use super::source::{SourceDriver, SourceStart};
+use super::source_vmm::SourceVmm;
+use super::vm_context::VmContext;
+use crate::api::{self, Phase};
+use crate::migrate;
+use crate::proto::ownership::{
+    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, VmmFact,
+};
+use crate::proto::page::MigrationId;
+
+/// Takes up what an earlier process left open.
+pub(crate) async fn recover_all(core: &Arc<Core>, open: Vec<(MigrationId, Role)>) {
+    for (migration, role) in open {
+        let mut records = core.journal.records_of(migration).await;
+        records.retain(|record| record.role == role);
+        let recovered = match role {
+            Role::Source => source(core, migration, &records).await,
+            Role::Destination => destination(core, migration, &records, None).await,
+        };
+        if let Err(reason) = recovered {
+            tracing::error!(%migration, "{reason}");
+        }
+    }
+}
+
+async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalRecord]) -> Result<(), String> {
+    let first = &records[0];
+    let was_running = records
+        .iter()
+        .find_map(|record| match record.kind {
+            RecordKind::Started { was_running } => Some(was_running),
+            _ => None,
+        })
+        .unwrap_or(true);
+    let context = newest_context(records).ok_or("the journal does not say where the hypervisor is")?;
+    let (vmm, fact) = SourceVmm::find(context, was_running).await;
+    let (machine, effects) = Source::recover(records, fact).map_err(|error| error.to_string())?;
+    tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
+    let (entry, orders) = core
+        .registry
+        .add(migration, &first.vm, &first.peer, api::Role::Source, super::clock::now())
+        .map_err(|open| format!("{} is open twice in the journal: {} and {migration}", first.vm, open.migration))?;
+    entry.set_phase(Phase::Committing);
+    let peer_journal = first.peer_journal;
+    let start = SourceStart { vmm, machine, effects, peer_journal, copying: None };
+    let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);
+    driver.look_for_peer();
+    let core = Arc::clone(core);
+    tokio::spawn(async move {
+        let end = driver.run(None).await;
+        migrate::finish(&core, &entry, end, None);
+    });
+    Ok(())
+}
+
+async fn destination(
+    core: &Arc<Core>,
+    migration: MigrationId,
+    records: &[JournalRecord],
+    expected_peer: Option<&str>,
+) -> Result<(), String> {
+    let first = &records[0];
+    if expected_peer.is_some_and(|peer| peer != first.peer) {
+        return Err(format!("migration {migration} belongs to another peer"));
+    }
+    let context = newest_context(records);
+    let (vmm, fact) = match context {
+        Some(context) => {
+            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(migration)).await;
+            (Some(vmm), fact)
+        }
+        None => (None, VmmFact::Dead),
+    };
+    let own_journal = core.journal.id();
+    let (machine, effects) = Destination::recover(records, own_journal, fact).map_err(|error| error.to_string())?;
+    tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
+    start_destination(core, migration, &first.peer, &first.vm, DestinationStart {
+        machine,
+        effects,
+        vmm,
+        source_journal: first.peer_journal,
+        decoder: None,
+        window_bytes: 0,
+    })
+}
+
+/// A driver for a migration that a source asks about and no driver serves: from the journal, or, where that knows nothing,
+/// one that makes sure that nothing will ever come of it.
+pub(crate) async fn answer_for(
+    core: &Arc<Core>,
+    peer: &str,
+    migration: MigrationId,
+    attachment: &mut Attachment,
+) -> Result<(), String> {
+    let records: Vec<JournalRecord> = core
+        .journal
+        .records_of(migration)
+        .await
+        .into_iter()
+        .filter(|record| record.role == Role::Destination)
+        .collect();
+    if !records.is_empty() {
+        return destination(core, migration, &records, Some(peer)).await;
+    }
+    let machine = Destination::new(DestinationTerms {
+        own_journal: core.journal.id(),
+        source_journal: attachment.peer_journal,
+        barriers: 0,
+    });
+    start_destination(core, migration, peer, "", DestinationStart {
+        machine,
+        effects: Vec::new(),
+        vmm: None,
+        source_journal: attachment.peer_journal,
+        decoder: None,
+        window_bytes: 0,
+    })
+}
+
+fn start_destination(
+    core: &Arc<Core>,
+    migration: MigrationId,
+    peer: &str,
+    vm: &str,
+    start: DestinationStart,
+) -> Result<(), String> {
+    let (entry, orders) = core
+        .registry
+        .add_recovered(migration, vm, peer, api::Role::Destination, super::clock::now());
+    let (attach, attachments) = mpsc::channel(4);
+    core.drivers.insert(migration, peer, attach);
+    let driver = DestinationDriver::new(Arc::clone(core), entry, orders, attachments, start);
+    let core = Arc::clone(core);
+    tokio::spawn(async move {
+        driver.run(None).await;
+        core.drivers.remove(migration);
+    });
+    Ok(())
+}
+
+fn newest_context(records: &[JournalRecord]) -> Option<VmContext> {
+    records.iter().rev().find_map(|record| VmContext::from_bytes(&record.context))
+}

@@ -1,0 +1,304 @@
+//! The migrations that this gateway knows: what commands and metrics see of them.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{Cancellation, Event, MigrationStatus, MigrationSummary, Phase, Progress, Refusal, Report, Role};
+use crate::proto::ownership;
+use crate::proto::page::MigrationId;
+
+/// Migrations that have ended and are still shown.
+const REMEMBERED: usize = 200;
+
+/// Events that a watcher may lag behind before it misses looks at the progress. Notices and the report are never missed by one
+/// that reads.
+const WATCHER_QUEUE: usize = 64;
+
+/// Every migration of this process, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    entries: Mutex<VecDeque<Arc<Entry>>>,
+}
+
+/// One migration at this gateway.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) migration: MigrationId,
+    pub(crate) vm: String,
+    pub(crate) peer: String,
+    pub(crate) role: Role,
+    pub(crate) started: Instant,
+    /// Set when somebody asked to cancel.
+    pub(crate) cancel: CancellationToken,
+    state: Mutex<State>,
+    resolutions: mpsc::Sender<ResolveOrder>,
+}
+
+/// A person's decision on its way to the driver of the migration.
+#[derive(Debug)]
+pub(crate) struct ResolveOrder {
+    pub(crate) resolution: ownership::Resolution,
+    /// What came of it: a sentence, or why not.
+    pub(crate) reply: oneshot::Sender<Result<String, String>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    phase: Option<Phase>,
+    percent: f64,
+    progress: Option<Progress>,
+    report: Option<Report>,
+    advice: Option<String>,
+    /// From here on a cancellation is refused, with this reason.
+    committed: bool,
+    ended_after: Option<f64>,
+    watchers: Vec<mpsc::Sender<Event>>,
+}
+
+impl Registry {
+    /// A new entry. At most one migration of a VM is open at a time.
+    ///
+    /// # Errors
+    /// The open migration of the same VM.
+    pub(crate) fn add(
+        &self,
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        role: Role,
+        now: Instant,
+    ) -> Result<(Arc<Entry>, mpsc::Receiver<ResolveOrder>), Arc<Entry>> {
+        let mut entries = self.entries();
+        if let Some(open) = entries.iter().find(|entry| entry.vm == vm && !entry.has_ended()) {
+            return Err(Arc::clone(open));
+        }
+        Ok(Self::push(&mut entries, migration, vm, peer, role, now))
+    }
+
+    /// An entry for a migration that the journal knows, whatever else its VM does meanwhile.
+    pub(crate) fn add_recovered(
+        &self,
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        role: Role,
+        now: Instant,
+    ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        Self::push(&mut self.entries(), migration, vm, peer, role, now)
+    }
+
+    fn push(
+        entries: &mut VecDeque<Arc<Entry>>,
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        role: Role,
+        now: Instant,
+    ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        let (resolutions, orders) = mpsc::channel(1);
+        let entry = Arc::new(Entry {
+            migration,
+            vm: vm.to_owned(),
+            peer: peer.to_owned(),
+            role,
+            started: now,
+            cancel: CancellationToken::new(),
+            state: Mutex::default(),
+            resolutions,
+        });
+        entries.push_back(Arc::clone(&entry));
+        let ended = entries.iter().filter(|entry| entry.has_ended()).count();
+        if ended > REMEMBERED
+            && let Some(oldest) = entries.iter().position(|entry| entry.has_ended())
+        {
+            entries.remove(oldest);
+        }
+        (entry, orders)
+    }
+
+    /// The migration of this name.
+    pub(crate) fn get(&self, migration: MigrationId) -> Option<Arc<Entry>> {
+        self.entries().iter().rev().find(|entry| entry.migration == migration).cloned()
+    }
+
+    /// The newest migration of a VM that is not over.
+    pub(crate) fn open_for_vm(&self, vm: &str) -> Option<Arc<Entry>> {
+        self.entries().iter().rev().find(|entry| entry.vm == vm && !entry.has_ended()).cloned()
+    }
+
+    /// The newest first.
+    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
+        self.entries().iter().rev().cloned().collect()
+    }
+
+    /// Those that are not over.
+    pub(crate) fn open(&self) -> Vec<Arc<Entry>> {
+        self.entries().iter().filter(|entry| !entry.has_ended()).cloned().collect()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, VecDeque<Arc<Entry>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    /// A look at the migration, for whoever follows it.
+    pub(crate) fn publish(&self, progress: Progress) {
+        let mut state = self.state();
+        state.phase = Some(progress.phase);
+        state.percent = state.percent.max(progress.percent);
+        // A watcher that lags misses a look; the next one is as good.
+        state.watchers.retain(|watcher| {
+            !matches!(
+                watcher.try_send(Event::Progress(progress.clone())),
+                Err(mpsc::error::TrySendError::Closed(_))
+            )
+        });
+        state.progress = Some(progress);
+    }
+
+    /// A sentence that the operator should read.
+    pub(crate) fn notice(&self, text: &str) {
+        tracing::warn!(migration = %self.migration, vm = self.vm, "{text}");
+        self.state().watchers.retain(|watcher| watcher.try_send(Event::Notice(text.to_owned())).is_ok());
+    }
+
+    /// A person has to act; shown until the migration goes on.
+    pub(crate) fn set_advice(&self, advice: Option<String>) {
+        self.state().advice = advice;
+    }
+
+    /// Where it stands, without a look at the figures.
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        self.state().phase = Some(phase);
+    }
+
+    /// Whether it stands still until a person acts.
+    pub(crate) fn needs_person(&self) -> bool {
+        self.state().advice.is_some()
+    }
+
+    /// From here on nobody can cancel.
+    pub(crate) fn set_committed(&self) {
+        self.state().committed = true;
+    }
+
+    /// It is over.
+    pub(crate) fn finish(&self, report: Option<Report>, now: Instant) {
+        let mut state = self.state();
+        state.phase = Some(Phase::Done);
+        state.percent = 100.0;
+        state.ended_after = Some(now.saturating_duration_since(self.started).as_secs_f64());
+        for watcher in state.watchers.drain(..) {
+            if let Some(report) = &report {
+                // The queue may be full of looks; the report is worth a task that waits for room.
+                let event = Event::Report(Box::new(report.clone()));
+                tokio::spawn(async move { watcher.send(event).await });
+            }
+        }
+        state.report = report;
+    }
+
+    /// Whether it is over.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state().ended_after.is_some()
+    }
+
+    /// Asks for cancellation.
+    ///
+    /// # Errors
+    /// The sentence that says why it is too late.
+    pub(crate) fn request_cancel(&self) -> Result<Cancellation, Refusal> {
+        let state = self.state();
+        let too_late = |why: &str| {
+            Err(Refusal::new(
+                crate::api::RefusalKind::Conflict,
+                format!("the migration of {} cannot be cancelled any more: {why}", self.vm),
+            ))
+        };
+        if state.ended_after.is_some() {
+            return too_late("it is over");
+        }
+        if self.role == Role::Destination {
+            return too_late("cancel it at the source gateway, which runs it");
+        }
+        if state.committed {
+            return too_late("the VM has been handed over and only the destination's answer can bring it back");
+        }
+        drop(state);
+        if self.cancel.is_cancelled() {
+            return Ok(Cancellation::AlreadyRequested);
+        }
+        self.cancel.cancel();
+        Ok(Cancellation::Requested)
+    }
+
+    /// Hands a person's decision to the driver and waits for what came of it.
+    ///
+    /// # Errors
+    /// A sentence: the migration is over, or does not need a person.
+    pub(crate) async fn resolve(&self, resolution: ownership::Resolution) -> Result<String, String> {
+        let (reply, answer) = oneshot::channel();
+        let over = || format!("the migration of {} is over: there is nothing to resolve", self.vm);
+        self.resolutions.send(ResolveOrder { resolution, reply }).await.map_err(|_| over())?;
+        answer.await.map_err(|_| over())?
+    }
+
+    /// Looks on until it is over.
+    pub(crate) fn follow(&self) -> mpsc::Receiver<Event> {
+        let (watcher, events) = mpsc::channel(WATCHER_QUEUE);
+        let mut state = self.state();
+        // A new queue has room for these.
+        if let Some(progress) = &state.progress {
+            let _ = watcher.try_send(Event::Progress(progress.clone()));
+        }
+        if let Some(advice) = &state.advice {
+            let _ = watcher.try_send(Event::Notice(advice.clone()));
+        }
+        match &state.report {
+            Some(report) => {
+                let _ = watcher.try_send(Event::Report(Box::new(report.clone())));
+            }
+            None if state.ended_after.is_none() => state.watchers.push(watcher),
+            None => {}
+        }
+        events
+    }
+
+    /// One line of a list.
+    pub(crate) fn summary(&self, now: Instant) -> MigrationSummary {
+        let state = self.state();
+        MigrationSummary {
+            migration: self.migration,
+            vm: self.vm.clone(),
+            peer: self.peer.clone(),
+            role: self.role,
+            phase: state.phase.unwrap_or(Phase::Checking),
+            outcome: state.report.as_ref().map(|report| report.outcome),
+            percent: state.percent,
+            elapsed_seconds: state
+                .ended_after
+                .unwrap_or_else(|| now.saturating_duration_since(self.started).as_secs_f64()),
+        }
+    }
+
+    /// Everything.
+    pub(crate) fn status(&self, now: Instant) -> MigrationStatus {
+        let summary = self.summary(now);
+        let state = self.state();
+        MigrationStatus {
+            summary,
+            progress: state.progress.clone(),
+            report: state.report.clone(),
+            advice: state.advice.clone(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

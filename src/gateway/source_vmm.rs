@@ -1,0 +1,245 @@
+//! The source's vmm through a whole migration: connected, frozen, thawed, found again after a restart, ended.
+
+use std::time::Duration;
+
+use super::vm_context::VmContext;
+use crate::hypervisor::process::Process;
+use crate::hypervisor::qemu::{FreezeError, Frozen, RunState, SourceError, SourceVm, Undone};
+use crate::hypervisor::qmp::Events;
+use crate::proto::ownership::VmmFact;
+
+/// Time for the vmm to answer, to stop or to go on.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The vmm, in whichever way it is held at the moment.
+#[derive(Debug)]
+pub(crate) struct SourceVmm {
+    context: VmContext,
+    was_running: bool,
+    vm: Option<SourceVm>,
+    events: Option<Events>,
+    frozen: Option<Frozen>,
+}
+
+/// What the vmm reports by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmEvent {
+    /// The vCPUs stand.
+    Stopped,
+    /// The vCPUs run.
+    Resumed,
+    /// The monitor is closed.
+    Disconnected,
+    /// Something that does not matter here.
+    Other,
+}
+
+/// How an attempt to freeze went.
+#[derive(Debug)]
+pub(crate) enum FreezeOutcome {
+    Frozen,
+    Dead,
+    Failed(String),
+}
+
+/// How an attempt to let the guest run went.
+#[derive(Debug)]
+pub(crate) enum ResumeOutcome {
+    Running,
+    Dead,
+    Failed(String),
+}
+
+impl SourceVmm {
+    /// A vmm that was just connected to.
+    pub(crate) fn new(vm: SourceVm, context: VmContext) -> Self {
+        let events = Some(vm.events());
+        Self { context, was_running: vm.was_running(), vm: Some(vm), events, frozen: None }
+    }
+
+    /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
+    pub(crate) async fn find(context: VmContext, was_running: bool) -> (Self, VmmFact) {
+        let mut vmm = Self { context, was_running, vm: None, events: None, frozen: None };
+        let fact = vmm.look().await;
+        (vmm, fact)
+    }
+
+    /// What can be seen of it now.
+    pub(crate) async fn look(&mut self) -> VmmFact {
+        if self.is_dead() {
+            return VmmFact::Dead;
+        }
+        if self.frozen.is_some() {
+            return VmmFact::Paused;
+        }
+        if let Some(identity) = &self.context.process
+            && let Ok(Some(frozen)) = Frozen::reattach(identity)
+        {
+            self.frozen = Some(frozen);
+            return VmmFact::Paused;
+        }
+        let state = match self.connected().await {
+            Ok(vm) => vm.run_state().await,
+            Err(error) => Err(error),
+        };
+        match state {
+            Ok(RunState::Running) => VmmFact::Running,
+            Ok(_) => VmmFact::Paused,
+            Err(_) if self.is_dead() => VmmFact::Dead,
+            Err(_) => VmmFact::Unreachable,
+        }
+    }
+
+    pub(crate) fn context(&self) -> &VmContext {
+        &self.context
+    }
+
+    /// Whether its process is gone, for sure.
+    pub(crate) fn is_dead(&self) -> bool {
+        match &self.context.process {
+            Some(identity) => matches!(Process::reattach(identity), Ok(None)),
+            None => false,
+        }
+    }
+
+    /// The connection to its monitor, made again where there is none.
+    pub(crate) async fn connected(&mut self) -> Result<&mut SourceVm, SourceError> {
+        if self.vm.is_none() {
+            let identity = self
+                .context
+                .process
+                .as_ref()
+                .ok_or_else(|| SourceError::AnotherProcess { path: self.context.qmp.display().to_string() })?;
+            let vm = SourceVm::reattach(&self.context.qmp, identity, self.was_running, None, DEADLINE).await?;
+            self.events = Some(vm.events());
+            self.vm = Some(vm);
+        }
+        Ok(self.vm.as_mut().expect("connected above"))
+    }
+
+    /// What it reports next; never, where it is not connected. Cancel-safe.
+    pub(crate) async fn next_event(&mut self) -> VmEvent {
+        let Some(events) = &mut self.events else { return std::future::pending().await };
+        match events.next().await {
+            Ok(event) => match event.name.as_str() {
+                "STOP" => VmEvent::Stopped,
+                "RESUME" => VmEvent::Resumed,
+                _ => VmEvent::Other,
+            },
+            Err(_) => {
+                self.events = None;
+                VmEvent::Disconnected
+            }
+        }
+    }
+
+    /// Stops the process so that nobody can resume the guest. On failure it has been let go on, and the guest is where the
+    /// vmm left it.
+    pub(crate) async fn freeze(&mut self) -> FreezeOutcome {
+        if let Some(frozen) = &self.frozen
+            && frozen.is_still_frozen().unwrap_or(false)
+        {
+            return FreezeOutcome::Frozen;
+        }
+        self.frozen = None;
+        let frozen = match self.connected().await {
+            Ok(vm) => vm.freeze().await.map_err(|error| match error {
+                FreezeError::NotReady(conditions) => {
+                    format!("the source's hypervisor is not ready to hand over: {conditions}")
+                }
+                other => other.to_string(),
+            }),
+            Err(error) => Err(error.to_string()),
+        };
+        match frozen {
+            Ok(frozen) => {
+                self.frozen = Some(frozen);
+                FreezeOutcome::Frozen
+            }
+            Err(_) if self.is_dead() => FreezeOutcome::Dead,
+            Err(reason) => FreezeOutcome::Failed(reason),
+        }
+    }
+
+    /// Lets the process go on. The guest stays paused.
+    pub(crate) async fn thaw(&mut self) {
+        if self.frozen.is_none()
+            && let Some(identity) = &self.context.process
+        {
+            self.frozen = Frozen::reattach(identity).ok().flatten();
+        }
+        if let Some(frozen) = self.frozen.take()
+            && let Err(error) = frozen.thaw().await
+        {
+            tracing::warn!(qmp = %self.context.qmp.display(), "the hypervisor's process could not be let go on: {error}");
+        }
+    }
+
+    /// Tells it to stop migrating. Fine where it does not migrate.
+    pub(crate) async fn cancel(&mut self) {
+        let cancelled = match self.connected().await {
+            Ok(vm) => vm.cancel(DEADLINE).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = cancelled {
+            tracing::debug!(qmp = %self.context.qmp.display(), "the migration was not cancelled: {error}");
+        }
+    }
+
+    /// Brings the guest back to what it was before the migration: running, if it ran. Only where the rules of ownership say so.
+    pub(crate) async fn resume(&mut self) -> ResumeOutcome {
+        let undone = match self.connected().await {
+            Ok(vm) => vm.undo(DEADLINE).await,
+            Err(error) => Err(error),
+        };
+        match undone {
+            Ok(Undone::Running | Undone::PausedAsBefore) => ResumeOutcome::Running,
+            Ok(Undone::Stopped(state)) => {
+                ResumeOutcome::Failed(format!("the guest does not run at the source; its state is {state}"))
+            }
+            Err(_) if self.is_dead() => ResumeOutcome::Dead,
+            Err(error) => ResumeOutcome::Failed(error.to_string()),
+        }
+    }
+
+    /// Puts the migration settings back to what they were.
+    pub(crate) async fn restore_settings(&mut self) {
+        if self.frozen.is_some() || self.is_dead() {
+            return;
+        }
+        if let Some(vm) = &mut self.vm
+            && let Err(error) = vm.restore_settings().await
+        {
+            tracing::debug!(qmp = %self.context.qmp.display(), "migration settings were not put back: {error}");
+        }
+    }
+
+    /// Ends it without letting the guest run again: the VM is elsewhere. Left paused where the configuration says so.
+    ///
+    /// # Errors
+    /// A sentence: it still exists.
+    pub(crate) async fn discard(&mut self) -> Result<(), String> {
+        if self.is_dead() {
+            return Ok(());
+        }
+        if self.context.leave_after_success {
+            self.thaw().await;
+            return Ok(());
+        }
+        if self.frozen.is_none()
+            && let Some(identity) = &self.context.process
+        {
+            self.frozen = Frozen::reattach(identity).ok().flatten();
+        }
+        if let Some(frozen) = &self.frozen {
+            return frozen.kill(DEADLINE).await.map_err(|error| error.to_string());
+        }
+        match self.vm.take() {
+            Some(vm) => vm.quit(DEADLINE).await.map_err(|error| error.to_string()),
+            None => match self.context.process.as_ref().map(Process::reattach) {
+                Some(Ok(Some(process))) => process.kill(DEADLINE).await.map_err(|error| error.to_string()),
+                _ => Ok(()),
+            },
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What a journal record says about the vmm of a migration, so that a restarted gateway finds it again.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::hypervisor::process::ProcessIdentity;
+use crate::proto::ownership::JournalRecord;
+
+/// How to find a vmm again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmContext {
+    /// Its QMP socket.
+    pub(crate) qmp: PathBuf,
+    /// Its process, once that is known: a recycled pid is told apart by its start time.
+    pub(crate) process: Option<ProcessIdentity>,
+    /// Whether the paused vmm stays after success.
+    #[serde(default)]
+    pub(crate) leave_after_success: bool,
+}
+
+impl VmContext {
+    /// The bytes that go into a record.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec(self).expect("a context is plain data");
+        if bytes.len() > JournalRecord::MAX_CONTEXT {
+            // Only an absurdly long socket path gets here, and configuration refuses those; the process still leads to the vmm.
+            let short = Self { qmp: PathBuf::new(), ..self.clone() };
+            bytes = serde_json::to_vec(&short).expect("a context is plain data");
+        }
+        bytes
+    }
+
+    /// The context in a record; `None` where the record has none, as those for unknown migrations.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
+    }
+}

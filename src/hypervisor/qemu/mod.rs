@@ -1,0 +1,87 @@
+//! One virtual machine under QEMU.
+//!
+//! ```text
+//! source.rs       SourceVm: prepare → migrate → progress → permit conditions → freeze → end, or undo
+//! destination.rs  DestinationVm: launch or connect → prepare → wait until loaded → start, or kill
+//! inventory.rs    what the machine consists of          compare.rs    whether two are the same machine
+//! condition.rs    whether this one may be migrated      settings.rs   capabilities and parameters, and the old ones
+//! permit.rs       whether everything is sent            freeze.rs     a source that nobody can resume
+//! template.rs     an operator's command line            launch.rs     the process it starts, output.rs what that prints
+//! owner.rs        which process a monitor belongs to
+//! progress.rs     query-migrate                         state.rs      QEMU's names of states
+//! ```
+//!
+//! The order of the steps, and what each may leave behind, is the callers' business: they keep the journal. Here each step
+//! says in its documentation where the guest is afterwards, also when it fails.
+
+mod compare;
+mod condition;
+mod destination;
+mod freeze;
+mod inventory;
+mod launch;
+mod output;
+mod owner;
+mod permit;
+mod progress;
+mod settings;
+mod source;
+mod state;
+mod template;
+
+pub use compare::{Mismatch, Severity, compare};
+pub use condition::{Condition, Refusal, WritableDisk};
+pub use destination::{DestinationError, DestinationVm, Loaded};
+pub use freeze::{FreezeError, Frozen};
+pub use inventory::{
+    CpuModel, Device, Disk, FeatureWord, InventoryTooLarge, MemoryDevice, PciDevice, RamBlock, Register, VmInventory,
+};
+pub use launch::{Launch, LaunchError};
+pub use owner::OwnerError;
+pub use permit::PermitConditions;
+pub use progress::{MigrationProgress, RamProgress};
+pub use settings::{Capability, ParameterValue, RememberedSettings};
+pub use source::{DirtyRate, SourceError, SourceVm, SwitchoverBandwidth, Undone};
+pub use state::{MigrationStatus, RunState};
+pub use template::{LaunchTemplate, LaunchValues, TemplateError};
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::hypervisor::process::{Process, ProcessError};
+use crate::hypervisor::qmp::{QmpClient, QmpError};
+
+/// State of the guest now.
+async fn query_run_state(qmp: &QmpClient) -> Result<RunState, QmpError> {
+    let answer = qmp.execute("query-status", serde_json::json!({})).await?;
+    match answer["status"].as_str() {
+        Some(name) => Ok(RunState::from_name(name)),
+        None => Err(QmpError::Answer {
+            command: "query-status".into(),
+            detail: "it names no status".into(),
+        }),
+    }
+}
+
+/// Says `quit` and waits until the process is gone; kills it if it is not by then. Both waits are `deadline` long.
+async fn quit(qmp: &QmpClient, process: &Process, deadline: Duration) -> Result<(), ProcessError> {
+    // QEMU may close the connection before it answers, and one that does not answer is killed.
+    if let Err(error) = qmp.execute_within("quit", serde_json::json!({}), deadline).await {
+        tracing::debug!(%error, "quit was not answered");
+    }
+    match process.wait_gone(deadline).await {
+        Ok(()) => Ok(()),
+        Err(_) => process.kill(deadline).await,
+    }
+}
+
+/// QEMU's address of a unix socket, for a path that fits one.
+fn socket_uri(path: &Path) -> Option<String> {
+    let text = path
+        .to_str()
+        .filter(|text| text.len() <= SOCKET_PATH_LIMIT && !text.contains('\0'))?;
+    path.is_absolute().then(|| format!("unix:{text}"))
+}
+
+/// Longest path of a unix socket, in bytes (`sun_path` without its final zero, unix(7)).
+const SOCKET_PATH_LIMIT: usize = 107;

@@ -1,0 +1,199 @@
+//! Migration capabilities and parameters: which we need, how they are set, and how the old ones come back.
+//!
+//! Every capability that QEMU lists is set to what this project needs, which is *off* for all but a few: return-path,
+//! because with it a lost gateway makes QEMU restart the guest; multifd, xbzrle and compress, because they hide pages from
+//! the parser; the post-copy family, because it needs the return path. What is changed is remembered first. Capabilities and
+//! parameters are looked up by name, never by version, so distributions' backports are served too.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::hypervisor::qmp::{QmpClient, QmpError};
+
+/// Which side a QEMU is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Source,
+    Destination,
+}
+
+/// What was set before we changed it. Serialisable, so that a restarted gateway can put it back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RememberedSettings {
+    /// Capabilities, by QEMU's name.
+    pub capabilities: Vec<(String, bool)>,
+    /// Parameters, by QEMU's name.
+    pub parameters: Vec<(String, ParameterValue)>,
+}
+
+/// The value of a migration parameter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ParameterValue {
+    /// A number; the unit is the parameter's.
+    Number(u64),
+    /// A text or one of an enumeration.
+    Text(String),
+}
+
+/// One migration capability.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capability {
+    /// QEMU's name.
+    #[serde(rename = "capability")]
+    pub name: String,
+    /// Whether it is on.
+    #[serde(rename = "state")]
+    pub is_on: bool,
+}
+
+/// All capabilities this QEMU knows.
+pub(super) async fn query_capabilities(qmp: &QmpClient) -> Result<Vec<Capability>, QmpError> {
+    qmp.query("query-migrate-capabilities", json!({})).await
+}
+
+/// All parameters this QEMU knows and that have a value.
+pub(super) async fn query_parameters(qmp: &QmpClient) -> Result<Map<String, Value>, QmpError> {
+    qmp.query("query-migrate-parameters", json!({})).await
+}
+
+impl RememberedSettings {
+    /// Reads the settings that a migration changes.
+    pub(super) async fn read(qmp: &QmpClient) -> Result<RememberedSettings, QmpError> {
+        let capabilities = query_capabilities(qmp)
+            .await?
+            .into_iter()
+            .map(|one| (one.name, one.is_on))
+            .collect();
+        let all = query_parameters(qmp).await?;
+        let value = |name: &&str| Some(((*name).to_owned(), ParameterValue::from_json(all.get(*name)?)?));
+        Ok(RememberedSettings {
+            capabilities,
+            parameters: CHANGED_PARAMETERS.iter().filter_map(value).collect(),
+        })
+    }
+
+    /// The settings of a migration, as far as this QEMU has them.
+    pub(super) fn for_migration(&self, side: Side, downtime_limit_ms: u64) -> RememberedSettings {
+        let capabilities = self
+            .capabilities
+            .iter()
+            .map(|(name, _)| (name.clone(), wanted_capability(name, side)));
+        let wanted = |name: &str| match (name, side) {
+            // 0 switches QEMU's own limit off; its default is 128 MiB/s. The gateway limits by reading slowly.
+            ("max-bandwidth", Side::Source) => Some(ParameterValue::Number(0)),
+            ("downtime-limit", Side::Source) => Some(ParameterValue::Number(downtime_limit_ms)),
+            ("avail-switchover-bandwidth", Side::Source) => Some(ParameterValue::Number(0)),
+            // QEMU would announce the guest when it is loaded, while it still may be refused. We announce it once it runs.
+            ("announce-rounds", Side::Destination) => Some(ParameterValue::Number(0)),
+            ("tls-creds" | "tls-hostname", _) => Some(ParameterValue::Text(String::new())),
+            ("mode", Side::Source) => Some(ParameterValue::Text("normal".into())),
+            _ => None,
+        };
+        let parameters = self
+            .parameters
+            .iter()
+            .filter_map(|(name, _)| Some((name.clone(), wanted(name)?)));
+        RememberedSettings {
+            capabilities: capabilities.collect(),
+            parameters: parameters.collect(),
+        }
+    }
+
+    /// Makes QEMU have these settings; sends only what differs from `now`.
+    pub(super) async fn apply(&self, qmp: &QmpClient, now: &RememberedSettings) -> Result<(), QmpError> {
+        let capabilities: Vec<Value> = self
+            .capabilities
+            .iter()
+            .filter(|pair| !now.capabilities.contains(pair))
+            .map(|(name, is_on)| json!({ "capability": name, "state": is_on }))
+            .collect();
+        if !capabilities.is_empty() {
+            qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))
+                .await?;
+        }
+        let parameters: Map<String, Value> = self
+            .parameters
+            .iter()
+            .filter(|pair| !now.parameters.contains(pair))
+            .map(|(name, value)| (name.clone(), value.to_json()))
+            .collect();
+        if !parameters.is_empty() {
+            qmp.execute("migrate-set-parameters", Value::Object(parameters)).await?;
+        }
+        Ok(())
+    }
+}
+
+impl ParameterValue {
+    fn from_json(value: &Value) -> Option<ParameterValue> {
+        match value {
+            Value::Number(number) => number.as_u64().map(ParameterValue::Number),
+            Value::String(text) => Some(ParameterValue::Text(text.clone())),
+            _ => None,
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        match self {
+            ParameterValue::Number(number) => json!(number),
+            ParameterValue::Text(text) => json!(text),
+        }
+    }
+}
+
+fn wanted_capability(name: &str, side: Side) -> bool {
+    match name {
+        "events" | "validate-uuid" => true,
+        // Without it a loaded but paused 7.2 holds the disk locks already, which the source still needs.
+        "late-block-activate" => side == Side::Destination,
+        _ => false,
+    }
+}
+
+/// Parameters that a migration changes, or that callers change while it runs.
+const CHANGED_PARAMETERS: [&str; 7] = [
+    "max-bandwidth",
+    "downtime-limit",
+    "avail-switchover-bandwidth",
+    "announce-rounds",
+    "tls-creds",
+    "tls-hostname",
+    "mode",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn before() -> RememberedSettings {
+        let number = |name: &str, value| (name.to_owned(), ParameterValue::Number(value));
+        RememberedSettings {
+            capabilities: ["events", "return-path", "late-block-activate", "never-heard-of"]
+                .map(|name| (name.to_owned(), name == "never-heard-of"))
+                .to_vec(),
+            parameters: vec![number("max-bandwidth", 134217728), number("downtime-limit", 300)],
+        }
+    }
+
+    #[test]
+    fn what_this_qemu_does_not_have_is_not_set() {
+        let wanted = before().for_migration(Side::Source, 250);
+        assert_eq!(wanted.parameters.len(), 2);
+        assert_eq!(wanted.parameters[1].1, ParameterValue::Number(250));
+        assert!(!wanted.capabilities.iter().any(|(name, _)| name == "validate-uuid"));
+    }
+
+    #[test]
+    fn everything_unknown_is_switched_off_and_the_sides_differ_in_block_activation() {
+        let on = |side| -> Vec<String> {
+            let settings = before().for_migration(side, 250).capabilities;
+            settings
+                .into_iter()
+                .filter(|(_, is_on)| *is_on)
+                .map(|(name, _)| name)
+                .collect()
+        };
+        assert_eq!(on(Side::Source), ["events"]);
+        assert_eq!(on(Side::Destination), ["events", "late-block-activate"]);
+    }
+}

@@ -1,0 +1,149 @@
+//! What the path takes and how much the reduction saves, from running totals.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::rounds::Totals;
+use crate::proto::page::ByteRate;
+
+/// Bytes per second that the far decoder acknowledges.
+///
+/// What arrives may be little because the guest sends little, so the estimate is the best [`Self::SPAN`]-long stretch of the last
+/// [`Self::MEMORY`], not the latest.
+#[derive(Debug, Default)]
+pub struct GoodputMeter {
+    /// (when, bytes acknowledged until then), ascending, apart by at least [`Self::STEP`].
+    marks: VecDeque<(Instant, u64)>,
+}
+
+impl GoodputMeter {
+    const STEP: Duration = Duration::from_millis(50);
+    const SPAN: Duration = Duration::from_millis(400);
+    const MEMORY: Duration = Duration::from_secs(10);
+
+    /// `acknowledged_bytes` have arrived until `now`.
+    pub fn observe(&mut self, now: Instant, acknowledged_bytes: u64) {
+        if let Some(&(last, _)) = self.marks.back()
+            && now.saturating_duration_since(last) < Self::STEP
+        {
+            return;
+        }
+        self.marks.push_back((now, acknowledged_bytes));
+        while self.marks.front().is_some_and(|&(at, _)| now.saturating_duration_since(at) > Self::MEMORY) {
+            self.marks.pop_front();
+        }
+    }
+
+    /// The best stretch; `None` before one has passed.
+    #[must_use]
+    pub fn best(&self) -> Option<ByteRate> {
+        let mut from = 0;
+        let mut best = None;
+        for (end, &(at, bytes)) in self.marks.iter().enumerate() {
+            while from < end && at.duration_since(self.marks[from + 1].0) >= Self::SPAN {
+                from += 1;
+            }
+            let (began, before) = self.marks[from];
+            let took = at.duration_since(began);
+            if took >= Self::SPAN {
+                let rate = ByteRate(((bytes - before) as f64 / took.as_secs_f64()) as u64);
+                best = best.max(Some(rate));
+            }
+        }
+        best
+    }
+}
+
+/// Vmm bytes per frame byte, of late and pessimistic: the worst of the last [`Self::WINDOWS`] windows.
+///
+/// Hot pages reduce worst and are what the last round is made of.
+#[derive(Debug)]
+pub struct RatioMeter {
+    windows: VecDeque<f64>,
+    began: Totals,
+}
+
+impl RatioMeter {
+    /// Vmm bytes of one window.
+    const WINDOW: u64 = 2 << 20;
+    const WINDOWS: usize = 6;
+    /// A stretch of nothing but zero pages says nothing about hot pages.
+    const HIGHEST: f64 = 20.0;
+
+    /// Running totals stand at `totals`.
+    pub fn observe(&mut self, totals: Totals) {
+        let vmm_bytes = totals.vmm_bytes.saturating_sub(self.began.vmm_bytes);
+        if vmm_bytes < Self::WINDOW {
+            return;
+        }
+        let wire_bytes = totals.wire_bytes.saturating_sub(self.began.wire_bytes).max(1);
+        self.windows.push_back((vmm_bytes as f64 / wire_bytes as f64).min(Self::HIGHEST));
+        if self.windows.len() > Self::WINDOWS {
+            self.windows.pop_front();
+        }
+        self.began = totals;
+    }
+
+    /// The ratio; 1 before anything is known.
+    #[must_use]
+    pub fn pessimistic(&self) -> f64 {
+        self.windows.iter().copied().reduce(f64::min).unwrap_or(1.0)
+    }
+}
+
+impl Default for RatioMeter {
+    fn default() -> Self {
+        Self { windows: VecDeque::new(), began: Totals::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_of_the_guest_does_not_look_like_a_slow_path() {
+        let start = Instant::now();
+        let mut meter = GoodputMeter::default();
+        let mut bytes = 0;
+        for step in 0..100u32 {
+            if step < 40 {
+                bytes += 5_000_000;
+            }
+            meter.observe(start + Duration::from_millis(50) * step, bytes);
+        }
+        let rate = meter.best().unwrap().0;
+        assert!((95_000_000..=105_000_000).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn nothing_is_claimed_before_a_stretch_has_passed() {
+        let mut meter = GoodputMeter::default();
+        assert_eq!(meter.best(), None);
+        let start = Instant::now();
+        meter.observe(start, 0);
+        meter.observe(start + GoodputMeter::SPAN - Duration::from_millis(1), 1 << 20);
+        assert_eq!(meter.best(), None);
+        meter.observe(start + GoodputMeter::SPAN + GoodputMeter::STEP, 1 << 20);
+        assert!(meter.best().is_some());
+    }
+
+    #[test]
+    fn the_worst_of_the_last_windows_counts() {
+        let mut meter = RatioMeter::default();
+        assert_eq!(meter.pessimistic(), 1.0);
+        let mut totals = Totals::default();
+        for ratio in [10, 2, 8, 8, 8, 8, 8] {
+            totals.vmm_bytes += RatioMeter::WINDOW;
+            totals.wire_bytes += RatioMeter::WINDOW / ratio;
+            meter.observe(totals);
+        }
+        assert_eq!(meter.pessimistic(), 2.0);
+        for _ in 0..2 {
+            totals.vmm_bytes += RatioMeter::WINDOW;
+            totals.wire_bytes += RatioMeter::WINDOW / 8;
+            meter.observe(totals);
+        }
+        assert_eq!(meter.pessimistic(), 8.0);
+    }
+}

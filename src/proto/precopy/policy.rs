@@ -1,0 +1,252 @@
+//! Decides, sample by sample, what QEMU is told and whether to go on.
+//!
+//! Shortest stop first: the policy begins by allowing [`FIRST_TRANSFER`] for the last bytes. While rounds shrink it waits; where
+//! the dirty set has stopped shrinking it doubles the allowance, up to the budget. A guest that writes slowly is thus stopped for
+//! little more than the trip across; one that writes fast still moves, within the operator's limit.
+
+use std::time::{Duration, Instant};
+
+use super::budget::Budget;
+use crate::proto::page::ByteRate;
+
+/// What the first rounds are allowed for the transfer of the last bytes. Below it rounds are so short that their fixed cost
+/// (a bitmap sync and QEMU's 100 ms rate window) weighs more than the bytes.
+pub const FIRST_TRANSFER: Duration = Duration::from_millis(20);
+
+/// Rounds in a row without shrinking before the allowance is doubled.
+pub const STALLED_ROUNDS: u32 = 2;
+
+/// Time without a smaller remainder that counts as a stalled round where rounds are long.
+pub const STALLED_TIME: Duration = Duration::from_secs(3);
+
+/// What is known at one instant.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// When.
+    pub now: Instant,
+    /// Round that runs, from 1 (`dirty-sync-count`).
+    pub round: u32,
+    /// Bytes of memory that QEMU still has to send.
+    pub remaining_bytes: u64,
+    /// What the guest writes, as QEMU measured it in the last round.
+    pub dirty_rate: ByteRate,
+    /// Frames' bytes per second that the path takes.
+    pub goodput: ByteRate,
+    /// Vmm bytes per frame byte of late, pessimistic (hot pages reduce worst); at least a little above 0.
+    pub reduction_ratio: f64,
+}
+
+/// What to do now.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Go on with these settings.
+    Continue(Settings),
+    /// Stop here, the VM stays at the source; the reason is for the operator.
+    GiveUp {
+        /// In words.
+        reason: String,
+    },
+}
+
+/// What QEMU is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// `downtime-limit`.
+    pub downtime_limit: Duration,
+    /// `avail-switchover-bandwidth`, in vmm bytes per second.
+    pub switchover_bandwidth: ByteRate,
+}
+
+/// The policy of one migration.
+#[derive(Debug)]
+pub struct Policy {
+    budget: Budget,
+    deadline: Option<Instant>,
+    allowed: Duration,
+    round: u32,
+    smallest_remaining: u64,
+    smallest_since: Instant,
+    smallest_in_round: u64,
+    stalled_rounds: u32,
+}
+
+impl Policy {
+    /// A migration that begins `now` and must be over before `deadline`.
+    #[must_use]
+    pub fn new(now: Instant, budget: Budget, deadline: Option<Instant>) -> Self {
+        Self {
+            budget,
+            deadline,
+            allowed: FIRST_TRANSFER.min(budget.transfer),
+            round: 0,
+            smallest_remaining: u64::MAX,
+            smallest_since: now,
+            smallest_in_round: u64::MAX,
+            stalled_rounds: 0,
+        }
+    }
+
+    /// What to do, given how things stand. Call at every sample and at every new round.
+    pub fn decide(&mut self, sample: &Sample) -> Decision {
+        self.watch_for_a_stall(sample);
+        if self.deadline.is_some_and(|deadline| sample.now >= deadline) {
+            return Decision::GiveUp { reason: self.why_not_in_time(sample) };
+        }
+        Decision::Continue(self.settings(sample.goodput, sample.reduction_ratio))
+    }
+
+    /// Settings for a path of this goodput and a stream of this reduction ratio.
+    #[must_use]
+    pub fn settings(&self, goodput: ByteRate, reduction_ratio: f64) -> Settings {
+        Settings {
+            downtime_limit: self.allowed,
+            switchover_bandwidth: ByteRate(vmm_rate(goodput, reduction_ratio)),
+        }
+    }
+
+    /// Whether everything the budget allows is in use and the dirty set still does not shrink.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.allowed == self.budget.transfer && self.stalled_rounds >= STALLED_ROUNDS
+    }
+
+    /// What the last bytes are allowed at the moment.
+    #[must_use]
+    pub fn allowed_transfer(&self) -> Duration {
+        self.allowed
+    }
+
+    fn watch_for_a_stall(&mut self, sample: &Sample) {
+        if sample.remaining_bytes < self.smallest_remaining {
+            self.smallest_remaining = sample.remaining_bytes;
+            self.smallest_since = sample.now;
+        }
+        let new_round = sample.round > self.round;
+        let mut stalled = false;
+        if new_round {
+            // What is left in the round that ended is compared with the best of all before it: a dirty set that still
+            // shrinks by a tenth a round is on its way.
+            let before = self.smallest_in_round;
+            stalled = self.round >= 2 && self.smallest_remaining >= before.saturating_sub(before / 10);
+            self.smallest_in_round = self.smallest_remaining;
+            self.round = sample.round;
+        } else if self.round >= 2 && sample.now.saturating_duration_since(self.smallest_since) >= STALLED_TIME {
+            stalled = true;
+            self.smallest_since = sample.now;
+        }
+        if stalled {
+            self.stalled_rounds += 1;
+            if self.stalled_rounds >= STALLED_ROUNDS && self.allowed < self.budget.transfer {
+                self.allowed = (self.allowed * 2).min(self.budget.transfer);
+                self.stalled_rounds = 0;
+            }
+        } else if new_round {
+            self.stalled_rounds = 0;
+        }
+    }
+
+    fn why_not_in_time(&self, sample: &Sample) -> String {
+        let rate = vmm_rate(sample.goodput, sample.reduction_ratio);
+        if sample.dirty_rate.0 > rate {
+            format!(
+                "the deadline has passed: the guest writes {:.1} MB/s and the link carries {:.1} MB/s of its memory, so the \
+                 dirty set does not shrink",
+                megabytes(sample.dirty_rate.0),
+                megabytes(rate)
+            )
+        } else {
+            format!(
+                "the deadline has passed with {:.1} MB to go at {:.1} MB/s of memory: allow more time with --deadline",
+                megabytes(sample.remaining_bytes),
+                megabytes(rate)
+            )
+        }
+    }
+}
+
+/// Vmm bytes per second that a path of this goodput takes.
+#[must_use]
+pub fn vmm_rate(goodput: ByteRate, reduction_ratio: f64) -> u64 {
+    (goodput.0 as f64 * reduction_ratio.max(0.5)) as u64
+}
+
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proto::precopy::FixedCosts;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    fn budget() -> Budget {
+        Budget::new(MS(500), &FixedCosts::on_path(MS(150))).unwrap()
+    }
+
+    fn sample(now: Instant, round: u32, remaining_bytes: u64) -> Sample {
+        Sample {
+            now,
+            round,
+            remaining_bytes,
+            dirty_rate: ByteRate(8_000_000),
+            goodput: ByteRate(100_000_000),
+            reduction_ratio: 2.0,
+        }
+    }
+
+    fn allowance_after(remaining: impl Fn(u32) -> u64, rounds: u32) -> Duration {
+        let start = Instant::now();
+        let mut policy = Policy::new(start, budget(), None);
+        for round in 1..=rounds {
+            policy.decide(&sample(start + MS(100) * round, round, remaining(round)));
+        }
+        policy.allowed_transfer()
+    }
+
+    #[test]
+    fn a_dirty_set_that_shrinks_keeps_the_shortest_stop() {
+        assert_eq!(allowance_after(|round| 1_000_000_000 >> round, 12), FIRST_TRANSFER);
+    }
+
+    #[test]
+    fn a_dirty_set_that_stands_still_is_given_the_whole_budget_and_no_more() {
+        assert_eq!(allowance_after(|_| 50_000_000, 40), budget().transfer);
+    }
+
+    #[test]
+    fn a_guest_that_oscillates_is_not_taken_for_one_that_converges() {
+        assert_eq!(allowance_after(|round| if round % 2 == 0 { 50_000_000 } else { 70_000_000 }, 40), budget().transfer);
+    }
+
+    #[test]
+    fn at_the_deadline_the_policy_gives_up_and_says_why() {
+        let start = Instant::now();
+        let mut policy = Policy::new(start, budget(), Some(start + MS(1000)));
+        assert!(matches!(policy.decide(&sample(start + MS(999), 1, 1 << 30)), Decision::Continue(_)));
+        let mut late = sample(start + MS(1000), 1, 1 << 30);
+        late.dirty_rate = ByteRate(900_000_000);
+        match policy.decide(&late) {
+            Decision::GiveUp { reason } => assert!(reason.contains("900.0 MB/s"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_allowance_never_leaves_the_budget(remaining in proptest::collection::vec(0u64..1 << 34, 1..200)) {
+            let start = Instant::now();
+            let mut policy = Policy::new(start, budget(), None);
+            for (at, bytes) in remaining.iter().enumerate() {
+                let at = u32::try_from(at).unwrap();
+                let decision = policy.decide(&sample(start + MS(700) * at, at / 2, *bytes));
+                let Decision::Continue(settings) = decision else { panic!("no deadline was set") };
+                prop_assert!(settings.downtime_limit >= FIRST_TRANSFER.min(budget().transfer));
+                prop_assert!(settings.downtime_limit <= budget().transfer);
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! How a page is carried, cheapest first.
+
+use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
+
+use super::dictionary::SourceDictionary;
+
+/// How one page record is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// All zeroes.
+    Blank,
+    /// Identical to what was last sent for this page.
+    Same,
+    /// The content of this slot.
+    Reference(u32),
+    /// Not known to the destination.
+    Literal,
+}
+
+/// Finds how to carry the page at `at` and enters it in the dictionary as the destination will.
+pub(super) fn classify(
+    dictionary: &mut SourceDictionary,
+    at: PageAddress,
+    content: &[u8; PAGE_SIZE],
+    digest: PageDigest,
+) -> Class {
+    if is_zero(content) {
+        Class::Blank
+    } else if dictionary.is_same(at, digest) {
+        Class::Same
+    } else if let Some(slot) = dictionary.find(digest) {
+        dictionary.sent.set(at, slot);
+        Class::Reference(slot)
+    } else {
+        dictionary.insert(at, digest);
+        Class::Literal
+    }
+}
+
+/// Whether all bytes are zero. Most pages that are not show it in their first line.
+fn is_zero(content: &[u8; PAGE_SIZE]) -> bool {
+    let (blocks, _) = content.as_chunks::<128>();
+    blocks
+        .iter()
+        .all(|block| block.iter().fold(0, |bits, byte| bits | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::reduce::DictionaryLimits;
+
+    #[test]
+    fn one_bit_anywhere_makes_a_page_not_zero() {
+        assert!(is_zero(&[0; PAGE_SIZE]));
+        for offset in 0..PAGE_SIZE {
+            let mut content = [0; PAGE_SIZE];
+            content[offset] = 0x80;
+            assert!(!is_zero(&content), "{offset}");
+        }
+    }
+
+    #[test]
+    fn the_cheapest_way_that_is_right_is_taken() {
+        let mut dictionary = SourceDictionary::new(DictionaryLimits::new(8, 8).unwrap());
+        let mut class_of = |page, fill: u8| {
+            let content = [fill; PAGE_SIZE];
+            classify(
+                &mut dictionary,
+                PageAddress { block: 0, page },
+                &content,
+                PageDigest::of(&content),
+            )
+        };
+        assert_eq!(class_of(0, 0), Class::Blank);
+        assert_eq!(class_of(0, 1), Class::Literal);
+        assert_eq!(class_of(0, 1), Class::Same);
+        assert_eq!(class_of(1, 1), Class::Reference(0));
+        assert_eq!(class_of(1, 1), Class::Same);
+        assert_eq!(class_of(0, 2), Class::Literal);
+        assert_eq!(class_of(1, 2), Class::Reference(1));
+        // A page that was blank in between is still known as it was before.
+        assert_eq!(class_of(1, 0), Class::Blank);
+        assert_eq!(class_of(1, 2), Class::Same);
+    }
+}

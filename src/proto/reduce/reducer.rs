@@ -1,0 +1,188 @@
+//! The source's end: batches become payloads.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+
+use crate::proto::page::{PAGE_SIZE, PageDigest};
+use crate::proto::vmm_stream::PageRecord;
+
+use super::batch::{Batch, Piece, page_at};
+use super::classify::{Class, classify};
+use super::dictionary::{DictionaryLimits, SourceDictionary};
+use super::ops::{OpWriter, PageOp};
+use super::packing::{Origin, Packer};
+use super::payload::Head;
+use super::stats::BatchStats;
+
+/// Encodes the batches of one session, in order.
+///
+/// What a payload means depends on every payload before it, so all of them must reach the [`Restorer`](super::Restorer), in
+/// the order in which they were encoded; what is sent again after a cut is the payload, never the batch encoded once more.
+pub struct Reducer {
+    dictionary: SourceDictionary,
+    /// Names that the destination knows.
+    names: HashMap<u16, Vec<u8>>,
+    sequence: u64,
+    ops: OpWriter,
+    packer: Packer,
+    /// Parts of the batch that are carried uncompressed beside the groups.
+    plain: Vec<Range<usize>>,
+}
+
+impl Reducer {
+    /// Starts a session with an empty dictionary.
+    #[must_use]
+    pub fn new(limits: DictionaryLimits) -> Self {
+        Self {
+            dictionary: SourceDictionary::new(limits),
+            names: HashMap::new(),
+            sequence: 0,
+            ops: OpWriter::default(),
+            packer: Packer::new(),
+            plain: Vec::new(),
+        }
+    }
+
+    /// Appends the payload of `batch` to `out`. Pages and long bytes that cannot be reduced take at most 0.5 % more.
+    ///
+    /// `digests` are those that [`Batch::digest_pages`] gives. The destination is sent to content by digest, so a wrong one
+    /// is a wrong page.
+    ///
+    /// # Panics
+    /// Where there are fewer digests than pages.
+    pub fn encode(&mut self, batch: &Batch<'_>, digests: &[PageDigest], out: &mut Vec<u8>) -> BatchStats {
+        let start = out.len();
+        let mut stats = BatchStats {
+            bytes_in: batch.bytes.len() as u64,
+            ..BatchStats::default()
+        };
+        self.ops.clear();
+        self.packer.clear();
+        self.plain.clear();
+        let mut digests = digests.iter();
+        for piece in &batch.pieces {
+            match *piece {
+                Piece::Bytes { start, len } => self.encode_bytes(batch.bytes, start, len),
+                Piece::Zero(record) => {
+                    self.select_block(batch, record);
+                    self.ops.page(PageOp::Zero, record, 0);
+                    stats.pages.zero += 1;
+                }
+                Piece::Page { record, content } => {
+                    let digest = *digests
+                        .next()
+                        .expect("a batch is encoded with a digest for each of its pages");
+                    self.select_block(batch, record);
+                    self.encode_page(batch.bytes, record, content, digest, &mut stats);
+                }
+            }
+        }
+        let ops = self.ops.finish();
+        let packed = self.packer.finish();
+        stats.pages.literal += packed.compressed_pages;
+        stats.pages.raw += packed.stored_pages;
+        let head = Head {
+            sequence: self.sequence,
+            raw_len: batch.bytes.len(),
+            ops_len: ops.len(),
+            packed_len: packed.content_len,
+            plain_len: self.plain.iter().map(Range::len).sum(),
+        };
+        head.write(out);
+        out.reserve(ops.len() + packed.coded.len() + head.plain_len);
+        out.extend_from_slice(ops);
+        out.extend_from_slice(&packed.coded);
+        for part in &self.plain {
+            out.extend_from_slice(&batch.bytes[part.clone()]);
+        }
+        self.sequence += 1;
+        stats.bytes_out = (out.len() - start) as u64;
+        stats
+    }
+
+    /// Bytes that the dictionary takes now.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        self.dictionary.memory_bytes()
+    }
+
+    fn select_block(&mut self, batch: &Batch<'_>, record: PageRecord) {
+        let block = record.at.block;
+        if self.ops.block() == Some(block) {
+            return;
+        }
+        let name = &batch.block_names[usize::from(block)];
+        if self.names.get(&block) == Some(name) {
+            self.ops.select_block(block, None);
+        } else {
+            self.ops.select_block(block, Some(name));
+            self.names.insert(block, name.clone());
+        }
+    }
+
+    fn encode_page(
+        &mut self,
+        bytes: &[u8],
+        record: PageRecord,
+        start: usize,
+        digest: PageDigest,
+        stats: &mut BatchStats,
+    ) {
+        let content = page_at(bytes, start);
+        match classify(&mut self.dictionary, record.at, content, digest) {
+            Class::Blank => {
+                self.ops.page(PageOp::Blank, record, 0);
+                stats.pages.zero += 1;
+            }
+            Class::Same => {
+                self.ops.page(PageOp::Same, record, 0);
+                stats.pages.same += 1;
+            }
+            Class::Reference(slot) => {
+                self.ops.page(PageOp::Reference, record, slot);
+                stats.pages.reference += 1;
+            }
+            Class::Literal => {
+                let origin = self
+                    .dictionary
+                    .sent
+                    .region(record.at)
+                    .map_or(Origin::Unremembered, Origin::Region);
+                if self.packer.is_worth_packing(origin, content) {
+                    self.ops.page(PageOp::Literal, record, 0);
+                    self.packer.push_page(origin, content);
+                } else {
+                    self.ops.page(PageOp::Raw, record, 0);
+                    self.plain.push(start..start + PAGE_SIZE);
+                    stats.pages.raw += 1;
+                }
+            }
+        }
+    }
+
+    /// Long bytes are judged a page's length at a time, like pages. Short ones are always packed: they are headers.
+    fn encode_bytes(&mut self, bytes: &[u8], mut start: usize, len: usize) {
+        let end = start + len;
+        while start < end {
+            let part = start..end.min(start + PAGE_SIZE);
+            let content = &bytes[part.clone()];
+            let packed = content.len() < PAGE_SIZE || self.packer.is_worth_packing(Origin::Opaque, content);
+            self.ops.bytes(!packed, part.len());
+            if packed {
+                self.packer.push(Origin::Opaque, content);
+            } else {
+                self.plain.push(part.clone());
+            }
+            start = part.end;
+        }
+    }
+}
+
+impl fmt::Debug for Reducer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reducer")
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
+    }
+}

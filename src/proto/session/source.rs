@@ -1,0 +1,195 @@
+//! The source's half: numbers frames, keeps them until the destination's decoder has them, sends the gaps after a cut.
+
+use std::collections::VecDeque;
+
+use super::{EncodedFrame, SessionError};
+use crate::proto::page::MigrationId;
+use crate::proto::wire::message::Held;
+use crate::proto::wire::{Frame, FrameHeader};
+
+/// Frames of one migration on their way out.
+///
+/// Feed payloads with [`push`](Self::push); whenever [`poll_transmit`](Self::poll_transmit) gives a frame, send it on a lane of its
+/// own. `poll_transmit` has something new after `push`, [`on_ack`](Self::on_ack) (the window opens) and [`resume`](Self::resume).
+#[derive(Debug)]
+pub struct SourceSession {
+    migration: MigrationId,
+    epoch: u32,
+    window_bytes: u64,
+    kept: VecDeque<Kept>,
+    /// Sequence of `kept[0]`; everything before is at the decoder.
+    acknowledged: u64,
+    /// Index into `kept` from which `poll_transmit` looks for something to send.
+    cursor: usize,
+    stream_offset: u64,
+    unsent_bytes: u64,
+    outstanding_bytes: u64,
+    resent_bytes: u64,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Kept {
+    frame: Frame,
+    sent: Sent,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    Never,
+    Again,
+    Now,
+}
+
+impl SourceSession {
+    /// A session at its beginning. `window_bytes` bounds what is sent and not yet acknowledged.
+    #[must_use]
+    pub fn new(migration: MigrationId, window_bytes: u64) -> Self {
+        Self {
+            migration,
+            epoch: 0,
+            window_bytes,
+            kept: VecDeque::new(),
+            acknowledged: 0,
+            cursor: 0,
+            stream_offset: 0,
+            unsent_bytes: 0,
+            outstanding_bytes: 0,
+            resent_bytes: 0,
+            ended: false,
+        }
+    }
+
+    /// Appends the frame that continues the stream. `last`: nothing follows.
+    ///
+    /// # Panics
+    /// After the last one; the caller has seen the stream's end only once.
+    pub fn push(&mut self, encoded: EncodedFrame, last: bool) {
+        assert!(!self.ended, "nothing follows the last frame");
+        self.ended = last;
+        let header = FrameHeader {
+            kind: encoded.kind,
+            last,
+            held: encoded.held,
+            migration: self.migration,
+            epoch: self.epoch,
+            sequence: self.frames(),
+            stream_offset: self.stream_offset,
+            stream_bytes: encoded.stream_bytes,
+        };
+        self.stream_offset += u64::from(encoded.stream_bytes);
+        let frame = Frame { header, payload: encoded.payload };
+        self.unsent_bytes += frame.lane_bytes();
+        self.kept.push_back(Kept { frame, sent: Sent::Never });
+    }
+
+    /// The next frame for a lane, in sequence, or `None` while there is none or the window is full.
+    pub fn poll_transmit(&mut self) -> Option<Frame> {
+        let from = self.cursor.min(self.kept.len());
+        let found = self.kept.iter().skip(from).position(|kept| kept.sent != Sent::Now)? + from;
+        self.cursor = found;
+        let kept = &mut self.kept[found];
+        let bytes = kept.frame.lane_bytes();
+        if self.outstanding_bytes > 0 && self.outstanding_bytes + bytes > self.window_bytes {
+            return None;
+        }
+        if kept.sent == Sent::Again {
+            self.resent_bytes += bytes;
+        }
+        kept.sent = Sent::Now;
+        kept.frame.header.epoch = self.epoch;
+        self.unsent_bytes -= bytes;
+        self.outstanding_bytes += bytes;
+        self.cursor = found + 1;
+        Some(kept.frame.clone())
+    }
+
+    /// The destination's decoder has everything before `held.next`.
+    ///
+    /// # Errors
+    /// [`SessionError::AckBeyondSent`]: the peer is not to be trusted any further.
+    pub fn on_ack(&mut self, held: &Held) -> Result<(), SessionError> {
+        let end = self.acknowledged + self.kept.iter().take_while(|kept| kept.sent != Sent::Never).count() as u64;
+        if held.next > end {
+            return Err(SessionError::AckBeyondSent { acknowledged: held.next, sent: end });
+        }
+        while self.acknowledged < held.next {
+            let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
+            let bytes = kept.frame.lane_bytes();
+            match kept.sent {
+                Sent::Now => self.outstanding_bytes -= bytes,
+                Sent::Never | Sent::Again => self.unsent_bytes -= bytes,
+            }
+            self.acknowledged += 1;
+            self.cursor = self.cursor.saturating_sub(1);
+        }
+        Ok(())
+    }
+
+    /// Begins a new incarnation after a cut: everything that the destination does not hold is sent again.
+    ///
+    /// # Errors
+    /// [`SessionError::StaleEpoch`] unless `epoch` is newer; [`SessionError::AckBeyondSent`].
+    pub fn resume(&mut self, epoch: u32, held: &Held) -> Result<(), SessionError> {
+        if epoch <= self.epoch {
+            return Err(SessionError::StaleEpoch { found: epoch, current: self.epoch });
+        }
+        self.on_ack(held)?;
+        self.epoch = epoch;
+        self.cursor = 0;
+        for kept in &mut self.kept {
+            let bytes = kept.frame.lane_bytes();
+            let arrived = held.contains(kept.frame.header.sequence);
+            match (kept.sent, arrived) {
+                (Sent::Now, false) => {
+                    kept.sent = Sent::Again;
+                    self.outstanding_bytes -= bytes;
+                    self.unsent_bytes += bytes;
+                }
+                (Sent::Again, true) => {
+                    kept.sent = Sent::Now;
+                    self.outstanding_bytes += bytes;
+                    self.unsent_bytes -= bytes;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of frames that wait for a lane.
+    #[must_use]
+    pub fn unsent_bytes(&self) -> u64 {
+        self.unsent_bytes
+    }
+
+    /// Bytes of frames that are sent and not acknowledged by the decoder.
+    #[must_use]
+    pub fn outstanding_bytes(&self) -> u64 {
+        self.outstanding_bytes
+    }
+
+    /// Bytes of frames that were sent again after cuts.
+    #[must_use]
+    pub fn resent_bytes(&self) -> u64 {
+        self.resent_bytes
+    }
+
+    /// Frames that exist, acknowledged or not.
+    #[must_use]
+    pub fn frames(&self) -> u64 {
+        self.acknowledged + self.kept.len() as u64
+    }
+
+    /// The incarnation that is current.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Whether the last frame exists and the decoder has it.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.ended && self.kept.is_empty()
+    }
+}

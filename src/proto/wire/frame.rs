@@ -1,0 +1,287 @@
+//! The unit on a lane.
+//!
+//! ```text
+//!  0       1       2       3       4               8
+//! +-------+-------+-------+-------+---------------+-------------------------------+
+//! | 0x4c  |version| kind  | flags | payload bytes | migration (16 bytes)          |
+//! +-------+-------+-------+-------+---------------+-------------------------------+
+//! 24              28              32                              40              48
+//! | epoch         | stream bytes  | sequence                      | stream offset |  payload …
+//! ```
+//!
+//! `stream offset` and `stream bytes` say which part of the vmm stream the payload restores to, so that a decoder that has
+//! lost step notices at once and not at the final digest.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use crate::proto::page::MigrationId;
+
+/// Bytes of a frame's header.
+pub const HEADER_LEN: usize = 48;
+
+/// Most bytes of a payload: a lane stays far below the 2.5 MB at which 1024 gaps can close a QUIC stream
+/// (quinn-proto 0.11 `MAX_CHUNKS`), and above what a batch that cannot be reduced takes (`reduce::MAX_PAYLOAD_BYTES`).
+pub const MAX_PAYLOAD: usize = (1 << 20) + (512 << 10);
+
+/// Most bytes of the vmm stream that one frame restores to.
+pub const MAX_RAW: usize = 1 << 20;
+
+/// Version of the frame layout, negotiated in the hello as part of [`super::hello::VERSION`].
+pub const FRAME_VERSION: u8 = 1;
+
+const MAGIC: u8 = 0x4c;
+const FLAG_LAST: u8 = 1;
+const FLAG_HELD: u8 = 2;
+
+/// How a payload stands for stream bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// The bytes themselves.
+    Plain = 1,
+    /// A batch of the reduction (`proto::reduce`).
+    Reduced = 2,
+}
+
+/// What a frame says about its payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Kind of payload.
+    pub kind: FrameKind,
+    /// No frame with a higher sequence exists: the vmm stream ends here.
+    pub last: bool,
+    /// The vmm stream has reached the device state: from here on nothing is given to the destination's vmm before
+    /// ownership has moved.
+    pub held: bool,
+    /// Migration that the frame belongs to.
+    pub migration: MigrationId,
+    /// Incarnation of the session; frames of an older one are refused.
+    pub epoch: u32,
+    /// Place among the frames of the migration, from 0, without gap.
+    pub sequence: u64,
+    /// Offset in the vmm stream of the first byte that the payload restores to.
+    pub stream_offset: u64,
+    /// How many stream bytes the payload restores to.
+    pub stream_bytes: u32,
+}
+
+/// A header and its payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// The header.
+    pub header: FrameHeader,
+    /// The payload, at most [`MAX_PAYLOAD`] bytes.
+    pub payload: Bytes,
+}
+
+impl Frame {
+    /// The header's bytes; a lane is these and then the payload.
+    ///
+    /// # Panics
+    /// Where the payload or the stream bytes exceed their limit, which the encoder of this process prevents.
+    #[must_use]
+    pub fn encode_header(&self) -> Bytes {
+        let header = &self.header;
+        assert!(self.payload.len() <= MAX_PAYLOAD, "a payload is cut before it is framed");
+        assert!(header.stream_bytes as usize <= MAX_RAW, "a batch is cut before it is framed");
+        let mut out = BytesMut::with_capacity(HEADER_LEN);
+        out.put_u8(MAGIC);
+        out.put_u8(FRAME_VERSION);
+        out.put_u8(header.kind as u8);
+        out.put_u8(u8::from(header.last) * FLAG_LAST + u8::from(header.held) * FLAG_HELD);
+        out.put_u32_le(u32::try_from(self.payload.len()).expect("MAX_PAYLOAD fits"));
+        out.put_slice(&header.migration.0);
+        out.put_u32_le(header.epoch);
+        out.put_u32_le(header.stream_bytes);
+        out.put_u64_le(header.sequence);
+        out.put_u64_le(header.stream_offset);
+        out.freeze()
+    }
+
+    /// Bytes of the lane that carries this frame.
+    #[must_use]
+    pub fn lane_bytes(&self) -> u64 {
+        (HEADER_LEN + self.payload.len()) as u64
+    }
+
+    /// Reads a whole lane.
+    ///
+    /// # Errors
+    /// [`FrameError`] where the bytes are not exactly one frame within the limits.
+    pub fn decode(mut lane: Bytes) -> Result<Self, FrameError> {
+        if lane.len() < HEADER_LEN {
+            return Err(FrameError::Short { len: lane.len() });
+        }
+        let magic = lane.get_u8();
+        let version = lane.get_u8();
+        if magic != MAGIC || version != FRAME_VERSION {
+            return Err(FrameError::NotAFrame { magic, version });
+        }
+        let kind = match lane.get_u8() {
+            1 => FrameKind::Plain,
+            2 => FrameKind::Reduced,
+            kind => return Err(FrameError::UnknownKind { kind }),
+        };
+        let flags = lane.get_u8();
+        if flags & !(FLAG_LAST | FLAG_HELD) != 0 {
+            return Err(FrameError::UnknownFlags { flags });
+        }
+        let payload_len = lane.get_u32_le() as usize;
+        let mut migration = [0; 16];
+        lane.copy_to_slice(&mut migration);
+        let epoch = lane.get_u32_le();
+        let stream_bytes = lane.get_u32_le();
+        let sequence = lane.get_u64_le();
+        let stream_offset = lane.get_u64_le();
+        if payload_len > MAX_PAYLOAD || stream_bytes as usize > MAX_RAW {
+            return Err(FrameError::TooLarge { payload_len, stream_bytes });
+        }
+        if payload_len != lane.len() {
+            return Err(FrameError::WrongLength { stated: payload_len, found: lane.len() });
+        }
+        if kind == FrameKind::Plain && stream_bytes as usize != payload_len {
+            return Err(FrameError::WrongLength { stated: stream_bytes as usize, found: payload_len });
+        }
+        if stream_offset.checked_add(u64::from(stream_bytes)).is_none() {
+            return Err(FrameError::BeyondTheStream { stream_offset });
+        }
+        Ok(Self {
+            header: FrameHeader {
+                kind,
+                last: flags & FLAG_LAST != 0,
+                held: flags & FLAG_HELD != 0,
+                migration: MigrationId(migration),
+                epoch,
+                sequence,
+                stream_offset,
+                stream_bytes,
+            },
+            payload: lane,
+        })
+    }
+
+}
+
+/// A lane does not hold a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Shorter than a header.
+    #[error("a lane of {len} bytes is too short for a frame")]
+    Short {
+        /// Bytes in the lane.
+        len: usize,
+    },
+    /// Another protocol, or another version of this one.
+    #[error("a lane begins with {magic:#04x} {version:#04x}, which is not a frame of this version")]
+    NotAFrame {
+        /// First byte.
+        magic: u8,
+        /// Second byte.
+        version: u8,
+    },
+    /// A kind that this version does not have.
+    #[error("frame kind {kind} is unknown")]
+    UnknownKind {
+        /// The number found.
+        kind: u8,
+    },
+    /// A flag that this version does not have.
+    #[error("frame flags {flags:#04x} are unknown")]
+    UnknownFlags {
+        /// The flags found.
+        flags: u8,
+    },
+    /// More than the limits allow.
+    #[error("a frame of {payload_len} payload bytes for {stream_bytes} stream bytes is over the limit")]
+    TooLarge {
+        /// Payload bytes stated.
+        payload_len: usize,
+        /// Stream bytes stated.
+        stream_bytes: u32,
+    },
+    /// The lane is longer or shorter than its header says.
+    #[error("a frame states {stated} bytes and has {found}")]
+    WrongLength {
+        /// Bytes stated.
+        stated: usize,
+        /// Bytes found.
+        found: usize,
+    },
+    /// The offset cannot exist.
+    #[error("stream offset {stream_offset} is beyond any stream")]
+    BeyondTheStream {
+        /// Offset stated.
+        stream_offset: u64,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn encode(frame: &Frame) -> Bytes {
+        [frame.encode_header(), frame.payload.clone()].concat().into()
+    }
+
+    fn frame() -> Frame {
+        Frame {
+            header: FrameHeader {
+                kind: FrameKind::Plain,
+                last: true,
+                held: false,
+                migration: MigrationId([0xab; 16]),
+                epoch: 3,
+                sequence: 0x0102_0304_0506_0708,
+                stream_offset: 9,
+                stream_bytes: 3,
+            },
+            payload: Bytes::from_static(b"abc"),
+        }
+    }
+
+    #[test]
+    fn a_frame_has_these_bytes_and_no_others() {
+        let expected = concat!(
+            "4c010101",
+            "03000000",
+            "abababababababababababababababab",
+            "03000000",
+            "03000000",
+            "0807060504030201",
+            "0900000000000000",
+            "616263"
+        );
+        assert_eq!(crate::proto::page::hex(&encode(&frame())), expected);
+        assert_eq!(Frame::decode(encode(&frame())), Ok(frame()));
+    }
+
+    #[test]
+    fn a_frame_with_one_byte_less_or_more_is_refused() {
+        let whole = encode(&frame());
+        for len in 0..whole.len() {
+            assert!(Frame::decode(whole.slice(..len)).is_err(), "{len}");
+        }
+        let longer = [whole.as_ref(), b"x"].concat();
+        assert_eq!(Frame::decode(longer.into()), Err(FrameError::WrongLength { stated: 3, found: 4 }));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic_and_what_decodes_encodes_to_the_same(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            header in proptest::bool::ANY,
+        ) {
+            let mut bytes = bytes;
+            if header && bytes.len() > 2 {
+                bytes[0] = MAGIC;
+                bytes[1] = FRAME_VERSION;
+            }
+            let bytes = Bytes::from(bytes);
+            if let Ok(frame) = Frame::decode(bytes.clone()) {
+                prop_assert_eq!(encode(&frame), bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Messages on channels of the control connection.
+//!
+//! ```text
+//! channel:  source                                   destination
+//!           Request ─────────────────────────────▶             one request opens a channel
+//!           Hello                                   ─▶ Reply::Hello
+//!           Check(Offer)                            ─▶ Reply::Checked
+//!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
+//! ```
+//!
+//! A message is a 32-bit little-endian length and that many bytes in postcard's encoding (version 1 of its wire format). Each
+//! message is defined once, here; a new one is added at the end of its enum and the version in [`super::hello`] raised.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::hello::Hello;
+use crate::proto::ownership;
+use crate::proto::page::MigrationId;
+
+/// Most bytes of one message. The largest is an offer with its inventory.
+pub const MAX_MESSAGE: usize = 512 << 10;
+
+/// Opens a channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// First on every control connection.
+    Hello(Hello),
+    /// Would this migration be accepted? Nothing is kept or started.
+    Check(Offer),
+    /// Begin this migration; the channel becomes its session.
+    Open(Offer),
+    /// Go on with a migration on a new channel: its stream, or only the question of who owns the VM.
+    Attach {
+        /// The migration.
+        migration: MigrationId,
+        /// Incarnation of the stream that begins now; every frame of an older one is refused. `None`: the source was restarted
+        /// and has no stream any more.
+        epoch: Option<u32>,
+    },
+    /// Measures the way there and back; the answer is the same number.
+    Ping(u64),
+}
+
+/// Answer to a request that opens no session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// The other side's hello.
+    Hello(Hello),
+    /// Everything that speaks against the migration, in sentences; empty: it would be accepted.
+    Checked(Vec<String>),
+    /// The request cannot be served: a sentence for the operator.
+    Refused(String),
+    /// The number of the ping.
+    Pong(u64),
+}
+
+/// A migration, as the source describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Drawn by the source, never reused.
+    pub migration: MigrationId,
+    /// Name of the VM, the same in both gateways' configuration.
+    pub vm: String,
+    /// The machine at the source (`hypervisor::qemu::Inventory` as JSON): compared with the one at the destination.
+    pub inventory: String,
+    /// Whether the guest ran when the migration began; one that was paused stays paused.
+    pub was_running: bool,
+    /// Whether the vmm stream is reduced or carried as it is.
+    pub reduce: bool,
+    /// Pages that the source would like in the session dictionary; the smaller of this and the agreed limit is used.
+    pub dictionary_pages: u32,
+    /// Regions of 4 MiB of guest memory whose pages the dictionary remembers.
+    pub regions: u32,
+}
+
+/// On the channel of a session, both ways.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SessionMessage {
+    /// Destination: its vmm waits for the stream; send.
+    Accepted {
+        /// Where the frames begin: 0, or what is missing first after a cut.
+        held: Held,
+    },
+    /// Destination: no, with a sentence for the operator.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// Destination: the decoder has restored everything before `held.next`.
+    Ack {
+        /// What is held.
+        held: Held,
+        /// Stream bytes that the destination's vmm has taken.
+        vmm_bytes: u64,
+    },
+    /// Destination: this migration cannot succeed any more; the source stays where it is.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// Source: stop, the VM stays at the source.
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+    /// Either: who may run the VM.
+    Ownership(ownership::Message),
+    /// Destination: the vmm has loaded the whole stream.
+    Loaded,
+}
+
+/// What a destination holds of a migration's frames: all before `next`, and some after it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The first frame that is missing.
+    pub next: u64,
+    /// Frames after it that have arrived, as ranges `first..end`, ascending and apart.
+    pub beyond: Vec<(u64, u64)>,
+}
+
+impl Held {
+    /// Whether the frame has arrived.
+    #[must_use]
+    pub fn contains(&self, sequence: u64) -> bool {
+        sequence < self.next || self.beyond.iter().any(|&(first, end)| (first..end).contains(&sequence))
+    }
+}
+
+/// The bytes of `message` on a channel.
+///
+/// # Errors
+/// [`MessageError::TooLong`] where it would exceed [`MAX_MESSAGE`].
+pub fn encode<M: Serialize>(message: &M) -> Result<Bytes, MessageError> {
+    let body = postcard::to_allocvec(message).map_err(|_| MessageError::Malformed)?;
+    if body.len() > MAX_MESSAGE {
+        return Err(MessageError::TooLong { len: body.len() });
+    }
+    let mut out = BytesMut::with_capacity(4 + body.len());
+    out.put_u32_le(u32::try_from(body.len()).map_err(|_| MessageError::TooLong { len: body.len() })?);
+    out.put_slice(&body);
+    Ok(out.freeze())
+}
+
+/// Takes the next message off the front of `received`; `None` where more bytes are needed.
+///
+/// # Errors
+/// [`MessageError`] where the bytes are not a message of this version.
+pub fn decode<M: DeserializeOwned>(received: &mut BytesMut) -> Result<Option<M>, MessageError> {
+    let Some(prefix) = received.get(..4) else { return Ok(None) };
+    let len = u32::from_le_bytes(prefix.try_into().expect("four bytes were taken")) as usize;
+    if len > MAX_MESSAGE {
+        return Err(MessageError::TooLong { len });
+    }
+    if received.len() < 4 + len {
+        return Ok(None);
+    }
+    received.advance(4);
+    let body = received.split_to(len);
+    match postcard::take_from_bytes(&body) {
+        Ok((message, [])) => Ok(Some(message)),
+        _ => Err(MessageError::Malformed),
+    }
+}
+
+/// Bytes on a channel are not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MessageError {
+    /// Over the limit.
+    #[error("a message of {len} bytes is over the limit of {MAX_MESSAGE}")]
+    TooLong {
+        /// Length stated.
+        len: usize,
+    },
+    /// Not the encoding of any message of this version.
+    #[error("a message does not follow the wire format")]
+    Malformed,
+    /// The channel ended in the middle of a message.
+    #[error("the channel ended in the middle of a message")]
+    Truncated,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn messages_survive_any_slicing_of_the_channel() {
+        let messages = [
+            SessionMessage::Ack { held: Held { next: 7, beyond: vec![(9, 12)] }, vmm_bytes: 1 << 40 },
+            SessionMessage::Refused { reason: "no room".into() },
+            SessionMessage::Loaded,
+        ];
+        let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message).unwrap()).collect();
+        for step in 1..bytes.len() {
+            let mut received = BytesMut::new();
+            let mut decoded = Vec::new();
+            for chunk in bytes.chunks(step) {
+                received.extend_from_slice(chunk);
+                while let Some(message) = decode::<SessionMessage>(&mut received).unwrap() {
+                    decoded.push(message);
+                }
+            }
+            assert_eq!(decoded, messages);
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_is_refused_before_the_bytes_come() {
+        let mut received = BytesMut::from(&(MAX_MESSAGE as u32 + 1).to_le_bytes()[..]);
+        assert_eq!(
+            decode::<SessionMessage>(&mut received),
+            Err(MessageError::TooLong { len: MAX_MESSAGE + 1 })
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), honest_len in any::<bool>()) {
+            let mut received = BytesMut::new();
+            if honest_len {
+                received.put_u32_le(bytes.len() as u32);
+            }
+            received.extend_from_slice(&bytes);
+            let _ = decode::<Request>(&mut received.clone());
+            let _ = decode::<Reply>(&mut received.clone());
+            let _ = decode::<SessionMessage>(&mut received);
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The configuration: the shipped files agree with the defaults, every mistake is named at once, flags go over the
+//! file.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Problem};
+use longhaul::proto::page::{ByteRate, MigrationId};
+
+fn shipped(name: &str) -> String {
+    std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name))
+        .expect("the file is shipped")
+}
+
+fn parse(text: &str) -> Result<Config, Vec<Problem>> {
+    Config::parse(text, &Overrides::default())
+}
+
+/// The reference file with every commented key made active.
+fn all_keys_active() -> String {
+    let mut text = String::new();
+    for line in shipped("gateway.toml").lines() {
+        let key = line
+            .strip_prefix('#')
+            .filter(|rest| rest.starts_with(|c: char| c == '[' || c.is_ascii_lowercase()));
+        text.push_str(key.unwrap_or(line));
+        text.push('\n');
+    }
+    text
+}
+
+#[test]
+fn the_reference_file_states_exactly_the_defaults() {
+    assert_eq!(parse(&shipped("gateway.toml")), Ok(Config::for_site("frankfurt")));
+}
+
+#[test]
+fn the_reference_file_documents_every_key_that_is_read() {
+    let text = all_keys_active();
+    parse(&text).expect("the examples in the comments are valid");
+    let documented: BTreeSet<String> = text
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .scan(String::new(), |table, line| {
+            if line.starts_with('[') {
+                *table = line.trim_matches(['[', ']']).to_owned();
+                return Some(Some(table.clone()));
+            }
+            let key = line.split_once(" = ").map(|(key, _)| key);
+            Some(key.map(|key| {
+                if table.is_empty() {
+                    key.to_owned()
+                } else {
+                    format!("{table}.{key}")
+                }
+            }))
+        })
+        .flatten()
+        .collect();
+
+    // An unknown key in each table is answered with the keys that are known there.
+    let mut read = BTreeSet::new();
+    let probe = "no_such = 1\nsite = \"x\"\n[link]\nno_such = 1\n[metrics]\nno_such = 1\n[migration]\nno_such = 1\n[log]\nno_such = 1\n\
+                 [[peer]]\nname = \"p\"\nno_such = 1\n[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n";
+    for problem in parse(probe).unwrap_err() {
+        let table = problem
+            .key
+            .trim_end_matches("no_such")
+            .trim_end_matches('.')
+            .trim_end_matches("[1]")
+            .to_owned();
+        let (_, known) = problem
+            .message
+            .split_once("known here: ")
+            .expect("only unknown keys are wrong");
+        for key in known.split(", ") {
+            read.insert(if table.is_empty() {
+                key.to_owned()
+            } else {
+                format!("{table}.{key}")
+            });
+        }
+    }
+    assert!(read.contains("vm.qmp") && read.contains("link.rate"), "{read:?}");
+    assert_eq!(documented, read);
+}
+
+#[test]
+fn the_shipped_pair_of_sites_is_valid() {
+    let a = parse(&shipped("site-a.toml")).unwrap();
+    let b = parse(&shipped("site-b.toml")).unwrap();
+    assert_eq!((a.site.as_str(), b.site.as_str()), ("site-a", "site-b"));
+    assert!(b.vm("demo").unwrap().command.is_some());
+}
+
+#[test]
+fn every_mistake_is_named_with_its_key_and_line() {
+    let text = r#"
+state_dir = "var"
+listen = "0.0.0.0:65535"
+memory_budget = 512
+liste = "typo"
+
+[link]
+rate = "800"
+
+[migration]
+downtime_limit = "500"
+after_success = "destroy"
+
+[[peer]]
+name = "tokyo"
+address = "tokyo:0"
+
+[[peer]]
+name = "tokyo"
+
+[[vm]]
+name = "db 1"
+qmp = "db.qmp"
+disks = true
+command = ["qemu", "{nonsense}"]
+
+[[vm]]
+"#;
+    let problems = parse(text).unwrap_err();
+    let found: Vec<(Option<usize>, &str)> = problems
+        .iter()
+        .map(|problem| (problem.line, problem.key.as_str()))
+        .collect();
+    let expected = [
+        (Some(2), "state_dir"),
+        (Some(3), "listen"),
+        (Some(4), "memory_budget"),
+        (Some(5), "liste"),
+        (Some(8), "link.rate"),
+        (Some(11), "migration.downtime_limit"),
+        (Some(12), "migration.after_success"),
+        (Some(16), "peer[1].address"),
+        (Some(18), "peer[2].name"),
+        (Some(21), "vm[1].command"),
+        (Some(22), "vm[1].name"),
+        (Some(23), "vm[1].qmp"),
+        (Some(24), "vm[1].disks"),
+        (Some(27), "vm[2].name"),
+        (Some(27), "vm[2].qmp"),
+        (None, "site"),
+    ];
+    for entry in expected {
+        assert!(found.contains(&entry), "{entry:?} is missing in {problems:#?}");
+    }
+    // The command has four mistakes of its own: a placeholder, -incoming defer, -S, and {qmp}.
+    assert_eq!(found.len(), expected.len() + 3, "{problems:#?}");
+}
+
+#[test]
+fn several_mistakes_of_syntax_are_reported_together() {
+    let problems = parse("site = \nlisten = \"0.0.0.0:1\nstate_dir == 1\n").unwrap_err();
+    assert!(problems.len() >= 2, "{problems:?}");
+    assert!(problems.iter().all(|problem| problem.line.is_some()), "{problems:?}");
+}
+
+#[test]
+fn a_flag_goes_over_the_file_and_is_blamed_for_its_own_mistakes() {
+    let text = "site = \"a\"\n[link]\nrate = \"1gbit\"\n";
+    let mut overrides = Overrides::default();
+    overrides.set("link.rate", Some("100mbit"));
+    overrides.set("link.rtt", None);
+    let config = Config::parse(text, &overrides).unwrap();
+    assert_eq!(config.link.rate, Some(ByteRate::from_bits_per_second(100_000_000)));
+    assert_eq!(config.link.rtt, Duration::from_millis(150));
+
+    overrides.set("link.rtt", Some("fast"));
+    let problems = Config::parse(text, &overrides).unwrap_err();
+    assert_eq!(problems.len(), 1);
+    assert_eq!(problems[0].key, "link.rtt");
+    assert!(problems[0].message.contains("--link-rtt"), "{}", problems[0]);
+}
+
+#[test]
+fn a_site_may_come_from_a_flag_alone() {
+    let mut overrides = Overrides::default();
+    overrides.set("site", Some("osaka"));
+    assert_eq!(Config::parse("", &overrides), Ok(Config::for_site("osaka")));
+}
+
+#[test]
+fn a_vm_overrides_what_becomes_of_its_source() {
+    let text = "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/x\"\nafter_success = \"leave\"\ndisks = \"shared\"\n\
+                [[vm]]\nname = \"y\"\nqmp = \"/y\"\n";
+    let config = parse(text).unwrap();
+    let (x, y) = (config.vm("x").unwrap(), config.vm("y").unwrap());
+    assert_eq!(
+        (config.after_success(x), config.after_success(y)),
+        (AfterSuccess::Leave, AfterSuccess::Quit)
+    );
+    assert_eq!((x.disks, y.disks), (Disks::Shared, Disks::None));
+}
+
+#[test]
+fn a_command_is_filled_in_once_and_json_in_it_is_left_alone() {
+    let text = "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/run/x{vm}.qmp\"\n\
+                command = [\"q\", \"-qmp\", \"unix:{qmp}\", \"-blockdev\", '{\"driver\":\"null-co\",\"id\":\"{vm}-{migration}\"}', \"-incoming\", \"defer\", \"-S\"]\n";
+    let config = parse(text).unwrap();
+    let argv = config.vm("x").unwrap().command_for(MigrationId([0xab; 16])).unwrap();
+    assert_eq!(argv[2], "unix:/run/x{vm}.qmp");
+    assert_eq!(
+        argv[4],
+        format!("{{\"driver\":\"null-co\",\"id\":\"x-{}\"}}", "ab".repeat(16))
+    );
+}
+
+#[test]
+fn a_file_that_is_missing_or_too_large_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = directory.path().join("none.toml");
+    let error = Config::load(&missing, &Overrides::default()).unwrap_err();
+    assert!(matches!(error, ConfigError::Unreadable { .. }));
+    assert!(error.to_string().contains("none.toml"));
+
+    let large = directory.path().join("large.toml");
+    std::fs::File::create(&large).unwrap().set_len((4 << 20) + 1).unwrap();
+    assert!(matches!(
+        Config::load(&large, &Overrides::default()),
+        Err(ConfigError::Invalid { .. })
+    ));
+}

@@ -1,0 +1,226 @@
+//! Real QEMU processes and a gateway that is nothing but two sockets.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use longhaul::hypervisor::process::{Process, ProcessIdentity};
+use longhaul::hypervisor::qemu::{DestinationVm, Launch, LaunchTemplate, LaunchValues, PermitConditions, SourceVm};
+use longhaul::hypervisor::qmp::{QemuVersion, QmpClient};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+
+/// Time for anything that happens soon on an idle machine; CI machines are not idle.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// The QEMU to test with, or `None` after printing why not. `LONGHAUL_TEST_QEMU` names it, `LONGHAUL_TEST_QEMU_DESTINATION`
+/// another one for the destination.
+pub(crate) fn qemu() -> Option<PathBuf> {
+    let name = std::env::var_os("LONGHAUL_TEST_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
+    let works = Command::new(&name)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    if works.is_ok_and(|status| status.success()) {
+        return Some(name.into());
+    }
+    eprintln!(
+        "SKIPPED: {} does not run; install qemu-system-x86 or set LONGHAUL_TEST_QEMU",
+        name.display()
+    );
+    None
+}
+
+/// The QEMU for destinations.
+pub(crate) fn destination_qemu(source: &Path) -> PathBuf {
+    std::env::var_os("LONGHAUL_TEST_QEMU_DESTINATION").map_or_else(|| source.to_owned(), PathBuf::from)
+}
+
+/// Ends the test early where there is no QEMU.
+macro_rules! qemu_or_return {
+    () => {
+        match harness::qemu() {
+            Some(qemu) => qemu,
+            None => return,
+        }
+    };
+}
+pub(crate) use qemu_or_return;
+
+/// A folder with the sockets of one test.
+pub(crate) struct Site {
+    folder: TempDir,
+    pub(crate) qemu: PathBuf,
+}
+
+/// A QEMU that the test started itself; ended with the test.
+pub(crate) struct Guest {
+    child: Child,
+    pub(crate) qmp: PathBuf,
+    /// A monitor for third parties.
+    pub(crate) other: PathBuf,
+}
+
+impl Site {
+    pub(crate) fn new(qemu: &Path) -> Site {
+        Site {
+            folder: tempfile::Builder::new().prefix("longhaul-qemu-").tempdir().unwrap(),
+            qemu: qemu.to_owned(),
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts a QEMU with two monitors, `name` and `name-other`.
+    pub(crate) async fn start(&self, qemu: &Path, name: &str, arguments: &[&str]) -> Guest {
+        let (qmp, other) = (self.path(name), self.path(&format!("{name}-other")));
+        let child = Command::new(qemu)
+            .args(MACHINE)
+            .args(arguments)
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", other.display())])
+            .stdin(Stdio::null())
+            .stderr(std::fs::File::create(self.path(&format!("{name}.log"))).unwrap())
+            .spawn()
+            .unwrap();
+        let mut guest = Guest { child, qmp, other };
+        until("the monitors exist", || {
+            assert!(guest.child.try_wait().unwrap().is_none(), "{}", self.log(name));
+            // QEMU creates them in this order.
+            guest.other.exists()
+        })
+        .await;
+        guest
+    }
+
+    pub(crate) fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default()
+    }
+
+    pub(crate) async fn source(&self, arguments: &[&str]) -> (Guest, SourceVm) {
+        let guest = self.start(&self.qemu, "source", arguments).await;
+        let source = SourceVm::connect(&guest.qmp, SOON).await.unwrap();
+        (guest, source)
+    }
+
+    /// A destination that the code under test launches; ended with the guard.
+    pub(crate) async fn destination(&self, arguments: &[&str]) -> (KillOnDrop, DestinationVm) {
+        let destination = DestinationVm::launch(&self.launch(arguments)).await.unwrap();
+        (KillOnDrop(destination.identity().clone()), destination)
+    }
+
+    pub(crate) fn launch(&self, arguments: &[&str]) -> Launch {
+        let program = destination_qemu(&self.qemu);
+        let command = std::iter::once(program.to_str().unwrap())
+            .chain(MACHINE)
+            .chain(arguments.iter().copied())
+            .chain(["-S", "-incoming", "defer", "-qmp", "unix:{qmp},server=on,wait=off"])
+            .map(str::to_owned);
+        self.launch_command(command.collect())
+    }
+
+    pub(crate) fn launch_command(&self, command: Vec<String>) -> Launch {
+        Launch {
+            template: LaunchTemplate::parse(command).unwrap(),
+            values: LaunchValues::new("vm", &self.path("destination"), &self.path("stream")).unwrap(),
+            log: self.path("destination.log"),
+            ready_within: SOON,
+        }
+    }
+
+    /// Lets `source` migrate and takes in the whole stream, up to its EOF.
+    pub(crate) async fn take_stream(&self, source: &SourceVm) -> Vec<u8> {
+        let mut stream = self.begin(source).await;
+        let mut bytes = Vec::new();
+        let whole = tokio::time::timeout(SOON, stream.read_to_end(&mut bytes)).await;
+        whole.expect("the source never ended its stream").unwrap();
+        let conditions = source.wait_for_permit_conditions(SOON).await.unwrap();
+        assert_eq!(conditions, PermitConditions::Met);
+        bytes
+    }
+
+    /// Lets `source` migrate and gives the connection it makes.
+    pub(crate) async fn begin(&self, source: &SourceVm) -> UnixStream {
+        let path = self.path("outgoing");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        source.migrate(&path).await.unwrap();
+        listener.accept().await.unwrap().0
+    }
+
+    /// Connects to a prepared destination.
+    pub(crate) async fn feed(&self, bytes: &[u8]) -> UnixStream {
+        let mut stream = UnixStream::connect(self.path("stream")).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        stream
+    }
+}
+
+impl Guest {
+    /// A third party's monitor.
+    pub(crate) async fn third_party(&self) -> QmpClient {
+        QmpClient::connect(&self.other, SOON).await.unwrap()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Ends a process that is not our child when the test is over.
+pub(crate) struct KillOnDrop(pub(crate) ProcessIdentity);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Ok(Some(process)) = Process::reattach(&self.0) {
+            let pid = rustix::process::Pid::from_raw(process.pid().try_into().unwrap()).unwrap();
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Waits for a condition, with a deadline.
+pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(SOON, wait)
+        .await
+        .unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+/// Whether this QEMU has `avail-switchover-bandwidth`.
+pub(crate) fn has_switchover_bandwidth(version: QemuVersion) -> bool {
+    (version.major, version.minor) >= (8, 2)
+}
+
+/// A machine that exists in every QEMU from 7.2 to 10.0, without files of its own.
+pub(crate) const MACHINE: [&str; 14] = [
+    "-M",
+    "pc-i440fx-7.2",
+    "-accel",
+    "tcg",
+    "-m",
+    "64",
+    "-nodefaults",
+    "-display",
+    "none",
+    "-serial",
+    "null",
+    "-nic",
+    "none",
+    "-no-user-config",
+];

@@ -1,0 +1,655 @@
+//! Reduction from end to end: what goes into a `Reducer` comes out of a `Restorer`, and nothing a peer sends can hurt.
+
+use longhaul::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
+use longhaul::proto::reduce::{
+    BatchStats, DictionaryLimits, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf,
+    PayloadError, Reducer, RestoreError, Restorer, ShelfError, batches,
+};
+use longhaul::proto::vmm_stream::{PageRecord, Record};
+use longhaul::store::spill::SpillShelf;
+use proptest::prelude::*;
+
+/// Keeps every page, and fails a `get` of what was never put.
+#[derive(Default)]
+struct Pages(Vec<[u8; PAGE_SIZE]>);
+
+impl PageShelf for Pages {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        let page = page.try_into().expect("pages have a page's length");
+        let slots = self.0.len();
+        match self.0.get_mut(slot as usize) {
+            Some(held) => *held = page,
+            None if slot as usize == slots => self.0.push(page),
+            None => return Err(ShelfError::NoSuchSlot { slot }),
+        }
+        Ok(())
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        page.copy_from_slice(self.0.get(slot as usize).ok_or(ShelfError::NoSuchSlot { slot })?);
+        Ok(())
+    }
+}
+
+/// A vmm stream under construction.
+#[derive(Clone, Debug, Default)]
+struct Stream {
+    bytes: Vec<u8>,
+    records: Vec<Record>,
+}
+
+impl Stream {
+    fn header(&mut self, page: PageRecord, flag: u64) {
+        let mut word = (page.at.page * PAGE_SIZE as u64) | flag;
+        if page.continues {
+            word |= 0x20;
+        }
+        self.bytes.extend_from_slice(&word.to_be_bytes());
+        if !page.continues {
+            let name = &names()[usize::from(page.at.block)];
+            self.bytes.push(name.len() as u8);
+            self.bytes.extend_from_slice(name);
+        }
+    }
+
+    fn page(&mut self, page: PageRecord, content: &[u8]) {
+        self.header(page, 0x08);
+        self.bytes.extend_from_slice(content);
+        self.records.push(Record::Page(page));
+    }
+
+    fn zero(&mut self, page: PageRecord) {
+        self.header(page, 0x02);
+        self.bytes.push(0);
+        self.records.push(Record::Zero(page));
+    }
+
+    fn opaque(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        self.records.push(Record::Bytes { len: bytes.len() });
+    }
+}
+
+fn names() -> Vec<Vec<u8>> {
+    vec![
+        b"pc.ram".to_vec(),
+        b"".to_vec(),
+        vec![b'x'; 255],
+        b"0000:00:02.0/virtio-net-pci.rom".to_vec(),
+    ]
+}
+
+fn at(block: u16, page: u64, continues: bool) -> PageRecord {
+    PageRecord {
+        at: PageAddress { block, page },
+        continues,
+    }
+}
+
+/// Incompressible bytes that are a function of `seed`.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut bytes);
+    bytes
+}
+
+fn text(seed: u64) -> Vec<u8> {
+    format!("line {seed} of a file that is like other files\n")
+        .into_bytes()
+        .into_iter()
+        .cycle()
+        .take(PAGE_SIZE)
+        .collect()
+}
+
+fn limits(slots: u32) -> DictionaryLimits {
+    DictionaryLimits::new(slots, 64).expect("the limits are small")
+}
+
+fn encode(reducer: &mut Reducer, stream: &Stream) -> (Vec<Vec<u8>>, BatchStats) {
+    let mut payloads = Vec::new();
+    let mut total = BatchStats::default();
+    for batch in batches(&stream.bytes, &stream.records, &names()) {
+        assert!(batch.bytes().len() <= MAX_BATCH_BYTES);
+        let mut digests = Vec::new();
+        batch.digest_pages(&mut digests);
+        let mut payload = Vec::new();
+        let stats = reducer.encode(&batch, &digests, &mut payload);
+        assert_eq!(stats.bytes_in, batch.bytes().len() as u64);
+        assert_eq!(stats.bytes_out, payload.len() as u64);
+        total += stats;
+        payloads.push(payload);
+    }
+    (payloads, total)
+}
+
+#[track_caller]
+fn restore<S: PageShelf>(restorer: &mut Restorer<S>, payloads: &[Vec<u8>]) -> (Vec<u8>, BatchStats) {
+    let mut restored = Vec::new();
+    let mut total = BatchStats::default();
+    for payload in payloads {
+        total += restorer
+            .restore(payload, &mut restored)
+            .expect("what a reducer made can be restored");
+    }
+    (restored, total)
+}
+
+/// Sends `stream` through a new session; the law is checked.
+#[track_caller]
+fn carry(slots: u32, stream: &Stream) -> BatchStats {
+    let (payloads, sent) = encode(&mut Reducer::new(limits(slots)), stream);
+    let (restored, received) = restore(&mut Restorer::new(limits(slots), Pages::default()), &payloads);
+    assert!(restored == stream.bytes, "the restored stream differs");
+    assert_eq!(sent, received, "both ends count alike");
+    sent
+}
+
+#[derive(Clone, Debug)]
+enum Part {
+    Page {
+        record: PageRecord,
+        content: Content,
+    },
+    Zero(PageRecord),
+    Opaque {
+        seed: u64,
+        len: usize,
+    },
+    /// A page record whose header is not what the record says.
+    Crooked(PageRecord),
+}
+
+#[derive(Clone, Debug)]
+enum Content {
+    Blank,
+    Text(u64),
+    Noise(u64),
+}
+
+fn part() -> impl Strategy<Value = Part> {
+    let record = (
+        0_u16..4,
+        prop_oneof![6 => 0_u64..12, 1 => (1_u64 << 52) - 3..1 << 52, 1 => 0_u64..100_000],
+        any::<bool>(),
+    )
+        .prop_map(|(block, page, continues)| at(block, page, continues));
+    let content = prop_oneof![
+        1 => Just(Content::Blank),
+        4 => (0_u64..6).prop_map(Content::Text),
+        4 => (0_u64..6).prop_map(Content::Noise),
+        1 => any::<u64>().prop_map(Content::Noise),
+    ];
+    prop_oneof![
+        8 => (record.clone(), content).prop_map(|(record, content)| Part::Page { record, content }),
+        2 => record.clone().prop_map(Part::Zero),
+        1 => (any::<u64>(), 0_usize..9000).prop_map(|(seed, len)| Part::Opaque { seed, len }),
+        1 => record.prop_map(Part::Crooked),
+    ]
+}
+
+/// Streams whose pages tend to follow each other, to repeat and to be sent again.
+fn stream() -> impl Strategy<Value = Stream> {
+    prop::collection::vec((part(), 1_u64..6), 0..60).prop_map(|parts| {
+        let mut stream = Stream::default();
+        for (part, run) in parts {
+            for step in 0..run {
+                let next = |record: PageRecord| PageRecord {
+                    at: PageAddress {
+                        page: (record.at.page + step) % (1 << 52),
+                        ..record.at
+                    },
+                    continues: record.continues || step > 0,
+                };
+                match &part {
+                    Part::Page { record, content } => {
+                        let content = match content {
+                            Content::Blank => vec![0; PAGE_SIZE],
+                            Content::Text(seed) => text(seed + step),
+                            Content::Noise(seed) => noise(seed.wrapping_add(step), PAGE_SIZE),
+                        };
+                        stream.page(next(*record), &content);
+                    }
+                    Part::Zero(record) => stream.zero(next(*record)),
+                    Part::Opaque { seed, len } => stream.opaque(&noise(*seed, *len)),
+                    Part::Crooked(record) => {
+                        let start = stream.bytes.len();
+                        stream.page(*record, &text(step));
+                        stream.bytes[start + 7] ^= 0x04;
+                    }
+                }
+            }
+        }
+        stream
+    })
+}
+
+/// The records and bytes of a stream in several stretches, cut where `cuts` (of 65536) say.
+fn slices(stream: &Stream, cuts: &[u16]) -> Vec<Stream> {
+    let lengths: Vec<usize> = stream.records.iter().map(record_len).collect();
+    let mut places: Vec<usize> = cuts
+        .iter()
+        .map(|cut| usize::from(*cut) * stream.records.len() / 65536)
+        .collect();
+    places.extend([0, stream.records.len()]);
+    places.sort_unstable();
+    let mut start = 0;
+    places
+        .windows(2)
+        .map(|place| {
+            let len: usize = lengths[place[0]..place[1]].iter().sum();
+            let slice = Stream {
+                bytes: stream.bytes[start..start + len].to_vec(),
+                records: stream.records[place[0]..place[1]].to_vec(),
+            };
+            start += len;
+            slice
+        })
+        .collect()
+}
+
+fn record_len(record: &Record) -> usize {
+    let header = |page: &PageRecord| {
+        if page.continues {
+            8
+        } else {
+            9 + names()[usize::from(page.at.block)].len()
+        }
+    };
+    match record {
+        Record::Bytes { len } => *len,
+        Record::Page(page) => header(page) + PAGE_SIZE,
+        Record::Zero(page) => header(page) + 1,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn a_stream_survives_any_slicing_and_any_dictionary(
+        stream in stream(),
+        cuts in prop::collection::vec(any::<u16>(), 0..12),
+        slots in prop_oneof![Just(0_u32), Just(1), Just(2), Just(7), Just(64), Just(10_000)],
+        regions in 0_u32..3,
+    ) {
+        let limits = DictionaryLimits::new(slots, regions).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = SpillShelf::new(dir.path(), slots, slots / 3).unwrap();
+        let (mut reducer, mut restorer) = (Reducer::new(limits), Restorer::new(limits, shelf));
+        for slice in slices(&stream, &cuts) {
+            let (payloads, sent) = encode(&mut reducer, &slice);
+            let (restored, received) = restore(&mut restorer, &payloads);
+            prop_assert!(restored == slice.bytes);
+            prop_assert_eq!(sent, received);
+        }
+    }
+
+    #[test]
+    fn records_that_do_not_fit_the_bytes_cost_ratio_and_nothing_else(
+        stream in stream(),
+        others in stream(),
+        lost in 0_usize..5000,
+    ) {
+        let bytes = &stream.bytes[..stream.bytes.len().saturating_sub(lost)];
+        carry(7, &Stream { bytes: bytes.to_vec(), records: stream.records.clone() });
+        carry(7, &Stream { bytes: stream.bytes, records: others.records });
+    }
+
+    #[test]
+    fn a_damaged_payload_is_refused_or_restored_within_bounds(
+        stream in stream(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        cut in any::<prop::sample::Index>(),
+        truncate in any::<bool>(),
+    ) {
+        let (payloads, _) = encode(&mut Reducer::new(limits(7)), &stream);
+        for damaged in 0..payloads.len() {
+            let mut restorer = Restorer::new(limits(7), Pages::default());
+            restore(&mut restorer, &payloads[..damaged]);
+            let mut payload = payloads[damaged].clone();
+            for (place, byte) in &damage {
+                let place = place.index(payload.len());
+                payload[place] = *byte;
+            }
+            if truncate {
+                payload.truncate(cut.index(payload.len()));
+            }
+            restore_hostile(&mut restorer, &payload);
+        }
+    }
+
+    #[test]
+    fn random_ops_under_a_plausible_head_are_refused_or_restored_within_bounds(
+        ops in prop::collection::vec(prop_oneof![hostile_op(), prop::collection::vec(any::<u8>(), 1..8)], 0..40),
+        lengths in prop::array::uniform3(prop_oneof![0_u64..20_000, 0_u64..1 << 21, any::<u64>()]),
+        tail in prop::collection::vec(any::<u8>(), 0..9000),
+    ) {
+        let ops = ops.concat();
+        let [raw_len, packed_len, plain_len] = lengths;
+        let mut payload = vec![1, 0];
+        for len in [raw_len, ops.len() as u64, packed_len, plain_len] {
+            varint(len, &mut payload);
+        }
+        payload.extend_from_slice(&ops);
+        payload.extend_from_slice(&tail);
+        restore_hostile(&mut Restorer::new(limits(7), Pages::default()), &payload);
+    }
+}
+
+fn hostile_op() -> impl Strategy<Value = Vec<u8>> {
+    let number = prop_oneof![0_u64..3, 0_u64..5000, any::<u64>()];
+    (any::<u8>(), prop::collection::vec(number, 0..4)).prop_map(|(first, operands)| {
+        let mut op = vec![first];
+        operands.iter().for_each(|operand| varint(*operand, &mut op));
+        op
+    })
+}
+
+fn varint(mut value: u64, out: &mut Vec<u8>) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Restores what may be anything: it must not panic, nor append or allocate more than a batch.
+fn restore_hostile(restorer: &mut Restorer<Pages>, payload: &[u8]) {
+    let mut out = b"before".to_vec();
+    match restorer.restore(payload, &mut out) {
+        Ok(stats) => {
+            assert_eq!(out.len() as u64, 6 + stats.bytes_in);
+            assert_eq!(stats.bytes_out, payload.len() as u64);
+        }
+        Err(_) => {
+            assert_eq!(out, b"before");
+            assert!(matches!(
+                restorer.restore(payload, &mut out),
+                Err(RestoreError::AfterFailure)
+            ));
+        }
+    }
+    assert!(out.capacity() <= MAX_BATCH_BYTES + 64, "{}", out.capacity());
+    // A region takes 4 KiB and an entry; the limits allow 64.
+    assert!(
+        restorer.memory_bytes() <= 64 * 4200 + 128 * 32,
+        "{}",
+        restorer.memory_bytes()
+    );
+}
+
+#[test]
+fn ten_thousand_scattered_pages_sent_again_unchanged_take_at_most_4_bytes_each() {
+    // Ascending, as QEMU walks its dirty bitmap, and on average 420 pages apart: a 16 GiB guest.
+    let pages: Vec<u64> = (0..10_000_u64)
+        .map(|n| n * 419 + u64::from(noise(n, 1)[0]) % 200)
+        .collect();
+    let mut round = Stream::default();
+    for page in &pages {
+        let mut content = text(*page);
+        content[..8].copy_from_slice(&page.to_be_bytes());
+        round.page(at(0, *page, true), &content);
+    }
+    let limits = DictionaryLimits::new(10_000, 5000).unwrap();
+    let (mut reducer, mut restorer) = (Reducer::new(limits), Restorer::new(limits, Pages::default()));
+    for again in [false, true] {
+        let (payloads, stats) = encode(&mut reducer, &round);
+        let (restored, _) = restore(&mut restorer, &payloads);
+        assert!(restored == round.bytes);
+        if again {
+            assert_eq!(
+                stats.pages,
+                PageCounts {
+                    same: 10_000,
+                    ..PageCounts::default()
+                }
+            );
+            assert!(stats.bytes_out <= 4 * 10_000, "{} bytes", stats.bytes_out);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_compressed_grows_by_at_most_half_a_per_cent() {
+    let mut pages = Stream::default();
+    for page in 0..2000 {
+        pages.page(at(0, page, page > 0), &noise(page, PAGE_SIZE));
+    }
+    let mut opaque = Stream::default();
+    opaque.opaque(&noise(0, 3 * MAX_BATCH_BYTES + 12_345));
+    let mut scattered = Stream::default();
+    for page in 0..500 {
+        scattered.page(
+            at((page % 4) as u16, page * 7919 % 100_000, false),
+            &noise(page, PAGE_SIZE),
+        );
+    }
+    for stream in [pages, opaque, scattered] {
+        let stats = carry(100, &stream);
+        assert!(stats.bytes_out * 1000 <= stats.bytes_in * 1005, "{stats:?}");
+        assert_eq!(stats.pages.literal, 0);
+    }
+}
+
+#[test]
+fn the_worst_batch_makes_a_payload_within_the_limit() {
+    // Every page in another block, every block with the longest name, every address as far as can be.
+    let names: Vec<Vec<u8>> = (0..2000_u16)
+        .map(|block| [&[b'x'; 253], &block.to_be_bytes()[..]].concat())
+        .collect();
+    let mut stream = Stream::default();
+    for number in 0..MAX_BATCH_RECORDS as u64 {
+        stream.zero(at((number % 1100) as u16, (1 << 52) - 1 - number % 2, true));
+    }
+    stream.opaque(&noise(0, MAX_BATCH_BYTES - stream.bytes.len()));
+    let batch = batches(&stream.bytes, &stream.records, &names).next().unwrap();
+    let mut payload = Vec::new();
+    Reducer::new(limits(0)).encode(&batch, &[], &mut payload);
+    assert!(payload.len() <= MAX_PAYLOAD_BYTES, "{}", payload.len());
+    let mut restored = Vec::new();
+    Restorer::new(limits(0), Pages::default())
+        .restore(&payload, &mut restored)
+        .unwrap();
+    assert!(restored == batch.bytes());
+
+    payload.resize(MAX_PAYLOAD_BYTES + 1, 0);
+    let refused = Restorer::new(limits(0), Pages::default()).restore(&payload, &mut Vec::new());
+    assert!(matches!(refused, Err(RestoreError::Malformed(PayloadError::TooLarge))));
+}
+
+#[test]
+fn zero_runs_cost_next_to_nothing() {
+    let mut stream = Stream::default();
+    for page in 0..100_000 {
+        stream.zero(at(0, page, page > 0));
+    }
+    let stats = carry(1, &stream);
+    assert_eq!(stats.pages.zero, 100_000);
+    let payloads = 100_000_u64.div_ceil(MAX_BATCH_RECORDS as u64);
+    assert!(stats.bytes_out <= 32 * payloads, "{stats:?}");
+}
+
+#[test]
+fn each_page_is_carried_in_the_cheapest_way_that_is_right() {
+    let mut stream = Stream::default();
+    stream.zero(at(0, 0, false));
+    stream.page(at(0, 1, true), &[0; PAGE_SIZE]);
+    stream.page(at(0, 2, true), &text(1));
+    stream.page(at(0, 3, true), &text(1));
+    stream.page(at(0, 2, true), &text(1));
+    stream.page(at(3, 2, false), &text(2));
+    let stats = carry(8, &stream);
+    assert_eq!(
+        stats.pages,
+        PageCounts {
+            zero: 2,
+            same: 1,
+            reference: 1,
+            literal: 2,
+            ..PageCounts::default()
+        }
+    );
+}
+
+#[test]
+fn content_that_was_evicted_goes_as_a_literal_again() {
+    let mut stream = Stream::default();
+    for page in 0..3 {
+        stream.page(at(0, page, true), &text(page));
+    }
+    for page in 0..3 {
+        stream.page(at(0, page, true), &text(page));
+    }
+    assert_eq!(carry(2, &stream).pages.literal, 6);
+    assert_eq!(carry(3, &stream).pages.same, 3);
+}
+
+#[test]
+fn a_page_that_no_header_can_address_is_carried_as_bytes() {
+    for page in [1 << 52, u64::MAX] {
+        let mut stream = Stream::default();
+        stream.page(at(0, 0, true), &text(0));
+        stream.records = vec![Record::Page(at(0, page, true))];
+        assert_eq!(carry(4, &stream).pages, PageCounts::default());
+    }
+}
+
+#[test]
+fn a_block_may_take_another_name() {
+    let (before, after) = (vec![b"one".to_vec()], vec![b"another".to_vec()]);
+    let (mut reducer, mut restorer) = (Reducer::new(limits(4)), Restorer::new(limits(4), Pages::default()));
+    for names in [&before, &after] {
+        let mut bytes = 2_u64.to_be_bytes().to_vec();
+        bytes.push(names[0].len() as u8);
+        bytes.extend_from_slice(&names[0]);
+        bytes.push(0);
+        let records = [Record::Zero(at(0, 0, false))];
+        let batch = batches(&bytes, &records, names).next().unwrap();
+        let (mut payload, mut restored) = (Vec::new(), Vec::new());
+        assert_eq!(reducer.encode(&batch, &[], &mut payload).pages.zero, 1);
+        restorer.restore(&payload, &mut restored).unwrap();
+        assert_eq!(restored, bytes);
+    }
+}
+
+#[test]
+fn payloads_lost_repeated_or_overtaken_are_refused() {
+    let mut stream = Stream::default();
+    stream.page(at(0, 0, true), &text(0));
+    let mut reducer = Reducer::new(limits(4));
+    let payloads: Vec<Vec<u8>> = (0..3).map(|_| encode(&mut reducer, &stream).0.remove(0)).collect();
+    for (first, then) in [(0, 0), (0, 2)] {
+        let mut restorer = Restorer::new(limits(4), Pages::default());
+        let mut out = Vec::new();
+        restorer.restore(&payloads[first], &mut out).unwrap();
+        assert!(matches!(
+            restorer.restore(&payloads[then], &mut out),
+            Err(RestoreError::OutOfOrder { expected: 1, found }) if found == then as u64
+        ));
+        assert!(matches!(
+            restorer.restore(&payloads[1], &mut out),
+            Err(RestoreError::AfterFailure)
+        ));
+        assert_eq!(out, stream.bytes);
+    }
+}
+
+#[test]
+fn a_reference_to_what_was_never_sent_is_refused() {
+    let restore = |slots, ops: &[u8], raw_len: u64| {
+        let mut payload = vec![1, 0];
+        for len in [raw_len, ops.len() as u64, 0, 0] {
+            varint(len, &mut payload);
+        }
+        payload.extend_from_slice(ops);
+        Restorer::new(limits(slots), Pages::default()).restore(&payload, &mut Vec::new())
+    };
+    let block = [0xb1, 0, 1, b'r'];
+    let with = |ops: &[u8]| [&block, ops].concat();
+    assert!(matches!(
+        restore(4, &with(&[0x10]), 4104),
+        Err(RestoreError::NeverSent { .. })
+    ));
+    assert!(matches!(
+        restore(4, &with(&[0x20, 0]), 4104),
+        Err(RestoreError::EmptySlot { slot: 0 })
+    ));
+    assert!(matches!(
+        restore(4, &with(&[0x20, 8]), 4104),
+        Err(RestoreError::EmptySlot { slot: 4 })
+    ));
+    assert!(matches!(
+        restore(0, &with(&[0x20, 0]), 4104),
+        Err(RestoreError::EmptySlot { slot: 0 })
+    ));
+    let malformed = |result, expected| match result {
+        Err(RestoreError::Malformed(error)) => assert_eq!(error, expected),
+        other => panic!("{other:?} instead of {expected:?}"),
+    };
+    malformed(restore(4, &[0xb0, 1, 0x00], 9), PayloadError::NoSuchBlock { number: 1 });
+    malformed(restore(4, &with(&[0x00]), 8), PayloadError::WrongLength);
+    malformed(restore(4, &with(&[0x00]), 10), PayloadError::WrongLength);
+    malformed(restore(4, &with(&[0x60]), 4104), PayloadError::Truncated);
+    malformed(restore(4, &with(&[0x80, 1]), 1), PayloadError::Truncated);
+    assert_eq!(restore(4, &with(&[0x00]), 9).unwrap().pages.zero, 1);
+}
+
+#[test]
+fn a_shelf_that_fails_ends_the_session() {
+    struct Full;
+    impl PageShelf for Full {
+        fn put(&mut self, slot: u32, _: &[u8]) -> Result<(), ShelfError> {
+            Err(ShelfError::Storage {
+                slot,
+                source: "the disk is on fire".into(),
+            })
+        }
+        fn get(&mut self, slot: u32, _: &mut [u8]) -> Result<(), ShelfError> {
+            Err(ShelfError::NoSuchSlot { slot })
+        }
+    }
+    let mut stream = Stream::default();
+    stream.page(at(0, 0, true), &text(0));
+    let (payloads, _) = encode(&mut Reducer::new(limits(4)), &stream);
+    let mut restorer = Restorer::new(limits(4), Full);
+    let mut out = Vec::new();
+    assert!(matches!(
+        restorer.restore(&payloads[0], &mut out),
+        Err(RestoreError::Shelf(ShelfError::Storage { .. }))
+    ));
+    assert!(out.is_empty());
+}
+
+#[test]
+fn the_digests_of_a_batch_are_those_of_its_pages_in_order() {
+    let mut stream = Stream::default();
+    let mut expected = Vec::new();
+    for page in 0..40 {
+        stream.opaque(&noise(page, page as usize));
+        stream.page(at(0, page, page % 3 > 0), &text(page));
+        stream.zero(at(1, page, false));
+        expected.push(PageDigest::of(&text(page)));
+    }
+    let mut digests = Vec::new();
+    batches(&stream.bytes, &stream.records, &names()).for_each(|batch| batch.digest_pages(&mut digests));
+    assert_eq!(digests, expected);
+}
+
+#[test]
+fn a_stream_is_cut_at_the_limits_of_a_batch() {
+    let mut stream = Stream::default();
+    stream.opaque(&noise(0, 2 * MAX_BATCH_BYTES + 1));
+    for page in 0..2 * MAX_BATCH_RECORDS as u64 {
+        stream.zero(at(0, page, true));
+    }
+    let names = names();
+    let lengths: Vec<usize> = batches(&stream.bytes, &stream.records, &names)
+        .map(|batch| batch.bytes().len())
+        .collect();
+    let full = MAX_BATCH_RECORDS * 9;
+    assert_eq!(lengths, [MAX_BATCH_BYTES, MAX_BATCH_BYTES, 1 + full - 9, full, 9]);
+}
