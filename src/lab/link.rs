@@ -18,6 +18,8 @@ pub const ADDRESS_B: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
 pub(super) struct Link {
     script: PathBuf,
     name: String,
+    /// The program that emulates the link where the kernel cannot, and its place in the script's environment.
+    program: String,
 }
 
 /// What a link has carried.
@@ -32,9 +34,12 @@ pub(super) struct Carried {
 impl Link {
     /// The link `name`, whether it is up or not.
     pub(super) fn named(script: &Path, name: &str) -> Self {
+        // Where this program's path is not known the script uses the release build.
+        let program = std::env::current_exe().unwrap_or_default().display().to_string();
         Self {
             script: script.to_owned(),
             name: name.to_owned(),
+            program: format!("LONGHAUL_BIN={program}"),
         }
     }
 
@@ -80,7 +85,8 @@ impl Link {
 
     async fn script(&self, arguments: &[&str]) -> Result<String, LinkError> {
         let script = self.script.display().to_string();
-        let argv: Vec<&str> = std::iter::once(script.as_str())
+        let argv: Vec<&str> = ["env", &self.program, &script]
+            .into_iter()
             .chain(arguments.iter().copied())
             .collect();
         Ok(run(&argv).await?)
