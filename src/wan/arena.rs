@@ -109,7 +109,7 @@ mod tests {
                 }
                 None => assert!(held > 300_000 - MAX_FRAME_BYTES, "refused with {held} bytes held"),
             }
-            while held > 300_000 || (!kept.is_empty() && random.bits() % 3 == 0) {
+            while held > 300_000 || (!kept.is_empty() && random.bits().is_multiple_of(3)) {
                 let (slot, fill, length) = kept.pop_front().expect("something is held");
                 let frame = arena.frame(slot);
                 assert!(

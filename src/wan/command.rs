@@ -276,7 +276,8 @@ mod tests {
 
     #[test]
     fn each_setting_changes_its_field_alone() {
-        let changes: [(&str, fn(&mut LinkSettings)); 7] = [
+        type Edit = fn(&mut LinkSettings);
+        let changes: [(&str, Edit); 7] = [
             ("set delay=10ms", |link| link.one_way_delay = Duration::from_millis(10)),
             ("set rate=100mbit", |link| {
                 link.rate = ByteRate::from_bits_per_second(100_000_000)

@@ -56,12 +56,6 @@ pub enum EmulatorError {
         /// Why.
         source: io::Error,
     },
-    /// The TUN device is not up.
-    #[error("the device {SITE_DEVICE} in {namespace} is down: set it up before the emulator starts")]
-    Down {
-        /// Where the device is.
-        namespace: String,
-    },
     /// Commands cannot be received.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -304,12 +298,9 @@ impl Density {
 fn attach(name: &LinkName, site: Site) -> Result<Tun, EmulatorError> {
     let namespace = name.site(site);
     enter_namespace(&namespace)?;
-    let attached = Tun::attach(SITE_DEVICE).and_then(|tun| Ok((tun, tun::is_running(SITE_DEVICE)?)));
-    match attached {
-        Ok((tun, true)) => Ok(tun),
-        Ok((_, false)) => Err(EmulatorError::Down { namespace }),
-        Err(source) => Err(EmulatorError::Device { namespace, source }),
-    }
+    Tun::attach(SITE_DEVICE)
+        .and_then(|tun| tun::set_up(SITE_DEVICE).map(|()| tun))
+        .map_err(|source| EmulatorError::Device { namespace, source })
 }
 
 /// On a busy machine lateness at p99 is 128 us with SCHED_FIFO and 4 ms at nice -20 (2 cores, 900 Mbit/s, 2026-11-23).

@@ -50,14 +50,18 @@ impl AsFd for Tun {
     }
 }
 
-/// Whether the device `name` of this thread's network namespace is up and has a carrier.
-pub(super) fn is_running(name: &str) -> io::Result<bool> {
+/// Sets the device `name` of this thread's network namespace up. It has to be attached already: a device that gets its
+/// carrier later drops what is sent until the kernel's link watch comes round.
+pub(super) fn set_up(name: &str) -> io::Result<()> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     let mut request = InterfaceRequest::new(name, 0)?;
     // SAFETY: SIOCGIFFLAGS reads the name from and writes the flags to a `struct ifreq`, which InterfaceRequest mirrors in
     // size and layout; the reference lives across the call.
     unsafe { rustix::ioctl::ioctl(&socket, Updater::<SIOCGIFFLAGS, InterfaceRequest>::new(&mut request))? };
-    Ok(request.flags & (IFF_UP | IFF_RUNNING) == IFF_UP | IFF_RUNNING)
+    request.flags |= IFF_UP;
+    // SAFETY: SIOCSIFFLAGS reads a `struct ifreq`, which InterfaceRequest mirrors in size and layout, and keeps no pointer.
+    unsafe { rustix::ioctl::ioctl(&socket, Setter::<SIOCSIFFLAGS, InterfaceRequest>::new(request))? };
+    Ok(())
 }
 
 /// Runs this thread before all ordinary ones (SCHED_FIFO); threads and processes that it starts do not inherit that.
@@ -106,11 +110,11 @@ impl InterfaceRequest {
 const TUNSETIFF: rustix::ioctl::Opcode = opcode::write::<libc::c_int>(b'T', 202);
 const TUNSETOFFLOAD: rustix::ioctl::Opcode = opcode::write::<libc::c_uint>(b'T', 208);
 const SIOCGIFFLAGS: rustix::ioctl::Opcode = libc::SIOCGIFFLAGS as rustix::ioctl::Opcode;
+const SIOCSIFFLAGS: rustix::ioctl::Opcode = libc::SIOCSIFFLAGS as rustix::ioctl::Opcode;
 const IFF_TUN: u16 = libc::IFF_TUN as u16;
 const IFF_NO_PI: u16 = libc::IFF_NO_PI as u16;
 const IFF_VNET_HDR: u16 = libc::IFF_VNET_HDR as u16;
 const IFF_UP: u16 = libc::IFF_UP as u16;
-const IFF_RUNNING: u16 = libc::IFF_RUNNING as u16;
 /// Checksums, TSO for both IP versions with ECN, USO for both.
 const OFFLOADS: usize = (libc::TUN_F_CSUM
     | libc::TUN_F_TSO4
