@@ -2,6 +2,8 @@
 //!
 //! Each test has a link of its own. Without root, namespaces or /dev/net/tun they say why they skip.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
