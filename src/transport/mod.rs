@@ -1,1 +1,34 @@
-//! .
+//! QUIC between gateways: who the other end is, how fast packets leave, and connections to send lanes over.
+//!
+//! ```text
+//! lane ──▶ quinn connection ──▶ paced socket ──▶ UDP
+//!              │    ▲               ▲
+//!              ▼    │ window        │ rate
+//!          acknowledgements ──▶ link controller (proto/rate)
+//! ```
+//!
+//! Which layer owns what: the [`shaper`](crate::shaper) admits data above QUIC, so that little waits unsent; the link controller
+//! decides the rate of a connection; the paced socket keeps that rate, the peer's and the link's, headers included. quinn's
+//! own pacer and windows are set wide enough never to decide anything. Where no capacity is configured, quinn's CUBIC governs instead.
+//!
+//! This folder does not know what a page or a migration is.
+
+mod accept;
+mod congestion;
+mod endpoint;
+mod identity;
+mod lane;
+mod link;
+mod paced_socket;
+mod tls;
+mod trust;
+pub mod tuning;
+mod udp;
+
+pub use accept::Incoming;
+pub use endpoint::{BindError, DialCause, DialError, PeerTarget, Transport, TransportSettings};
+pub use identity::{CERTIFICATE_LIFETIME, Identity, IdentityError, RENEW_BEFORE_EXPIRY};
+pub use lane::{LaneError, read_lane, send_lane};
+pub use link::{CloseCode, ConnectionMeasures, LinkMeasures, PeerConnection, PeerLink};
+pub use tls::ConnectionKind;
+pub use trust::{Fingerprint, InvalidFingerprint, TrustAnchors};

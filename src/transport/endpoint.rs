@@ -1,0 +1,586 @@
+//! The site's two listening sockets, and links to peers.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use quinn::congestion::{ControllerFactory, CubicConfig};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, Runtime, TokioRuntime};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::accept::{self, Incoming, MAX_HANDSHAKES};
+use super::congestion::{self, LinkControllerFactory};
+use super::identity::Identity;
+use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
+use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
+use super::tls::{self, ConnectionKind, ServerTls};
+use super::trust::{Fingerprint, TrustAnchors};
+use super::tuning::Tuning;
+use super::udp;
+use crate::proto::page::ByteRate;
+
+/// What an operator says about this site's end.
+#[derive(Clone, Debug)]
+pub struct TransportSettings {
+    /// Where peers reach control and pairing. An IPv6 wildcard takes IPv4 too.
+    pub control_address: SocketAddr,
+    /// Where peers reach bulk; `None`: the port after control's.
+    pub bulk_address: Option<SocketAddr>,
+    /// The rate of this site's uplink, at IP level, which all peers share. `None`: not limited here.
+    pub link: Option<ByteRate>,
+    /// Round trip time that connections opened by peers are tuned for.
+    pub rtt: Duration,
+    /// Without a packet for this long, a connection is given up.
+    pub idle_timeout: Duration,
+    /// Bytes that one connection buffers at most, in each direction.
+    pub window_budget: u64,
+}
+
+impl TransportSettings {
+    /// Defaults for a site that listens on `control_address`: no limit, 150 ms, 10 s, 128 MiB.
+    #[must_use]
+    pub fn new(control_address: SocketAddr) -> Self {
+        Self {
+            control_address,
+            bulk_address: None,
+            link: None,
+            rtt: Duration::from_millis(150),
+            idle_timeout: Duration::from_secs(10),
+            window_budget: 128 * 1024 * 1024,
+        }
+    }
+}
+
+/// A peer to connect to.
+#[derive(Clone, Debug)]
+pub struct PeerTarget {
+    /// Its name here.
+    pub name: String,
+    /// Its control address.
+    pub control_address: SocketAddr,
+    /// Its bulk address; `None`: the port after control's.
+    pub bulk_address: Option<SocketAddr>,
+    /// The key it must prove to hold; it must be trusted too.
+    pub fingerprint: Fingerprint,
+    /// The capacity of the path to it, at IP level: filled from the first round trip on, never exceeded. `None`: not known, so that
+    /// quinn's CUBIC finds out.
+    pub rate: Option<ByteRate>,
+    /// The round trip time of the path.
+    pub rtt: Duration,
+}
+
+/// One site's QUIC: accepts peers, dials them, forgets them.
+#[derive(Debug)]
+pub struct Transport {
+    shared: Arc<Shared>,
+    accepted: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
+    renewal: JoinHandle<()>,
+}
+
+/// A listening endpoint and its socket.
+#[derive(Clone, Debug)]
+pub(super) struct Listener {
+    pub(super) endpoint: Endpoint,
+    pub(super) socket: Arc<PacedSocket>,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    settings: TransportSettings,
+    identity: Arc<Identity>,
+    pub(super) trust: Arc<TrustAnchors>,
+    pub(super) invitation: Arc<AtomicBool>,
+    control: Listener,
+    bulk: Listener,
+    pub(super) link: Arc<SharedBucket>,
+    peers: Mutex<Peers>,
+}
+
+#[derive(Default)]
+struct Peers {
+    budgets: HashMap<String, Arc<SharedBucket>>,
+    connections: Vec<Weak<Inner>>,
+}
+
+impl std::fmt::Debug for Peers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peers")
+            .field("connections", &self.connections.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Transport {
+    /// Listens for peers, on one UDP socket for control and pairing and one for bulk. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`BindError`] where an address cannot be used.
+    pub fn bind(
+        settings: TransportSettings,
+        identity: Arc<Identity>,
+        trust: Arc<TrustAnchors>,
+    ) -> Result<Self, BindError> {
+        let bulk_address = match settings.bulk_address {
+            Some(address) => address,
+            None => port_after(settings.control_address).ok_or(BindError::NoPortForBulk)?,
+        };
+        let invitation = Arc::new(AtomicBool::new(false));
+        let listen = |address, kinds: &[ConnectionKind]| {
+            let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
+                .map_err(BindError::Tls)?;
+            listen(&settings, address, tls).map_err(|source| match source.kind() {
+                io::ErrorKind::AddrInUse => BindError::InUse { address },
+                _ => BindError::Io { address, source },
+            })
+        };
+        let control = listen(
+            settings.control_address,
+            &[ConnectionKind::Control, ConnectionKind::Pairing],
+        )?;
+        let bulk = listen(bulk_address, &[ConnectionKind::Bulk])?;
+
+        let link = Arc::new(SharedBucket::new(settings.link));
+        let renewal = tokio::spawn(renew(Arc::downgrade(&identity)));
+        let peers = Mutex::default();
+        let shared = Arc::new(Shared {
+            settings,
+            identity,
+            trust,
+            invitation,
+            control,
+            bulk,
+            link,
+            peers,
+        });
+        let (sender, accepted) = mpsc::channel(MAX_HANDSHAKES);
+        for listener in [&shared.control, &shared.bulk] {
+            tokio::spawn(accept::run(shared.clone(), listener.clone(), sender.clone()));
+        }
+        Ok(Self {
+            shared,
+            accepted: accepted.into(),
+            renewal,
+        })
+    }
+
+    /// The next connection that a peer opened; `None` once the transport is shut down.
+    pub async fn accept(&self) -> Option<Incoming> {
+        self.accepted.lock().await.recv().await
+    }
+
+    /// Where peers reach control and pairing.
+    #[must_use]
+    pub fn control_address(&self) -> SocketAddr {
+        self.shared
+            .control
+            .endpoint
+            .local_addr()
+            .unwrap_or(self.shared.settings.control_address)
+    }
+
+    /// Where peers reach bulk.
+    #[must_use]
+    pub fn bulk_address(&self) -> SocketAddr {
+        self.shared
+            .bulk
+            .endpoint
+            .local_addr()
+            .unwrap_or(self.shared.settings.control_address)
+    }
+
+    /// While open, gateways that are not trusted may connect to pair ([`ConnectionKind::Pairing`]), and for nothing else.
+    pub fn set_invitation(&self, open: bool) {
+        self.shared.invitation.store(open, Ordering::Release);
+    }
+
+    /// Opens a link to a trusted peer: both handshakes, side by side, and the peer's word that it trusts us (two round trips).
+    ///
+    /// # Errors
+    /// [`DialError`] where the peer does not answer, is not who it should be, or does not want us.
+    pub async fn dial(&self, target: &PeerTarget) -> Result<PeerLink, DialError> {
+        let failed = |cause| DialError {
+            peer: target.name.clone(),
+            address: target.control_address,
+            cause,
+        };
+        let bulk_address = match target.bulk_address {
+            Some(address) => address,
+            None => port_after(target.control_address).ok_or_else(|| failed(DialCause::NoPortForBulk))?,
+        };
+        let rate = match (target.rate, self.shared.settings.link) {
+            (Some(rate), Some(link)) => Some(rate.min(link)),
+            (rate, _) => rate,
+        };
+        let budget = self.shared.budget(&target.name);
+        budget.set_rate(rate);
+        let open = |address, kind| {
+            let peer = Some(target.name.clone());
+            let attempt = Attempt {
+                address,
+                kind,
+                peer,
+                fingerprint: target.fingerprint,
+                rate,
+                rtt: target.rtt,
+                budget: &budget,
+            };
+            self.shared.open(attempt)
+        };
+        let (control, bulk) = tokio::try_join!(
+            open(target.control_address, ConnectionKind::Control),
+            open(bulk_address, ConnectionKind::Bulk)
+        )
+        .map_err(failed)?;
+        Ok(PeerLink::new(control, bulk))
+    }
+
+    /// Connects to a gateway that invited this one, to introduce ourselves. Only its key is known.
+    ///
+    /// # Errors
+    /// [`DialError`] where nobody answers, the key is another, or the invitation is over.
+    pub async fn dial_to_pair(&self, address: SocketAddr, key: Fingerprint) -> Result<PeerConnection, DialError> {
+        let attempt = Attempt {
+            address,
+            kind: ConnectionKind::Pairing,
+            peer: None,
+            fingerprint: key,
+            rate: None,
+            rtt: self.shared.settings.rtt,
+            budget: &Arc::default(),
+        };
+        let failed = |cause| DialError {
+            peer: key.to_string(),
+            address,
+            cause,
+        };
+        self.shared.open(attempt).await.map_err(failed)
+    }
+
+    /// Closes every connection with `peer`, and says how many there were. Remove it from the [`TrustAnchors`] before, or it may
+    /// come back.
+    pub fn close_peer(&self, peer: &str, code: CloseCode, reason: &str) -> usize {
+        let connections = self.shared.connections();
+        let of_peer = connections
+            .iter()
+            .filter(|connection| connection.peer() == Some(peer) && !connection.is_closed());
+        of_peer.map(|connection| connection.close(code, reason)).count()
+    }
+
+    /// The cap on everything that is sent to `peer`; connections that are open follow at once.
+    pub fn set_peer_rate(&self, peer: &str, rate: Option<ByteRate>) {
+        self.shared.budget(peer).set_rate(rate);
+        for connection in self.shared.connections() {
+            if let (true, Some(rate)) = (connection.peer() == Some(peer), rate) {
+                connection.set_capacity(rate);
+            }
+        }
+    }
+
+    /// Closes everything and waits a few seconds for the peers to be told. [`accept`](Self::accept) ends.
+    pub async fn shutdown(&self, code: CloseCode, reason: &str) {
+        let connections = self.shared.connections();
+        for connection in &connections {
+            connection.close(code, reason);
+        }
+        let mut endpoints: Vec<Endpoint> = connections
+            .iter()
+            .filter_map(|connection| connection.endpoint().cloned())
+            .collect();
+        endpoints.extend([self.shared.control.endpoint.clone(), self.shared.bulk.endpoint.clone()]);
+        let told = async {
+            for endpoint in &endpoints {
+                endpoint.close(code.into(), reason.as_bytes());
+                endpoint.wait_idle().await;
+            }
+        };
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, told).await;
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.renewal.abort();
+        for listener in [&self.shared.control, &self.shared.bulk] {
+            listener.endpoint.close(CloseCode::Done.into(), b"");
+        }
+    }
+}
+
+/// One connection to open.
+struct Attempt<'a> {
+    address: SocketAddr,
+    kind: ConnectionKind,
+    peer: Option<String>,
+    fingerprint: Fingerprint,
+    rate: Option<ByteRate>,
+    rtt: Duration,
+    budget: &'a Arc<SharedBucket>,
+}
+
+impl Shared {
+    /// The bucket of everything that is sent to `peer`.
+    pub(super) fn budget(&self, peer: &str) -> Arc<SharedBucket> {
+        self.peers().budgets.entry(peer.to_owned()).or_default().clone()
+    }
+
+    /// Lets `close_peer` and `shutdown` find the connection for as long as it is in use.
+    pub(super) fn register(&self, connection: &PeerConnection) {
+        let mut peers = self.peers();
+        peers.connections.retain(|known| known.strong_count() > 0);
+        peers.connections.push(Arc::downgrade(connection.inner()));
+    }
+
+    fn connections(&self) -> Vec<Arc<Inner>> {
+        self.peers().connections.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn peers(&self) -> MutexGuard<'_, Peers> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects from a socket of its own, so that control never queues behind bulk in one.
+    async fn open(&self, attempt: Attempt<'_>) -> Result<PeerConnection, DialCause> {
+        let Attempt {
+            address,
+            kind,
+            peer,
+            fingerprint,
+            rate,
+            rtt,
+            budget,
+        } = attempt;
+        let trust = (kind != ConnectionKind::Pairing).then(|| self.trust.clone());
+        let tls = tls::client(self.identity.clone(), kind, fingerprint, trust).map_err(DialCause::Tls)?;
+        let settings = &self.settings;
+        let tuning = Tuning::derive(rate, rtt, settings.window_budget, settings.idle_timeout);
+        let mut config = quinn::ClientConfig::new(Arc::new(tls));
+        config.transport_config(Arc::new(tuning.transport_config(controller(rate, rtt))));
+
+        let local = local_address(address, settings.control_address);
+        let Listener { endpoint, socket } = endpoint(local, &tuning, None).map_err(DialCause::Socket)?;
+        let connecting = endpoint
+            .connect_with(config, address, SERVER_NAME)
+            .map_err(DialCause::Address)?;
+        let connection = connecting.await.map_err(DialCause::of_connection)?;
+        confirmed(&connection).await.map_err(DialCause::of_connection)?;
+
+        let own = congestion::rate_of(&connection);
+        let priority = if kind == ConnectionKind::Bulk {
+            Priority::Bulk
+        } else {
+            Priority::Control
+        };
+        let route = Arc::new(Route::new(priority, own.clone(), budget.clone(), self.link.clone()));
+        socket.set_only_route(route.clone());
+        let path = Path {
+            rate: own,
+            route,
+            budget: budget.clone(),
+            socket,
+            endpoint: Some(endpoint),
+        };
+        let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
+        self.register(&connection);
+        if kind != ConnectionKind::Pairing && !self.trust.contains(&fingerprint) {
+            return Err(DialCause::Unpaired);
+        }
+        Ok(connection)
+    }
+}
+
+/// Certificates are checked by key, so no name matters, and none is sent.
+const SERVER_NAME: &str = "gateway.invalid";
+
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+
+const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
+
+const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
+
+fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match rate {
+        Some(capacity) => Arc::new(LinkControllerFactory { capacity, rtt }),
+        None => Arc::new(CubicConfig::default()),
+    }
+}
+
+fn listen(settings: &TransportSettings, address: SocketAddr, tls: ServerTls) -> io::Result<Listener> {
+    let tuning = Tuning::derive(
+        settings.link,
+        settings.rtt,
+        settings.window_budget,
+        settings.idle_timeout,
+    );
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    config
+        .transport_config(Arc::new(
+            tuning.transport_config(controller(settings.link, settings.rtt)),
+        ))
+        .migration(false)
+        .max_incoming(MAX_HANDSHAKES)
+        .incoming_buffer_size(64 * 1024)
+        .incoming_buffer_size_total(1024 * 1024);
+    endpoint(address, &tuning, Some(config))
+}
+
+fn endpoint(address: SocketAddr, tuning: &Tuning, server: Option<quinn::ServerConfig>) -> io::Result<Listener> {
+    let socket = udp::bind(address, tuning.receive_buffer, tuning.send_buffer)?;
+    let runtime = Arc::new(TokioRuntime);
+    let socket = PacedSocket::new(runtime.wrap_udp_socket(socket)?);
+    let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), server, socket.clone(), runtime)?;
+    Ok(Listener { endpoint, socket })
+}
+
+/// Where to send from: the address we listen on where it is a particular one of the same family, else whatever routes there.
+fn local_address(peer: SocketAddr, listening: SocketAddr) -> SocketAddr {
+    let ip = match (peer.ip(), listening.ip()) {
+        (IpAddr::V4(_), own @ IpAddr::V4(_)) | (IpAddr::V6(_), own @ IpAddr::V6(_)) => own,
+        (IpAddr::V4(_), _) => Ipv4Addr::UNSPECIFIED.into(),
+        (IpAddr::V6(_), _) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(ip, 0)
+}
+
+/// The bulk port where none is given. Port 0 (any free port) stays 0.
+fn port_after(address: SocketAddr) -> Option<SocketAddr> {
+    let port = match address.port() {
+        0 => 0,
+        port => port.checked_add(1)?,
+    };
+    Some(SocketAddr::new(address.ip(), port))
+}
+
+/// In TLS 1.3 a client is done before the server has seen its certificate. HANDSHAKE_DONE says that the server accepted it; quinn
+/// has no future for it, only a counter.
+async fn confirmed(connection: &quinn::Connection) -> Result<(), ConnectionError> {
+    let mut check = tokio::time::interval(CONFIRMATION_CHECK);
+    while connection.stats().frame_rx.handshake_done == 0 {
+        tokio::select! {
+            _ = check.tick() => {}
+            error = connection.closed() => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Renews the certificate in time for as long as anybody uses the identity.
+#[expect(clippy::disallowed_methods, reason = "certificates end by the wall clock")]
+async fn renew(identity: Weak<Identity>) {
+    let mut check = tokio::time::interval(RENEWAL_CHECK);
+    loop {
+        check.tick().await;
+        let Some(identity) = identity.upgrade() else { return };
+        match identity.renew_if_due(std::time::SystemTime::now()) {
+            Ok(true) => tracing::info!(fingerprint = %identity.fingerprint(), "the certificate was renewed"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "the certificate was not renewed"),
+        }
+    }
+}
+
+/// The site cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody else listens there.
+    #[error("UDP {address} is in use; is another gateway running?")]
+    InUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be used.
+    #[error("UDP {address} cannot be listened on: {source}")]
+    Io {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no port after 65535.
+    #[error("the control port is the last one, so the bulk address must be given")]
+    NoPortForBulk,
+    /// The TLS library refused our configuration.
+    #[error("TLS cannot be set up: {0}")]
+    Tls(rustls::Error),
+}
+
+/// A peer could not be connected to.
+#[derive(Debug, thiserror::Error)]
+#[error("no connection to {peer} at {address}: {cause}")]
+pub struct DialError {
+    /// The peer's name, or its key while pairing.
+    pub peer: String,
+    /// Its control address.
+    pub address: SocketAddr,
+    /// What went wrong.
+    pub cause: DialCause,
+}
+
+/// What went wrong while connecting.
+#[derive(Debug, thiserror::Error)]
+pub enum DialCause {
+    /// Nobody answered.
+    #[error("no answer; check the address, the firewall (UDP, control and bulk port) and that the gateway runs")]
+    NoAnswer,
+    /// The other end is not the gateway that it should be.
+    #[error("it is not the gateway this site paired with ({reason})")]
+    NotThePeer {
+        /// What it showed.
+        reason: String,
+    },
+    /// The peer does not trust this site's key.
+    #[error("the peer does not trust this gateway; pair them again ({reason})")]
+    NotTrustedThere {
+        /// What it said.
+        reason: String,
+    },
+    /// Trust was withdrawn here meanwhile.
+    #[error("it is no longer trusted here")]
+    Unpaired,
+    /// The peer speaks another version of the protocol.
+    #[error("it speaks another protocol version; run the same release at both sites")]
+    OtherProtocol,
+    /// The peer closed the connection, or it broke.
+    #[error("{0}")]
+    Lost(ConnectionError),
+    /// The address is not one to connect to.
+    #[error("{0}")]
+    Address(quinn::ConnectError),
+    /// No local socket.
+    #[error("no local UDP socket: {0}")]
+    Socket(io::Error),
+    /// There is no port after 65535.
+    #[error("its control port is the last one, so its bulk address must be given")]
+    NoPortForBulk,
+    /// The TLS library refused our configuration.
+    #[error("TLS cannot be set up: {0}")]
+    Tls(rustls::Error),
+}
+
+impl DialCause {
+    /// TLS alerts travel as QUIC error codes 0x100 + alert (RFC 9001, 4.8); 120 is no_application_protocol.
+    fn of_connection(error: ConnectionError) -> Self {
+        const ALERTS: std::ops::Range<u64> = 0x100..0x200;
+        const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+        let code = match &error {
+            ConnectionError::TransportError(error) => u64::from(error.code),
+            ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+            _ => 0,
+        };
+        match error {
+            ConnectionError::TimedOut => Self::NoAnswer,
+            ConnectionError::VersionMismatch => Self::OtherProtocol,
+            _ if code == NO_APPLICATION_PROTOCOL => Self::OtherProtocol,
+            ConnectionError::TransportError(error) if ALERTS.contains(&code) => {
+                Self::NotThePeer { reason: error.reason }
+            }
+            ConnectionError::ConnectionClosed(close) if ALERTS.contains(&code) => Self::NotTrustedThere {
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            error => Self::Lost(error),
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! Connections to peers, what they measure, and the pair of them that makes a link.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Connection, Endpoint, VarInt};
+
+use super::congestion::LinkRate;
+use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
+use super::tls::ConnectionKind;
+use super::trust::Fingerprint;
+use super::tuning::{IP_BYTES_PER_PACKET, STREAM_BYTES_PER_PACKET};
+use crate::proto::page::ByteRate;
+
+/// Why a connection is closed; the number travels, the reason beside it is for the peer's log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CloseCode {
+    /// Nothing more to say.
+    Done = 0,
+    /// The gateway shuts down; what is unfinished is resumed with its successor.
+    Draining = 1,
+    /// The peer is no longer trusted.
+    Unpaired = 2,
+    /// Another connection took the place of this one.
+    Replaced = 3,
+    /// The peer broke the protocol.
+    Protocol = 4,
+    /// The peer may not do this.
+    Refused = 5,
+}
+
+impl From<CloseCode> for VarInt {
+    fn from(code: CloseCode) -> Self {
+        Self::from_u32(code as u32)
+    }
+}
+
+/// An authenticated connection. Clones share it; when the last one is dropped, it is closed with [`CloseCode::Done`].
+///
+/// Derefs to [`quinn::Connection`], whose clones keep it open too.
+#[derive(Clone)]
+pub struct PeerConnection(Arc<Inner>);
+
+pub(super) struct Inner {
+    connection: Connection,
+    peer: Option<String>,
+    fingerprint: Fingerprint,
+    kind: ConnectionKind,
+    path: Path,
+}
+
+/// How the packets of a connection leave this site.
+pub(super) struct Path {
+    pub(super) rate: Option<Arc<LinkRate>>,
+    pub(super) route: Arc<Route>,
+    pub(super) budget: Arc<SharedBucket>,
+    pub(super) socket: Arc<PacedSocket>,
+    /// The connection's own endpoint, where it has one.
+    pub(super) endpoint: Option<Endpoint>,
+}
+
+impl PeerConnection {
+    pub(super) fn new(
+        connection: Connection,
+        peer: Option<String>,
+        fingerprint: Fingerprint,
+        kind: ConnectionKind,
+        path: Path,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            connection,
+            peer,
+            fingerprint,
+            kind,
+            path,
+        }))
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// The peer's name here; `None` only while pairing with a gateway that is not known yet.
+    #[must_use]
+    pub fn peer(&self) -> Option<&str> {
+        self.0.peer.as_deref()
+    }
+
+    /// The key that the peer proved to hold.
+    #[must_use]
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.0.fingerprint
+    }
+
+    /// What the connection is for.
+    #[must_use]
+    pub fn kind(&self) -> ConnectionKind {
+        self.0.kind
+    }
+
+    /// Closes the connection and tells the peer why, in at most a few hundred bytes of text.
+    pub fn close_with(&self, code: CloseCode, reason: &str) {
+        self.0.connection.close(code.into(), reason.as_bytes());
+    }
+
+    /// What the connection measured so far.
+    #[must_use]
+    pub fn stats(&self) -> ConnectionMeasures {
+        let stats = self.0.connection.stats();
+        let header = header_bytes(self.0.connection.remote_address());
+        let counters = self.0.path.route.counters();
+        ConnectionMeasures {
+            rtt: stats.path.rtt,
+            least_rtt: stats.path.min_rtt,
+            sent_packets: stats.path.sent_packets,
+            lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            wire_bytes_sent: stats.udp_tx.bytes + stats.udp_tx.datagrams * header,
+            wire_bytes_received: stats.udp_rx.bytes + stats.udp_rx.datagrams * header,
+            congestion_window: stats.path.cwnd,
+            mtu: stats.path.current_mtu,
+            black_holes: stats.path.black_holes_detected,
+            rate: self.0.path.rate.as_ref().map(|rate| rate.rate()),
+            shaper_waits: counters.waits(),
+            shaper_wait: counters.wait_time(),
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn is_closed(&self) -> bool {
+        self.connection.close_reason().is_some()
+    }
+
+    pub(super) fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
+    }
+
+    pub(super) fn close(&self, code: CloseCode, reason: &str) {
+        self.connection.close(code.into(), reason.as_bytes());
+    }
+
+    pub(super) fn endpoint(&self) -> Option<&Endpoint> {
+        self.path.endpoint.as_ref()
+    }
+
+    pub(super) fn set_capacity(&self, capacity: ByteRate) {
+        if let Some(rate) = &self.path.rate {
+            rate.set_capacity(capacity);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.path
+            .socket
+            .remove_route(self.connection.remote_address(), &self.path.route);
+        self.connection.close(CloseCode::Done.into(), b"");
+    }
+}
+
+impl Deref for PeerConnection {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.0.connection
+    }
+}
+
+impl fmt::Debug for PeerConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PeerConnection")
+            .field("kind", &self.0.kind)
+            .field("peer", &self.0.peer)
+            .field("address", &self.0.connection.remote_address())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What one connection measured since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionMeasures {
+    /// Smoothed round trip time.
+    pub rtt: Duration,
+    /// Least round trip time ever.
+    pub least_rtt: Duration,
+    /// QUIC packets sent.
+    pub sent_packets: u64,
+    /// Of these, found lost.
+    pub lost_packets: u64,
+    /// Bytes of QUIC packets found lost.
+    pub lost_bytes: u64,
+    /// Bytes at IP level (with 28 or 48 bytes of headers a datagram), repairs and acknowledgements included.
+    pub wire_bytes_sent: u64,
+    /// The same, received.
+    pub wire_bytes_received: u64,
+    /// Bytes that may be in flight.
+    pub congestion_window: u64,
+    /// UDP payload of a full packet.
+    pub mtu: u16,
+    /// Times the path stopped to carry full packets.
+    pub black_holes: u64,
+    /// The controller's rate, where a capacity is configured.
+    pub rate: Option<ByteRate>,
+    /// Times the paced socket made a packet wait.
+    pub shaper_waits: u64,
+    /// Time packets waited there.
+    pub shaper_wait: Duration,
+}
+
+/// Two gateways' link: a control and a bulk connection, each on a socket of its own.
+#[derive(Clone, Debug)]
+pub struct PeerLink {
+    /// For what must never wait.
+    pub control: PeerConnection,
+    /// For lanes of data.
+    pub bulk: PeerConnection,
+}
+
+impl PeerLink {
+    /// The link of two connections that the same peer opened.
+    #[must_use]
+    pub fn new(control: PeerConnection, bulk: PeerConnection) -> Self {
+        Self { control, bulk }
+    }
+
+    /// The peer's address for control.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.control.remote_address()
+    }
+
+    /// What both connections measured.
+    #[must_use]
+    pub fn stats(&self) -> LinkMeasures {
+        LinkMeasures {
+            control: self.control.stats(),
+            bulk: self.bulk.stats(),
+        }
+    }
+
+    /// Caps everything that is sent to this peer, from now on: the pacer's bucket, and the controllers' capacity where the link
+    /// was opened with one. `None` lifts the cap of the bucket and leaves the controllers.
+    ///
+    /// Windows were sized when the connection was made, so a rate far above the first one fills the link only on a new connection.
+    pub fn set_rate(&self, rate: Option<ByteRate>) {
+        for connection in [&self.control, &self.bulk] {
+            connection.0.path.budget.set_rate(rate);
+            if let Some(rate) = rate {
+                connection.0.set_capacity(rate);
+            }
+        }
+    }
+
+    /// Stream bytes a second that this link can carry now: the controller's rate less headers and measured loss. `None`
+    /// where no capacity is configured. Admit bulk at slightly less than this, and almost nothing unsent sits in QUIC.
+    #[must_use]
+    pub fn goodput(&self) -> Option<ByteRate> {
+        let measures = self.bulk.stats();
+        let rate = measures.rate?;
+        let rate = self.bulk.0.path.budget.rate().map_or(rate, |cap| cap.min(rate));
+        let arrived = measures.sent_packets.saturating_sub(measures.lost_packets).max(1);
+        let payload = u128::from(rate.0) * u128::from(STREAM_BYTES_PER_PACKET) / u128::from(IP_BYTES_PER_PACKET);
+        let goodput = payload * u128::from(arrived) / u128::from(measures.sent_packets.max(1));
+        Some(ByteRate(u64::try_from(goodput).unwrap_or(rate.0)))
+    }
+
+    /// Closes both connections.
+    pub fn close(&self, code: CloseCode, reason: &str) {
+        self.bulk.close_with(code, reason);
+        self.control.close_with(code, reason);
+    }
+}
+
+/// What a link measured since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkMeasures {
+    /// The control connection.
+    pub control: ConnectionMeasures,
+    /// The bulk connection.
+    pub bulk: ConnectionMeasures,
+}
+
+impl LinkMeasures {
+    /// Bytes at IP level in both directions, repairs included: what the report calls `wire_bytes`.
+    #[must_use]
+    pub fn wire_bytes(&self) -> u64 {
+        [self.control, self.bulk]
+            .iter()
+            .map(|measures| measures.wire_bytes_sent + measures.wire_bytes_received)
+            .sum()
+    }
+
+    /// Packets that were found lost, on both connections.
+    #[must_use]
+    pub fn lost_packets(&self) -> u64 {
+        self.control.lost_packets + self.bulk.lost_packets
+    }
+}

@@ -1,0 +1,398 @@
+//! A UDP socket that keeps rates: quinn asks it whether it may send, and it says no until the buckets say yes.
+//!
+//! ```text
+//! connection (the controller's rate) → peer (the operator's cap) → link (the site's uplink)
+//! ```
+//!
+//! A transmit passes when every bucket on its [`Route`] has credit, and is then charged to all of them with its IP and UDP headers; so
+//! repairs, acknowledgements and handshakes count like everything else. Control and bulk connections to a peer share its
+//! bucket, and control may run it into debt by one burst where bulk waits: strict priority without a queue.
+//!
+//! quinn's order of calls is `poll_writable`, then `try_send`, and `poll_writable` again after `WouldBlock`, all in one poll of the
+//! connection's task. Only `try_send` knows the destination. On a socket that serves many peers it therefore leaves the route
+//! that refused in a thread-local, where the `poll_writable` that follows picks it up to wait for it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::time::Sleep;
+
+use super::congestion::LinkRate;
+use super::tuning::MAX_UDP_PAYLOAD;
+use crate::proto::page::ByteRate;
+use crate::proto::rate::TokenBucket;
+
+/// Who goes first where a bucket is shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Priority {
+    Control,
+    Bulk,
+}
+
+/// A rate that several routes share. Without a rate it lets everything pass.
+#[derive(Debug, Default)]
+pub(super) struct SharedBucket(Mutex<Option<TokenBucket>>);
+
+impl SharedBucket {
+    pub(super) fn new(rate: Option<ByteRate>) -> Self {
+        let bucket = Self::default();
+        bucket.set_rate(rate);
+        bucket
+    }
+
+    pub(super) fn set_rate(&self, rate: Option<ByteRate>) {
+        let now = now();
+        let mut bucket = self.lock();
+        match (&mut *bucket, rate) {
+            (Some(bucket), Some(rate)) => bucket.set_rate(rate, now),
+            (bucket, rate) => *bucket = rate.map(|rate| TokenBucket::new(rate, now)),
+        }
+    }
+
+    pub(super) fn rate(&self) -> Option<ByteRate> {
+        self.lock().as_ref().map(TokenBucket::rate)
+    }
+
+    fn poll(&self, now: Instant, priority: Priority) -> Result<(), Instant> {
+        self.lock()
+            .as_mut()
+            .map_or(Ok(()), |bucket| bucket.poll(now, allowed_debt(bucket.rate(), priority)))
+    }
+
+    fn charge(&self, bytes: u64) {
+        if let Some(bucket) = &mut *self.lock() {
+            bucket.charge(bytes);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<TokenBucket>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn allowed_debt(rate: ByteRate, priority: Priority) -> u64 {
+    match priority {
+        Priority::Bulk => 0,
+        Priority::Control => rate.bytes_in(Duration::from_millis(2)).max(10 * 1500),
+    }
+}
+
+/// The way of one connection's packets through the buckets.
+#[derive(Debug)]
+pub(super) struct Route {
+    priority: Priority,
+    /// The controller's bucket; absent where quinn's own controller governs.
+    own: Option<(Arc<LinkRate>, Mutex<TokenBucket>)>,
+    peer: Arc<SharedBucket>,
+    link: Arc<SharedBucket>,
+    counters: RouteCounters,
+}
+
+/// How often and how long a route made packets wait.
+#[derive(Debug, Default)]
+pub(super) struct RouteCounters {
+    waits: AtomicU64,
+    wait_nanos: AtomicU64,
+}
+
+impl RouteCounters {
+    pub(super) fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn wait_time(&self) -> Duration {
+        Duration::from_nanos(self.wait_nanos.load(Ordering::Relaxed))
+    }
+}
+
+impl Route {
+    pub(super) fn new(
+        priority: Priority,
+        own: Option<Arc<LinkRate>>,
+        peer: Arc<SharedBucket>,
+        link: Arc<SharedBucket>,
+    ) -> Self {
+        let own = own.map(|rate| {
+            let bucket = TokenBucket::new(rate.rate(), now());
+            (rate, Mutex::new(bucket))
+        });
+        Self {
+            priority,
+            own,
+            peer,
+            link,
+            counters: RouteCounters::default(),
+        }
+    }
+
+    pub(super) fn counters(&self) -> &RouteCounters {
+        &self.counters
+    }
+
+    /// Whether a transmit may leave now; otherwise when to ask again.
+    fn poll(&self, now: Instant) -> Result<(), Instant> {
+        let own = self.own.as_ref().map_or(Ok(()), |(rate, bucket)| {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            let rate = rate.rate();
+            if bucket.rate() != rate {
+                bucket.set_rate(rate, now);
+            }
+            bucket.poll(now, allowed_debt(rate, self.priority))
+        });
+        let shared = [&self.peer, &self.link].map(|bucket| bucket.poll(now, self.priority));
+        let [peer, link] = shared;
+        match [own, peer, link].into_iter().filter_map(Result::err).max() {
+            Some(when) => Err(when),
+            None => Ok(()),
+        }
+    }
+
+    fn charge(&self, bytes: u64) {
+        if let Some((_, bucket)) = &self.own {
+            bucket.lock().unwrap_or_else(PoisonError::into_inner).charge(bytes);
+        }
+        self.peer.charge(bytes);
+        self.link.charge(bytes);
+    }
+}
+
+/// See the head of this file.
+pub(super) struct PacedSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    /// For a socket with one peer: the route of everything.
+    only: ArcSwapOption<Route>,
+    /// For a socket with many: by the peer's address. Who is not listed passes freely, which is needed for the handshake.
+    routes: ArcSwap<HashMap<SocketAddr, Arc<Route>>>,
+}
+
+impl PacedSocket {
+    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>) -> Arc<Self> {
+        Arc::new(Self {
+            inner,
+            only: ArcSwapOption::empty(),
+            routes: ArcSwap::default(),
+        })
+    }
+
+    /// Sends everything by `route` from now on.
+    pub(super) fn set_only_route(&self, route: Arc<Route>) {
+        self.only.store(Some(route));
+    }
+
+    /// Sends by `route` what goes to `peer`.
+    pub(super) fn add_route(&self, peer: SocketAddr, route: &Arc<Route>) {
+        self.routes.rcu(|current| {
+            let mut next = HashMap::clone(current);
+            next.insert(canonical(peer), route.clone());
+            next
+        });
+    }
+
+    /// Undoes [`add_route`](Self::add_route), unless another route took its place.
+    pub(super) fn remove_route(&self, peer: SocketAddr, route: &Arc<Route>) {
+        let peer = canonical(peer);
+        self.routes.rcu(|current| {
+            let mut next = HashMap::clone(current);
+            if next.get(&peer).is_some_and(|present| Arc::ptr_eq(present, route)) {
+                next.remove(&peer);
+            }
+            next
+        });
+    }
+
+    fn route(&self, destination: SocketAddr) -> Option<Arc<Route>> {
+        let only = self.only.load();
+        if only.is_some() {
+            return only.clone();
+        }
+        let routes = self.routes.load();
+        if routes.is_empty() {
+            None
+        } else {
+            routes.get(&canonical(destination)).cloned()
+        }
+    }
+
+    fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+}
+
+/// A dual-stack socket shows IPv4 peers as mapped IPv6 addresses.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Bytes of headers that IP and UDP add to a datagram to `address`: 20 + 8 or 40 + 8.
+pub(super) fn header_bytes(address: SocketAddr) -> u64 {
+    if address.ip().to_canonical().is_ipv4() { 28 } else { 48 }
+}
+
+/// Bytes at IP level of all datagrams of `transmit`.
+fn wire_bytes(transmit: &Transmit<'_>) -> u64 {
+    let length = transmit.contents.len();
+    let datagrams = transmit
+        .segment_size
+        .filter(|size| *size > 0)
+        .map_or(1, |size| length.div_ceil(size).max(1));
+    length as u64 + datagrams as u64 * header_bytes(transmit.destination)
+}
+
+impl fmt::Debug for PacedSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PacedSocket")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
+}
+
+thread_local! {
+    /// The socket and the route that refused the last transmit on this thread.
+    static REFUSED: RefCell<Option<(usize, Arc<Route>)>> = const { RefCell::new(None) };
+}
+
+impl AsyncUdpSocket for PacedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        let inner = self.inner.clone().create_io_poller();
+        Box::pin(PacedPoller {
+            socket: self,
+            inner,
+            waiting: None,
+        })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let Some(route) = self.route(transmit.destination) else {
+            return self.inner.try_send(transmit);
+        };
+        if route.poll(now()).is_err() {
+            REFUSED.set(Some((self.id(), route)));
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.inner.try_send(transmit)?;
+        route.charge(wire_bytes(transmit));
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    /// quinn would hand 10 segments of any size to one `sendmsg`, which Linux refuses above 65507 bytes in all, and the refusal is
+    /// taken for a lost packet.
+    fn max_transmit_segments(&self) -> usize {
+        self.inner
+            .max_transmit_segments()
+            .min(65_507 / usize::from(MAX_UDP_PAYLOAD))
+            .max(1)
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+struct PacedPoller {
+    socket: Arc<PacedSocket>,
+    inner: Pin<Box<dyn UdpPoller>>,
+    waiting: Option<Waiting>,
+}
+
+struct Waiting {
+    route: Arc<Route>,
+    since: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl fmt::Debug for PacedPoller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PacedPoller")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PacedPoller {
+    /// Waits for the route that is known to be in the way: the one that refused, or the only one.
+    fn poll_route(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let refused = REFUSED
+            .take()
+            .filter(|(socket, _)| *socket == self.socket.id())
+            .map(|(_, route)| route);
+        let known = || self.waiting.as_ref().map(|waiting| waiting.route.clone());
+        let Some(route) = refused.or_else(known).or_else(|| self.socket.only.load_full()) else {
+            return Poll::Ready(());
+        };
+        loop {
+            let now = now();
+            let Err(when) = route.poll(now) else {
+                if let Some(waiting) = self.waiting.take() {
+                    let nanos = now.saturating_duration_since(waiting.since).as_nanos();
+                    let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
+                    waiting.route.counters.wait_nanos.fetch_add(nanos, Ordering::Relaxed);
+                }
+                return Poll::Ready(());
+            };
+            let waiting = self.waiting.get_or_insert_with(|| {
+                route.counters.waits.fetch_add(1, Ordering::Relaxed);
+                Waiting {
+                    route: route.clone(),
+                    since: now,
+                    timer: Box::pin(tokio::time::sleep_until(when.into())),
+                }
+            });
+            if !Arc::ptr_eq(&waiting.route, &route) {
+                waiting.route = route.clone();
+            }
+            // Every acknowledgement comes by here, and the time waited for hardly moves; the timer ticks in milliseconds anyway.
+            let set_for = waiting.timer.deadline().into_std();
+            let moved = when
+                .saturating_duration_since(set_for)
+                .max(set_for.saturating_duration_since(when));
+            if waiting.timer.is_elapsed() || moved > Duration::from_micros(500) {
+                waiting.timer.as_mut().reset(when.into());
+            }
+            ready!(waiting.timer.as_mut().poll(cx));
+        }
+    }
+}
+
+impl UdpPoller for PacedPoller {
+    fn poll_writable(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.poll_route(cx));
+        this.inner.as_mut().poll_writable(cx)
+    }
+}
+
+/// quinn's clock, which is tokio's.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests;

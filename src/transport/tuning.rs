@@ -1,0 +1,205 @@
+//! Everything that follows from a link's rate and round trip time.
+//!
+//! quinn's defaults are for 100 Mbit/s x 100 ms: 1.25 MB a stream is 67 Mbit/s at 150 ms, and its 10 MB send window is
+//! 533 Mbit/s. Derived here instead, with 1 Gbit/s x 150 ms as the worked example:
+//!
+//! ```text
+//! BDP               = rate x rtt                                       18.75 MB
+//! window            = 4 BDP, at least 4 MiB, at most the budget        75 MB
+//! stream window     = 2 lanes                                          1 MiB
+//! lanes             = window / 64 KiB, at least 128                    1145
+//! packets a second  = rate / 1480                                      84459
+//! packet threshold  = 2 ms of packets, within 16..=128                 128
+//! ack threshold     = 0.5 ms of packets, within 2..=64                 42
+//! receive buffer    = 20 ms of bytes, at least 1 MiB                   2.5 MB
+//! send buffer       = 2 ms of bytes, at least 256 KiB                  262 kB
+//! ```
+//!
+//! Why 4 BDP: a lost packet is repaired one round trip after its loss is seen, two round trips after it was first sent, and
+//! three if the repair is lost as well. Until then the sender keeps, and the receiver buffers, everything behind it.
+//!
+//! Why the packet threshold is time and not RFC 9002's 3: a path that reorders within 2 ms would cost a repair for each packet,
+//! and at 150 ms waiting 2 ms more for a real loss is nothing.
+//!
+//! Why the ack threshold is below 64: quinn's receiver remembers 64 ranges (`MAX_ACK_BLOCKS`). At 2 % loss 64 packets make 1.3
+//! gaps, so a lost ACK is still covered by dozens that follow.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::congestion::ControllerFactory;
+use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+
+use crate::proto::page::ByteRate;
+
+/// Bytes that one lane carries at most. quinn closes a connection whose stream has more than 1024 gaps ("too many gaps in
+/// stream buffer"), which takes at least 2 x 1024 packets, so 2.5 MB; this leaves a factor of five.
+pub const LANE_BYTES: usize = 512 * 1024;
+
+/// The largest UDP payload that path MTU discovery tries: 1500 minus 40 for IPv6 and 8 for UDP.
+pub const MAX_UDP_PAYLOAD: u16 = 1452;
+
+/// Bytes of stream data in a full packet: 1452 minus a short header (1 + 8 connection id + 4 packet number), the AEAD tag
+/// (16), and a STREAM frame header (1 + up to 4 stream id + up to 4 offset + 2 length).
+pub const STREAM_BYTES_PER_PACKET: u64 = 1412;
+
+/// A full packet's bytes at IP level (IPv4).
+pub const IP_BYTES_PER_PACKET: u64 = MAX_UDP_PAYLOAD as u64 + 28;
+
+/// What the windows are made for where no rate is configured.
+const ASSUMED_RATE: ByteRate = ByteRate::from_bits_per_second(1_000_000_000);
+
+const MIN_WINDOW: u64 = 4 * 1024 * 1024;
+const MIN_LANES: u64 = 128;
+const IDLE_LANE_BYTES: u64 = 64 * 1024;
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+const MAX_ACK_DELAY: Duration = Duration::from_millis(5);
+
+/// Quantities derived from one path; see the head of this file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Round trip time of the path without queues, as configured.
+    pub rtt: Duration,
+    /// Bytes in flight when the path is full.
+    pub bdp: u64,
+    /// Bytes that either end of a connection buffers at most.
+    pub window: u64,
+    /// Bytes that one lane's receiver buffers at most.
+    pub stream_window: u64,
+    /// Lanes that may be open at a time.
+    pub lanes: u64,
+    /// Packets that must have arrived behind one before it counts as lost.
+    pub packet_threshold: u32,
+    /// Packets that the receiver may leave unacknowledged.
+    pub ack_threshold: u32,
+    /// Bytes of the socket's receive buffer.
+    pub receive_buffer: usize,
+    /// Bytes of the socket's send buffer: small, since it is a queue that nobody controls.
+    pub send_buffer: usize,
+    /// After this long without a packet the connection is given up.
+    pub idle_timeout: Duration,
+}
+
+impl Tuning {
+    /// Tunes for a path of this `rate` (`None`: not known) and `rtt`. No connection buffers more than `budget` bytes.
+    #[must_use]
+    pub fn derive(rate: Option<ByteRate>, rtt: Duration, budget: u64, idle_timeout: Duration) -> Self {
+        let rate = rate.unwrap_or(ASSUMED_RATE);
+        let rtt = rtt.max(Duration::from_micros(100));
+        let bdp = rate.bytes_in(rtt);
+        let window = bdp.saturating_mul(4).max(MIN_WINDOW).min(budget.max(MIN_WINDOW));
+        let packets_in = |time: Duration| u32::try_from(rate.bytes_in(time) / IP_BYTES_PER_PACKET).unwrap_or(u32::MAX);
+        let buffer = |time: Duration, least: u64| {
+            usize::try_from(rate.bytes_in(time).clamp(least, i32::MAX as u64 / 2)).unwrap_or(usize::MAX)
+        };
+        Self {
+            rtt,
+            bdp,
+            window,
+            stream_window: 2 * LANE_BYTES as u64,
+            lanes: (window / IDLE_LANE_BYTES).max(MIN_LANES),
+            packet_threshold: packets_in(Duration::from_millis(2)).clamp(16, 128),
+            ack_threshold: packets_in(Duration::from_micros(500)).clamp(2, 64),
+            receive_buffer: buffer(Duration::from_millis(20), 1024 * 1024),
+            send_buffer: buffer(Duration::from_millis(2), 256 * 1024),
+            idle_timeout,
+        }
+    }
+
+    /// quinn's configuration for a connection on this path, steered by `controller`.
+    #[must_use]
+    pub fn transport_config(&self, controller: Arc<dyn ControllerFactory + Send + Sync>) -> TransportConfig {
+        let mut acks = AckFrequencyConfig::default();
+        acks.ack_eliciting_threshold(VarInt::from_u32(self.ack_threshold))
+            .max_ack_delay(Some(MAX_ACK_DELAY))
+            .reordering_threshold(VarInt::from_u32(self.packet_threshold - 1));
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(MAX_UDP_PAYLOAD);
+
+        let mut config = TransportConfig::default();
+        config
+            .congestion_controller_factory(controller)
+            .initial_rtt(self.rtt)
+            .send_window(self.window)
+            .receive_window(var_int(self.window))
+            .stream_receive_window(var_int(self.stream_window))
+            .max_concurrent_uni_streams(var_int(self.lanes))
+            .max_concurrent_bidi_streams(VarInt::from_u32(64))
+            .send_fairness(false)
+            .packet_threshold(self.packet_threshold)
+            .ack_frequency_config(Some(acks))
+            .mtu_discovery_config(Some(mtu))
+            .keep_alive_interval(Some(KEEP_ALIVE))
+            .max_idle_timeout(IdleTimeout::try_from(self.idle_timeout).ok())
+            .datagram_receive_buffer_size(None)
+            .enable_segmentation_offload(true);
+        config
+    }
+}
+
+fn var_int(value: u64) -> VarInt {
+    VarInt::from_u64(value).unwrap_or(VarInt::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: u64 = 256 * 1024 * 1024;
+
+    fn tuned(bits: u64, rtt_ms: u64, budget: u64) -> Tuning {
+        let rate = ByteRate::from_bits_per_second(bits);
+        Tuning::derive(
+            Some(rate),
+            Duration::from_millis(rtt_ms),
+            budget,
+            Duration::from_secs(10),
+        )
+    }
+
+    #[test]
+    fn the_worked_example_of_the_head_comment_holds() {
+        assert_eq!(
+            tuned(1_000_000_000, 150, BUDGET),
+            Tuning {
+                rtt: Duration::from_millis(150),
+                bdp: 18_750_000,
+                window: 75_000_000,
+                stream_window: 1_048_576,
+                lanes: 1144,
+                packet_threshold: 128,
+                ack_threshold: 42,
+                receive_buffer: 2_500_000,
+                send_buffer: 262_144,
+                idle_timeout: Duration::from_secs(10),
+            }
+        );
+    }
+
+    #[test]
+    fn a_slow_link_and_a_short_one_stay_above_the_floors() {
+        let slow = tuned(100_000_000, 150, BUDGET);
+        assert_eq!(
+            (slow.bdp, slow.window, slow.packet_threshold, slow.ack_threshold),
+            (1_875_000, 7_500_000, 16, 4)
+        );
+        let short = tuned(1_000_000_000, 0, BUDGET);
+        assert_eq!((short.window, short.lanes), (MIN_WINDOW, MIN_LANES));
+    }
+
+    #[test]
+    fn the_budget_bounds_the_window_whatever_the_link() {
+        assert_eq!(tuned(10_000_000_000, 150, BUDGET).window, BUDGET);
+        assert_eq!(tuned(u64::MAX, 600_000, BUDGET).window, BUDGET);
+        assert_eq!(tuned(10_000_000_000, 150, 0).window, MIN_WINDOW);
+    }
+
+    #[test]
+    fn the_lanes_cover_the_window_and_a_lane_never_waits_for_its_own_window() {
+        for bits in [50_000_000, 100_000_000, 1_000_000_000, 10_000_000_000] {
+            let tuning = tuned(bits, 150, u64::MAX);
+            assert!(tuning.lanes * IDLE_LANE_BYTES + IDLE_LANE_BYTES > tuning.window);
+            assert!(tuning.stream_window >= 2 * LANE_BYTES as u64);
+        }
+    }
+}

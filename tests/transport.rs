@@ -1,0 +1,350 @@
+//! Two sites' transports over real UDP on loopback.
+#![expect(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests read the clock, and fail by panicking")]
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use longhaul::proto::page::ByteRate;
+use longhaul::transport::tuning::LANE_BYTES;
+use longhaul::transport::{
+    BindError, CloseCode, ConnectionKind, DialCause, Identity, Incoming, LaneError, PeerLink, PeerTarget, Transport,
+    TransportSettings, TrustAnchors, read_lane, send_lane,
+};
+use quinn::ConnectionError;
+
+const RTT: Duration = Duration::from_millis(5);
+
+struct Site {
+    _state_dir: tempfile::TempDir,
+    identity: Arc<Identity>,
+    trust: Arc<TrustAnchors>,
+    transport: Transport,
+}
+
+impl Site {
+    fn new() -> Self {
+        Self::with(SystemTime::now(), |_| {})
+    }
+
+    fn with(created: SystemTime, change: impl FnOnce(&mut TransportSettings)) -> Self {
+        let state_dir = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_create(state_dir.path(), created).unwrap();
+        let trust = Arc::new(TrustAnchors::default());
+        let mut settings = TransportSettings::new("127.0.0.1:0".parse().unwrap());
+        settings.rtt = RTT;
+        change(&mut settings);
+        let transport = Transport::bind(settings, identity.clone(), trust.clone()).unwrap();
+        Self {
+            _state_dir: state_dir,
+            identity,
+            trust,
+            transport,
+        }
+    }
+
+    fn trusts(&self, peer: &Site, name: &str) {
+        self.trust.insert(peer.identity.fingerprint(), name);
+    }
+
+    fn as_target(&self, name: &str, rate: Option<ByteRate>) -> PeerTarget {
+        PeerTarget {
+            name: name.to_owned(),
+            control_address: self.transport.control_address(),
+            bulk_address: Some(self.transport.bulk_address()),
+            fingerprint: self.identity.fingerprint(),
+            rate,
+            rtt: RTT,
+        }
+    }
+
+    async fn accepts(&self) -> Incoming {
+        soon(self.transport.accept()).await.expect("the transport runs")
+    }
+
+    /// The two connections that a peer's dial makes.
+    async fn accepts_link(&self) -> PeerLink {
+        let (one, two) = (self.accepts().await, self.accepts().await);
+        let (control, bulk) = if one.kind == ConnectionKind::Control {
+            (one, two)
+        } else {
+            (two, one)
+        };
+        assert_eq!(
+            (control.kind, bulk.kind),
+            (ConnectionKind::Control, ConnectionKind::Bulk)
+        );
+        PeerLink::new(control.connection, bulk.connection)
+    }
+}
+
+fn paired() -> (Site, Site) {
+    let (tokyo, oslo) = (Site::new(), Site::new());
+    tokyo.trusts(&oslo, "oslo");
+    oslo.trusts(&tokyo, "tokyo");
+    (tokyo, oslo)
+}
+
+/// Waits for what must happen, and fails if it does not.
+#[track_caller]
+fn soon<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let done = tokio::time::timeout(Duration::from_secs(30), future).await;
+        done.unwrap_or_else(|_| panic!("nothing happened at {caller}"))
+    }
+}
+
+async fn link(from: &Site, to: &Site, rate: Option<ByteRate>) -> (PeerLink, PeerLink) {
+    let target = to.as_target("oslo", rate);
+    let (dialled, accepted) = soon(async { tokio::join!(from.transport.dial(&target), to.accepts_link()) }).await;
+    (dialled.unwrap(), accepted)
+}
+
+/// Bytes that no two lanes share, so that a mix-up shows.
+fn lane_content(lane: u32, length: usize) -> Bytes {
+    let mut content = vec![0; length];
+    blake3::Hasher::new()
+        .update(&lane.to_be_bytes())
+        .finalize_xof()
+        .fill(&mut content);
+    content[..4].copy_from_slice(&lane.to_be_bytes());
+    content.into()
+}
+
+async fn transfer(from: &PeerLink, to: &PeerLink, lanes: u32) {
+    let receive = async {
+        let mut seen = vec![false; lanes as usize];
+        for _ in 0..lanes {
+            let lane = to.bulk.accept_uni().await.unwrap();
+            let data = read_lane(lane, LANE_BYTES).await.unwrap();
+            let number = u32::from_be_bytes(data[..4].try_into().unwrap());
+            assert!(
+                data == lane_content(number, LANE_BYTES),
+                "lane {number} arrived altered"
+            );
+            assert!(
+                !std::mem::replace(&mut seen[number as usize], true),
+                "lane {number} arrived twice"
+            );
+        }
+    };
+    let send = async {
+        for number in 0..lanes {
+            send_lane(&from.bulk, lane_content(number, LANE_BYTES)).await.unwrap();
+        }
+    };
+    soon(async { tokio::join!(receive, send) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_paired_sites_connect_and_know_each_other_by_name() {
+    let (tokyo, oslo) = paired();
+    let (dialled, accepted) = link(&tokyo, &oslo, None).await;
+    assert_eq!(
+        (dialled.control.peer(), accepted.control.peer()),
+        (Some("oslo"), Some("tokyo"))
+    );
+    assert_eq!(accepted.bulk.fingerprint(), tokyo.identity.fingerprint());
+    assert_ne!(
+        accepted.control.remote_address(),
+        accepted.bulk.remote_address(),
+        "each on a socket of its own"
+    );
+
+    let (mut send, mut recv) = soon(dialled.control.open_bi()).await.unwrap();
+    send.write_all(b"hello").await.unwrap();
+    let (_, mut at_oslo) = soon(accepted.control.accept_bi()).await.unwrap();
+    let mut hello = [0; 5];
+    soon(at_oslo.read_exact(&mut hello)).await.unwrap();
+    assert_eq!(&hello, b"hello");
+    drop(send);
+
+    dialled.close(CloseCode::Draining, "until tomorrow");
+    let ConnectionError::ApplicationClosed(close) = soon(accepted.control.closed()).await else {
+        panic!("not closed by the peer");
+    };
+    assert_eq!(
+        (close.error_code, &close.reason[..]),
+        (CloseCode::Draining.into(), &b"until tomorrow"[..])
+    );
+    assert!(soon(recv.read_to_end(1)).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_lane_of_a_large_transfer_arrives_with_equal_bytes_in_both_modes() {
+    let (tokyo, oslo) = paired();
+    for rate in [None, Some(ByteRate::from_bits_per_second(400_000_000))] {
+        let (dialled, accepted) = link(&tokyo, &oslo, rate).await;
+        transfer(&dialled, &accepted, 64).await;
+        let sent = dialled.stats();
+        assert!(sent.bulk.wire_bytes_sent > 64 * LANE_BYTES as u64);
+        assert_eq!(sent.bulk.rate, rate);
+        assert_eq!(
+            sent.wire_bytes(),
+            sent.control.wire_bytes_sent
+                + sent.control.wire_bytes_received
+                + sent.bulk.wire_bytes_sent
+                + sent.bulk.wire_bytes_received
+        );
+        // Whatever one side sent and did not lose, the other received: both count the same headers.
+        let received = accepted.stats().bulk.wire_bytes_received;
+        assert!(received <= sent.bulk.wire_bytes_sent && received > 64 * LANE_BYTES as u64);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_is_not_trusted_there_is_told_so() {
+    let (tokyo, oslo) = paired();
+    oslo.trust.remove("tokyo");
+    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None)))
+        .await
+        .unwrap_err();
+    assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
+    assert!(error.to_string().contains("pair them again"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_with_another_key_is_not_talked_to() {
+    let (tokyo, oslo) = paired();
+    let impostor = Site::new();
+    impostor.trusts(&tokyo, "tokyo");
+    let target = PeerTarget {
+        fingerprint: oslo.identity.fingerprint(),
+        ..impostor.as_target("oslo", None)
+    };
+    let error = soon(tokyo.transport.dial(&target)).await.unwrap_err();
+    assert!(matches!(error.cause, DialCause::NotThePeer { .. }), "{error}");
+    assert!(
+        error.to_string().contains(&impostor.identity.fingerprint().to_string()),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unpairing_closes_what_is_open_and_keeps_the_peer_out() {
+    let (tokyo, oslo) = paired();
+    let (dialled, _accepted) = link(&tokyo, &oslo, None).await;
+    assert!(oslo.trust.remove("tokyo"));
+    assert_eq!(
+        oslo.transport
+            .close_peer("tokyo", CloseCode::Unpaired, "unpaired by the operator"),
+        2
+    );
+    for connection in [&dialled.control, &dialled.bulk] {
+        let error = soon(connection.closed()).await;
+        assert!(error.to_string().contains("unpaired by the operator"), "{error}");
+    }
+    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None)))
+        .await
+        .unwrap_err();
+    assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_pairs_only_while_invited() {
+    let (tokyo, oslo) = (Site::new(), Site::new());
+    let (address, key) = (oslo.transport.control_address(), oslo.identity.fingerprint());
+    let error = soon(tokyo.transport.dial_to_pair(address, key)).await.unwrap_err();
+    assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
+
+    oslo.transport.set_invitation(true);
+    let (dialled, accepted) =
+        soon(async { tokio::join!(tokyo.transport.dial_to_pair(address, key), oslo.accepts()) }).await;
+    dialled.unwrap();
+    assert_eq!((accepted.kind, accepted.peer), (ConnectionKind::Pairing, None));
+    assert_eq!(accepted.fingerprint, tokyo.identity.fingerprint());
+
+    oslo.transport.set_invitation(false);
+    assert!(soon(tokyo.transport.dial_to_pair(address, key)).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_certificate_needs_no_new_pairing() {
+    let tokyo = Site::new();
+    // The transport renews on its first check, right after it starts.
+    let oslo = Site::with(SystemTime::now() - Duration::from_secs(85 * 24 * 3600), |_| {});
+    tokyo.trusts(&oslo, "oslo");
+    oslo.trusts(&tokyo, "tokyo");
+    soon(async {
+        while oslo.identity.expires() < SystemTime::now() + Duration::from_secs(80 * 24 * 3600) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    link(&tokyo, &oslo, None).await;
+}
+
+#[tokio::test]
+async fn a_second_gateway_on_the_same_port_is_told_why_it_cannot_start() {
+    let oslo = Site::new();
+    let mut settings = TransportSettings::new(oslo.transport.control_address());
+    settings.bulk_address = Some("127.0.0.1:0".parse().unwrap());
+    let error = Transport::bind(settings, oslo.identity.clone(), oslo.trust.clone()).unwrap_err();
+    assert!(matches!(error, BindError::InUse { .. }), "{error}");
+    assert!(error.to_string().contains("another gateway"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
+    let (tokyo, oslo) = (
+        Site::with(SystemTime::now(), |settings| {
+            settings.idle_timeout = Duration::from_secs(1)
+        }),
+        Site::new(),
+    );
+    tokyo.trusts(&oslo, "oslo");
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address: SocketAddr = silent.local_addr().unwrap();
+    let target = PeerTarget {
+        control_address: address,
+        bulk_address: Some(address),
+        ..oslo.as_target("oslo", None)
+    };
+    let error = soon(tokyo.transport.dial(&target)).await.unwrap_err();
+    assert!(matches!(error.cause, DialCause::NoAnswer), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_longer_than_agreed_is_refused_without_being_kept() {
+    let (tokyo, oslo) = paired();
+    let (dialled, accepted) = link(&tokyo, &oslo, None).await;
+    send_lane(&dialled.bulk, Bytes::from(vec![7; 1001])).await.unwrap();
+    let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
+    assert!(soon(read_lane(lane, 1000)).await.is_err());
+    send_lane(&dialled.bulk, Bytes::from(vec![7; 1000])).await.unwrap();
+    let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
+    assert_eq!(soon(read_lane(lane, 1000)).await.unwrap().len(), 1000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shutting_down_tells_the_peers_and_ends_accept() {
+    let (tokyo, oslo) = paired();
+    let (dialled, _accepted) = link(&tokyo, &oslo, None).await;
+    soon(oslo.transport.shutdown(CloseCode::Draining, "restarting")).await;
+    assert!(soon(dialled.control.closed()).await.to_string().contains("restarting"));
+    assert!(soon(oslo.transport.accept()).await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_whose_sender_gave_up_never_looks_whole() {
+    let (tokyo, oslo) = paired();
+    let (dialled, accepted) = link(&tokyo, &oslo, None).await;
+    // Nobody reads, so a lane longer than the peer's window stays unfinished.
+    let endless = Bytes::from(vec![7; 64 * LANE_BYTES]);
+    let mut sending = Box::pin(send_lane(&dialled.bulk, endless));
+    let lane = soon(async {
+        tokio::select! {
+            _ = &mut sending => panic!("the window ended"),
+            lane = accepted.bulk.accept_uni() => lane.unwrap(),
+        }
+    })
+    .await;
+    drop(sending);
+    assert!(matches!(
+        soon(read_lane(lane, 64 * LANE_BYTES)).await,
+        Err(LaneError::Stopped)
+    ));
+}
