@@ -22,7 +22,7 @@ pub(super) struct LinkRate {
 }
 
 impl LinkRate {
-    fn new(capacity: ByteRate) -> Self {
+    pub(super) fn new(capacity: ByteRate) -> Self {
         Self {
             capacity: AtomicU64::new(capacity.0),
             rate: AtomicU64::new(capacity.0),

@@ -4,8 +4,7 @@
 //! connection (the controller's rate) → peer (the operator's cap) → link (the site's uplink)
 //! ```
 //!
-//! A transmit passes when every bucket on its [`Route`] has credit, and is then charged to all of them with its IP and UDP headers; so
-//! repairs, acknowledgements and handshakes count like everything else. Control and bulk connections to a peer share its
+//! A transmit passes when every bucket on its [`Route`] has credit, and is then charged to all of them with its headers; so repairs, acknowledgements and handshakes count like everything else. Control and bulk connections to a peer share its
 //! bucket, and control may run it into debt by one burst where bulk waits: strict priority without a queue.
 //!
 //! quinn's order of calls is `poll_writable`, then `try_send`, and `poll_writable` again after `WouldBlock`, all in one poll of the
@@ -167,6 +166,9 @@ impl Route {
     }
 }
 
+/// Two addresses and a type.
+const ETHERNET_HEADER: u64 = 14;
+
 /// See the head of this file.
 pub(super) struct PacedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
@@ -239,14 +241,15 @@ pub(super) fn header_bytes(address: SocketAddr) -> u64 {
     if address.ip().to_canonical().is_ipv4() { 28 } else { 48 }
 }
 
-/// Bytes at IP level of all datagrams of `transmit`.
-fn wire_bytes(transmit: &Transmit<'_>) -> u64 {
+/// Bytes that all datagrams of `transmit` take of a link's rate, as `tc` counts it: with the Ethernet header. Most links are
+/// sold and shaped that way; counted at IP level alone, full packets would exceed such a link by 1 %.
+fn link_bytes(transmit: &Transmit<'_>) -> u64 {
     let length = transmit.contents.len();
     let datagrams = transmit
         .segment_size
         .filter(|size| *size > 0)
         .map_or(1, |size| length.div_ceil(size).max(1));
-    length as u64 + datagrams as u64 * header_bytes(transmit.destination)
+    length as u64 + datagrams as u64 * (header_bytes(transmit.destination) + ETHERNET_HEADER)
 }
 
 impl fmt::Debug for PacedSocket {
@@ -281,7 +284,7 @@ impl AsyncUdpSocket for PacedSocket {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.inner.try_send(transmit)?;
-        route.charge(wire_bytes(transmit));
+        route.charge(link_bytes(transmit));
         Ok(())
     }
 
