@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use quinn::congestion::{ControllerFactory, CubicConfig};
+use quinn::congestion::ControllerFactory;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, Runtime, TokioRuntime};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
-use super::congestion::{self, LinkControllerFactory};
+use super::congestion::{self, CubicFactory, LinkControllerFactory};
 use super::identity::Identity;
 use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
 use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
@@ -411,7 +411,7 @@ const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactory + Send + Sync> {
     match rate {
         Some(capacity) => Arc::new(LinkControllerFactory { capacity, rtt }),
-        None => Arc::new(CubicConfig::default()),
+        None => Arc::new(CubicFactory::default()),
     }
 }
 

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::task::coop::unconstrained;
 use tokio::time::Sleep;
 
 use super::congestion::LinkRate;
@@ -385,10 +386,17 @@ impl PacedPoller {
 }
 
 impl UdpPoller for PacedPoller {
+    /// Exempt from tokio's cooperative budget. quinn's driver takes packets in first, one unit of budget each, and asks here with what is
+    /// left; a receiver that is behind has none left, and would send no acknowledgement before it caught up. It then names the
+    /// last 64 ranges only (`MAX_ACK_BLOCKS`), and what it received before them counts as lost: at 1 Gbit/s and 1 % loss, 2000 to
+    /// 5000 packets at a time (2026-11-23).
     fn poll_writable(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        ready!(this.poll_route(cx));
-        this.inner.as_mut().poll_writable(cx)
+        let writable = std::future::poll_fn(|cx| {
+            ready!(this.poll_route(cx));
+            this.inner.as_mut().poll_writable(cx)
+        });
+        pin!(unconstrained(writable)).poll(cx)
     }
 }
 

@@ -305,3 +305,27 @@ fn a_train_of_segments_never_exceeds_what_one_datagram_may_hold() {
         segments * usize::from(MAX_UDP_PAYLOAD) <= 65_507 && (segments + 1) * usize::from(MAX_UDP_PAYLOAD) > 65_507
     );
 }
+
+#[tokio::test]
+async fn a_task_that_used_up_its_budget_may_still_send() {
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let socket = PacedSocket::new(quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, udp).unwrap());
+    let mut poller = socket.create_io_poller();
+    poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
+
+    let (sender, mut events) = tokio::sync::mpsc::unbounded_channel();
+    for event in 0..1_000 {
+        sender.send(event).unwrap();
+    }
+    tokio::spawn(async move {
+        poll_fn(|cx| {
+            while events.poll_recv(cx).is_ready() {}
+            assert!(!events.is_empty(), "the budget ends before the events do");
+            assert!(poller.as_mut().poll_writable(cx).is_ready());
+            Poll::Ready(())
+        })
+        .await;
+    })
+    .await
+    .unwrap();
+}
