@@ -344,7 +344,7 @@ impl DestinationDriver {
 
     async fn acknowledge(&mut self) {
         if let Some(inbound) = &self.inbound {
-            let ack = SessionMessage::Ack { held: inbound.decoded(), vmm_bytes: inbound.vmm_bytes() };
+            let ack = SessionMessage::Ack { held: inbound.decoded(), vmm_bytes: inbound.vmm_bytes(), queued_bytes: inbound.queued_bytes() };
             self.contact.send(&ack).await;
         }
     }

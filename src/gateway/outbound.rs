@@ -61,6 +61,7 @@ struct Shared {
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
+    queued_at_peer: AtomicU64,
     sent_bytes: AtomicU64,
 }
 
@@ -82,6 +83,7 @@ impl Outbound {
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
+            queued_at_peer: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
@@ -167,7 +169,13 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that have been taken from the vmm and not been given to QUIC.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement.
+    pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
+        self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
+        self.shared.to_read.notify_one();
+    }
+
+    /// Bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
     pub(crate) fn backlog_bytes(&self) -> u64 {
         self.shared.backlog()
     }
@@ -216,7 +224,9 @@ impl Shared {
     }
 
     fn backlog(&self) -> u64 {
-        self.session().unsent_bytes() + self.encoding_bytes.load(Ordering::Relaxed)
+        self.session().unsent_bytes()
+            + self.encoding_bytes.load(Ordering::Relaxed)
+            + self.queued_at_peer.load(Ordering::Relaxed)
     }
 }
 

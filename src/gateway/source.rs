@@ -482,9 +482,10 @@ impl SourceDriver {
 
     async fn on_message(&mut self, message: SessionMessage) {
         match message {
-            SessionMessage::Ack { held, vmm_bytes } => {
+            SessionMessage::Ack { held, vmm_bytes, queued_bytes } => {
                 if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
                     copying.delivered(vmm_bytes);
+                    stream.outbound.set_queued_at_peer(queued_bytes);
                     if let Err(error) = stream.outbound.on_ack(&held) {
                         self.fail(error.to_string());
                         self.feed(&SourceEvent::Cancel);

@@ -116,6 +116,13 @@ impl DestinationSession {
         self.next
     }
 
+    /// Bytes of frames that have arrived in order and are not yet taken.
+    #[must_use]
+    pub fn ready_bytes(&self) -> u64 {
+        let in_order = self.waiting.iter().zip(self.next..).take_while(|((sequence, _), next)| *sequence == next);
+        in_order.map(|((_, frame), _)| frame.lane_bytes()).sum()
+    }
+
     /// Bytes that wait out of order.
     #[must_use]
     pub fn waiting_bytes(&self) -> u64 {

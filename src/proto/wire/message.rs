@@ -94,6 +94,9 @@ pub enum SessionMessage {
         held: Held,
         /// Stream bytes that the destination's vmm has taken.
         vmm_bytes: u64,
+        /// Bytes of frames that have arrived in order and wait for the decoder or the vmm: a queue like the source's own, and
+        /// counted with it.
+        queued_bytes: u64,
     },
     /// Destination: this migration cannot succeed any more; the source stays where it is.
     Failed {
@@ -190,7 +193,7 @@ mod tests {
     #[test]
     fn messages_survive_any_slicing_of_the_channel() {
         let messages = [
-            SessionMessage::Ack { held: Held { next: 7, beyond: vec![(9, 12)] }, vmm_bytes: 1 << 40 },
+            SessionMessage::Ack { held: Held { next: 7, beyond: vec![(9, 12)] }, vmm_bytes: 1 << 40, queued_bytes: 9 },
             SessionMessage::Refused { reason: "no room".into() },
             SessionMessage::Loaded,
         ];
