@@ -147,9 +147,9 @@ tests_with_a_choice_of_qemu() {
         name=${main#tests/} name=${name%.rs} name=${name%/main}
         places=("$main")
         [[ ! -d tests/$name ]] || places+=("tests/$name")
-        for module in $(sed -nE 's/^(pub )?mod ([a-z_]+);$/\2/p' "$main"); do
+        while read -r module; do
             [[ ! -d tests/$module ]] || places+=("tests/$module")
-        done
+        done < <(sed -nE 's/^(pub )?mod ([a-z_]+);$/\2/p' "$main")
         ! grep -qR LONGHAUL_TEST_QEMU "${places[@]}" || echo "--test=$name"
     done
 }
