@@ -140,6 +140,20 @@ clean_up() {
     rm -f "$SKIPPED" "$FAILED"
 }
 
+# Prints `--test=NAME` for each family that takes the QEMU to test with from the environment, itself or by a module that it shares.
+tests_with_a_choice_of_qemu() {
+    local main name module places
+    for main in tests/*.rs tests/*/main.rs; do
+        name=${main#tests/} name=${name%.rs} name=${name%/main}
+        places=("$main")
+        [[ ! -d tests/$name ]] || places+=("tests/$name")
+        while read -r module; do
+            [[ ! -d tests/$module ]] || places+=("tests/$module")
+        done < <(sed -nE 's/^(pub )?mod ([a-z_]+);$/\2/p' "$main")
+        ! grep -qR LONGHAUL_TEST_QEMU "${places[@]}" || echo "--test=$name"
+    done
+}
+
 # Leaves out what successful tests have printed. The log has it.
 without_successes() {
     awk '/^successes:$/ { hidden = 1 } /^(failures:|test result:)/ { hidden = 0 } !hidden { print; fflush() }'
