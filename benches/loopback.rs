@@ -120,7 +120,7 @@ async fn transfer(link: &PeerLink, arriving: &PeerConnection, data: &Bytes, lane
     };
     let send = async {
         for _ in 0..lanes {
-            send_lane(&link.bulk, data.clone()).await.unwrap();
+            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
         }
     };
     tokio::join!(receive, send);
@@ -197,7 +197,7 @@ async fn send(dir: &Path, address: SocketAddr, rate: &str, rtt: &str, seconds: &
     let mut sent = 0_u64;
     let offering = async {
         while Instant::now() < end {
-            send_lane(&link.bulk, data.clone()).await.unwrap();
+            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
             sent += data.len() as u64;
         }
     };

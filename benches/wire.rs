@@ -48,6 +48,7 @@ fn messages(criterion: &mut Criterion) {
     let ack = SessionMessage::Ack {
         held: Held { next: 1000, beyond },
         vmm_bytes: 1 << 40,
+        queued_bytes: 1 << 20,
     };
     let offer = Request::Open(Offer {
         migration: MigrationId([7; 16]),

@@ -153,7 +153,7 @@ async fn transfer(from: &PeerLink, to: &PeerLink, lanes: u32) {
     };
     let send = async {
         for number in 0..lanes {
-            send_lane(&from.bulk, lane_content(number, LANE_BYTES)).await.unwrap();
+            send_lane(&from.bulk, &mut [lane_content(number, LANE_BYTES)]).await.unwrap();
         }
     };
     soon(async { tokio::join!(receive, send) }).await;
@@ -324,10 +324,10 @@ async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
 async fn a_lane_longer_than_agreed_is_refused_without_being_kept() {
     let (tokyo, oslo) = paired();
     let (dialled, accepted) = link(&tokyo, &oslo, None).await;
-    send_lane(&dialled.bulk, Bytes::from(vec![7; 1001])).await.unwrap();
+    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1001])]).await.unwrap();
     let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
     assert!(soon(read_lane(lane, 1000)).await.is_err());
-    send_lane(&dialled.bulk, Bytes::from(vec![7; 1000])).await.unwrap();
+    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1000])]).await.unwrap();
     let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
     assert_eq!(soon(read_lane(lane, 1000)).await.unwrap().len(), 1000);
 }
@@ -347,7 +347,8 @@ async fn a_lane_whose_sender_gave_up_never_looks_whole() {
     let (dialled, accepted) = link(&tokyo, &oslo, None).await;
     // Nobody reads, so a lane longer than the peer's window stays unfinished.
     let endless = Bytes::from(vec![7; 64 * LANE_BYTES]);
-    let mut sending = Box::pin(send_lane(&dialled.bulk, endless));
+    let mut endless = [endless];
+    let mut sending = Box::pin(send_lane(&dialled.bulk, &mut endless));
     let lane = soon(async {
         tokio::select! {
             _ = &mut sending => panic!("the window ended"),

@@ -188,6 +188,7 @@ fn session_messages_of_version_1_have_these_bytes() {
         SessionMessage::Ack {
             held,
             vmm_bytes: 1 << 40,
+            queued_bytes: 5,
         },
         SessionMessage::Failed {
             reason: "the hypervisor ended".into(),

@@ -19,6 +19,7 @@ use crate::proto::reduce::PageCounts;
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
+use crate::transport::{LaneError, send_lane};
 
 /// Most bytes that are read from a vmm at once; one batch of the encoder.
 const READ_BYTES: usize = 256 << 10;
@@ -108,7 +109,7 @@ impl Outbound {
     ///
     /// # Errors
     /// The connection's, as text for the operator.
-    pub(crate) async fn send(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), SendError> {
+    pub(crate) async fn send(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
         let shared = &self.shared;
         loop {
             if shared.stopped.load(Ordering::Acquire) {
@@ -127,10 +128,7 @@ impl Outbound {
             for shaper in shapers {
                 shaper.admit(bytes).await;
             }
-            let mut lane = connection.open_uni().await?;
-            lane.write_all_chunks(&mut [frame.encode_header(), frame.payload]).await?;
-            // Finishing can only fail where the peer has stopped the lane, and then the connection is on its way down.
-            let _ = lane.finish();
+            send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.to_read.notify_one();
         }
@@ -303,15 +301,4 @@ impl Shared {
         drop(session);
         self.to_send.notify_one();
     }
-}
-
-/// Frames cannot be sent over this connection any more.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SendError {
-    /// The connection is lost.
-    #[error("the connection to the peer is lost: {0}")]
-    Connection(#[from] quinn::ConnectionError),
-    /// The peer refused a lane.
-    #[error("the peer refused a lane: {0}")]
-    Lane(#[from] quinn::WriteError),
 }
