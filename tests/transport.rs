@@ -1,5 +1,9 @@
 //! Two sites' transports over real UDP on loopback.
-#![expect(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests read the clock, and fail by panicking")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "tests read the clock, and fail by panicking"
+)]
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -154,7 +158,7 @@ async fn two_paired_sites_connect_and_know_each_other_by_name() {
         "each on a socket of its own"
     );
 
-    let (mut send, mut recv) = soon(dialled.control.open_bi()).await.unwrap();
+    let (mut send, _recv) = soon(dialled.control.open_bi()).await.unwrap();
     send.write_all(b"hello").await.unwrap();
     let (_, mut at_oslo) = soon(accepted.control.accept_bi()).await.unwrap();
     let mut hello = [0; 5];
@@ -163,14 +167,14 @@ async fn two_paired_sites_connect_and_know_each_other_by_name() {
     drop(send);
 
     dialled.close(CloseCode::Draining, "until tomorrow");
-    let ConnectionError::ApplicationClosed(close) = soon(accepted.control.closed()).await else {
-        panic!("not closed by the peer");
+    let close = match soon(accepted.control.closed()).await {
+        ConnectionError::ApplicationClosed(close) => close,
+        other => panic!("closed by {other}"),
     };
     assert_eq!(
         (close.error_code, &close.reason[..]),
         (CloseCode::Draining.into(), &b"until tomorrow"[..])
     );
-    assert!(soon(recv.read_to_end(1)).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use super::vm_context::VmContext;
 use crate::config::Vm;
 use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu::{
-    DestinationError, DestinationVm, Launch, LaunchTemplate, LaunchValues, Loaded, RunState, VmInventory,
+    DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory,
 };
 use crate::proto::ownership::VmmFact;
 
@@ -70,8 +70,8 @@ impl DestinationVmm {
     /// A sentence for both operators.
     pub(crate) async fn start(config: &Vm, socket: &Path, log: PathBuf) -> Result<Self, String> {
         let vm = match &config.command {
-            Some(command) => {
-                let template = LaunchTemplate::parse(command.clone()).map_err(|error| error.to_string())?;
+            Some(template) => {
+                let template = template.clone();
                 let values =
                     LaunchValues::new(&config.name, &config.qmp, socket).map_err(|error| error.to_string())?;
                 let launch = Launch { template, values, log: log.clone(), ready_within: READY_WITHIN };
@@ -92,9 +92,7 @@ impl DestinationVmm {
     pub(crate) async fn could_start(config: &Vm) -> Result<(), String> {
         let answers = DestinationVm::connect(&config.qmp, DEADLINE).await;
         match (&config.command, answers) {
-            (Some(command), Err(_)) => {
-                LaunchTemplate::parse(command.clone()).map(drop).map_err(|error| error.to_string())
-            }
+            (Some(_), Err(_)) => Ok(()),
             (Some(_), Ok(_)) => Err(format!(
                 "a hypervisor answers on {} already: {} may run there",
                 config.qmp.display(),

@@ -68,6 +68,19 @@ impl Process {
         }
     }
 
+    /// Its process id, as long as it has not been waited for.
+    pub(super) fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits until the process has ended.
+    pub(super) async fn wait(&mut self) -> Result<ExitStatus, ProcessError> {
+        self.child.wait().await.map_err(|source| ProcessError::Unstarted {
+            name: self.name.clone(),
+            source,
+        })
+    }
+
     /// The last lines that the process said.
     pub(super) fn said(&self) -> String {
         last_lines(&self.log)
