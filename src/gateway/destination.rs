@@ -15,8 +15,9 @@ use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::ActiveMigration;
+use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -158,29 +159,20 @@ impl DestinationDriver {
         }
         self.decided_at = Some(super::clock::now());
         self.entry.set_advice(None);
-        match verdict {
-            Verdict::Running => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "the VM is here");
-                if let Some(vmm) = &mut self.vmm {
-                    vmm.settle().await;
-                }
-            }
-            Verdict::Aborted(reason) => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "aborted: {reason}");
-            }
-            Verdict::Reverted => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "given back to the source");
-            }
+        let (outcome, reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
+        tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %outcome, "{reason}");
+        if verdict == Verdict::Running
+            && let Some(vmm) = &mut self.vmm
+        {
+            vmm.settle().await;
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
         if let Some(active) = self.active.take() {
-            active.ended(match verdict {
-                Verdict::Running => Outcome::Completed,
-                Verdict::Aborted(_) | Verdict::Reverted => Outcome::Failed,
-            });
+            active.ended(outcome);
         }
-        self.entry.finish(None, super::clock::now());
+        let now = super::clock::now();
+        self.entry.finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {
@@ -450,5 +442,15 @@ impl DestinationDriver {
     async fn fail(&mut self, reason: String) {
         tracing::warn!(migration = %self.entry.migration, vm = self.entry.vm, "{reason}");
         self.contact.send(&SessionMessage::Failed { reason }).await;
+    }
+}
+
+/// What a verdict means to whoever looks from this end, and the sentence that says it.
+pub(super) fn outcome_of(verdict: Verdict, vm: &str, site: &str) -> (Outcome, String) {
+    match verdict {
+        Verdict::Running => (Outcome::Completed, format!("{vm} is at {site}")),
+        Verdict::Aborted(reason @ AbortReason::Cancelled) => (Outcome::Cancelled, reason.to_string()),
+        Verdict::Aborted(reason) => (Outcome::Failed, reason.to_string()),
+        Verdict::Reverted => (Outcome::Failed, format!("{vm} could not be started at {site} and was given back")),
     }
 }

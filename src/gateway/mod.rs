@@ -20,6 +20,7 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
+mod history;
 mod inbound;
 mod journal;
 pub(crate) mod links;
@@ -101,6 +102,7 @@ pub async fn run(
         .await
         .expect("opening a journal does not panic")?;
     let open = journal.open_migrations();
+    let ended = history::reports(journal.records(), &config.site);
     let journal = JournalHandle::spawn(journal);
     remove_left_over_sockets(&config);
 
@@ -141,6 +143,9 @@ pub async fn run(
         draining: drain.clone(),
     });
 
+    for (role, report) in ended {
+        core.registry.remember(report, role, clock::now());
+    }
     recovery::recover_all(&core, open).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),

@@ -59,7 +59,9 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
     driver.look_for_peer();
     let core = Arc::clone(core);
     tokio::spawn(async move {
-        let end = driver.run(None).await;
+        let mut end = driver.run(None).await;
+        let restarted = "this gateway was restarted in the middle of it";
+        end.reason.get_or_insert_with(|| restarted.to_owned());
         migrate::finish(&core, &entry, end, None);
     });
     Ok(())
