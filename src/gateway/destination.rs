@@ -10,6 +10,7 @@ use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::inbound::{Inbound, Progress, Shelf};
+use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
@@ -17,7 +18,8 @@ use crate::api::{self, Outcome, Phase};
 use crate::metrics::ActiveMigration;
 use crate::migrate;
 use crate::proto::ownership::{
-    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
+    StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -69,6 +71,8 @@ pub(crate) struct DestinationDriver {
     active: Option<ActiveMigration>,
     stream_ended: bool,
     tail_released: bool,
+    /// There was contact with the source, and it was lost.
+    was_left: bool,
 }
 
 /// What a driver begins with.
@@ -113,6 +117,7 @@ impl DestinationDriver {
             active,
             stream_ended: false,
             tail_released: false,
+            was_left: false,
         }
     }
 
@@ -145,8 +150,11 @@ impl DestinationDriver {
     }
 
     fn is_over(&self) -> bool {
-        if matches!(self.machine.state(), DestinationState::Settled(_) | DestinationState::JournalLost) {
-            return true;
+        match self.machine.state() {
+            DestinationState::Settled(_) | DestinationState::JournalLost => return true,
+            // Asked about a migration that was never here, and then not even that.
+            DestinationState::New if self.was_left => return true,
+            _ => {}
         }
         self.decided_at.is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
     }
@@ -244,8 +252,14 @@ impl DestinationDriver {
             context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
             unix_ms: super::clock::unix_ms(),
         };
+        let names_vmm = record.kind == RecordKind::Prepared;
         let event = match self.core.journal.append(record).await {
-            Ok(()) => DestinationEvent::Recorded,
+            Ok(()) => {
+                if names_vmm {
+                    launches::end(&self.core, self.entry.migration);
+                }
+                DestinationEvent::Recorded
+            }
             Err(error) => {
                 self.fail(error.to_string()).await;
                 DestinationEvent::JournalFailed
@@ -376,12 +390,38 @@ impl DestinationDriver {
             ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
                 self.contact.drop_channel();
                 self.last_contact = super::clock::now();
+                self.was_left = true;
                 if self.machine.verdict().is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
                 }
+                // It is the source that comes back. One that has forgotten the migration does not, and would be waited for.
+                self.contact.enquire(
+                    Arc::clone(&self.core.links),
+                    self.entry.peer.clone(),
+                    self.entry.migration,
+                );
             }
-            ContactEvent::Made { .. } | ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+            ContactEvent::GivenUp { journal } if !self.contact.is_made() => self.on_given_up(journal),
+            ContactEvent::Made { .. }
+            | ContactEvent::Message { .. }
+            | ContactEvent::Lost { .. }
+            | ContactEvent::GivenUp { .. } => {}
         }
+    }
+
+    /// The source has nothing open of this migration: it has given it up, or knows the verdict. What it would say, had it found
+    /// us, is said for it.
+    fn on_given_up(&mut self, journal: JournalId) {
+        let event = match self.machine.state() {
+            _ if journal != self.source_journal => DestinationEvent::Contact { journal },
+            DestinationState::Decided(_) => DestinationEvent::Received(Message::Settled),
+            DestinationState::Preparing { .. }
+            | DestinationState::Receiving { .. }
+            | DestinationState::Loading { .. } => DestinationEvent::Received(Message::Cancel),
+            _ => return,
+        };
+        tracing::info!(migration = %self.entry.migration, peer = self.entry.peer, "the source does not drive it any more");
+        self.feed(&event);
     }
 
     async fn on_attachment(&mut self, attachment: Attachment) {

@@ -23,6 +23,7 @@ mod directory;
 mod history;
 mod inbound;
 mod journal;
+mod launches;
 pub(crate) mod links;
 mod memory;
 mod offer;
@@ -143,6 +144,7 @@ pub async fn run(
         draining: drain.clone(),
     });
 
+    launches::end_unrecorded(&core).await;
     for (role, report) in ended {
         core.registry.remember(report, role, clock::now());
     }
@@ -200,6 +202,11 @@ impl Core {
     /// Where a vmm that this gateway starts writes its output.
     pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
         self.config.state_dir.join(format!("vmm-{migration}.log"))
+    }
+
+    /// Says, while it exists, that a vmm is being started for a migration that the journal does not know yet.
+    pub(crate) fn launch_marker(&self, migration: MigrationId) -> PathBuf {
+        self.config.state_dir.join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
