@@ -418,22 +418,11 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     entry.finish(Some(report), now);
 }
 
-fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, reason: String) -> Report {
+/// A report without figures, of a migration that did not carry any or is seen from its other end.
+pub(crate) fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, reason: String) -> Report {
     Report {
-        migration: entry.migration,
-        vm: entry.vm.clone(),
-        peer: entry.peer.clone(),
-        outcome,
-        reason,
         total_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
-        downtime_seconds: None,
-        rounds: Vec::new(),
-        vmm_bytes: 0,
-        wire_bytes: 0,
-        reduction_ratio: 1.0,
-        pages: api::Pages::default(),
-        stream_digest: None,
-        forecast: None,
+        ..Report::without_figures(entry.migration, &entry.vm, &entry.peer, outcome, reason)
     }
 }
 

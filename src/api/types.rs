@@ -334,6 +334,35 @@ pub struct Report {
     pub forecast: Option<Forecast>,
 }
 
+impl Report {
+    /// Of a migration that carried nothing, or whose figures are not known here.
+    #[must_use]
+    pub fn without_figures(
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        outcome: Outcome,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self {
+            migration,
+            vm: vm.to_owned(),
+            peer: peer.to_owned(),
+            outcome,
+            reason: reason.into(),
+            total_seconds: 0.0,
+            downtime_seconds: None,
+            rounds: Vec::new(),
+            vmm_bytes: 0,
+            wire_bytes: 0,
+            reduction_ratio: 1.0,
+            pages: Pages::default(),
+            stream_digest: None,
+            forecast: None,
+        }
+    }
+}
+
 /// One line of the stream that follows a migration: `{"progress": {…}}`, `{"notice": "…"}`, and as the last `{"report":
 /// {…}}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

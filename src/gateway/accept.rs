@@ -68,6 +68,10 @@ async fn serve(
     match request {
         Request::Hello(_) => reply(channel, Reply::Refused("the hello came twice".to_owned())).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
+        Request::Drives { migration } => {
+            let drives = recovery::drives(core, peer, migration).await;
+            reply(channel, Reply::Drives(drives)).await
+        }
         Request::Check(offered) => {
             let core = Arc::clone(core);
             let peer = peer.to_owned();

@@ -8,8 +8,8 @@ use tokio::task::AbortHandle;
 
 use super::channel::{Channel, ChannelError, ChannelSender};
 use super::links::{Link, LinkError, Links};
-use crate::proto::page::MigrationId;
-use crate::proto::wire::message::Held;
+use crate::proto::page::{JournalId, MigrationId};
+use crate::proto::wire::message::{Held, Reply};
 use crate::proto::wire::{Request, SessionMessage};
 
 /// First and longest pause between attempts to reach the peer.
@@ -29,6 +29,8 @@ pub(crate) enum ContactEvent {
     Message { channel: u64, message: SessionMessage },
     /// The channel of this number is gone.
     Lost { channel: u64, reason: String },
+    /// The source has been asked and does not drive the migration any more; its journal is this one.
+    GivenUp { journal: JournalId },
 }
 
 /// The sending half of the current channel, if there is one.
@@ -50,6 +52,7 @@ impl Contact {
     pub(crate) fn adopt(&mut self, channel: Channel) {
         let Channel { sender, receiver } = channel;
         self.drop_channel();
+        self.stop_search();
         self.channel += 1;
         self.sender = Some(sender);
         let number = self.channel;
@@ -109,18 +112,22 @@ impl Contact {
         self.stop_search();
         let events = self.events.clone();
         let task = tokio::spawn(async move {
-            let mut pause = RETRY_FIRST;
-            loop {
-                match attach(&links, &peer, migration, epoch).await {
-                    Ok(made) => {
-                        let _ = events.send(made).await;
-                        return;
-                    }
-                    Err(error) => tracing::debug!(%migration, peer, "no contact: {error}"),
-                }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_LONGEST);
-            }
+            let attempt = || attach(&links, &peer, migration, epoch);
+            let made = repeat(&links, &peer, migration, attempt).await;
+            let _ = events.send(made).await;
+        });
+        self.search = Some(task.abort_handle());
+    }
+
+    /// Asks a source that has gone, until there is a channel again, whether it still drives the migration. Where it does not,
+    /// that comes as [`ContactEvent::GivenUp`].
+    pub(crate) fn enquire(&mut self, links: Arc<Links>, peer: String, migration: MigrationId) {
+        self.stop_search();
+        let events = self.events.clone();
+        let task = tokio::spawn(async move {
+            let attempt = || ask(&links, &peer, migration);
+            let given_up = repeat(&links, &peer, migration, attempt).await;
+            let _ = events.send(given_up).await;
         });
         self.search = Some(task.abort_handle());
     }
@@ -136,6 +143,35 @@ impl Drop for Contact {
     fn drop(&mut self) {
         self.drop_channel();
         self.stop_search();
+    }
+}
+
+/// Attempts until one succeeds. Each has its time: a peer that was away when an attempt began is called anew rather than
+/// waited for, since QUIC doubles the pauses between its calls.
+async fn repeat<F: Future<Output = Result<ContactEvent, AttachError>>>(
+    links: &Links,
+    peer: &str,
+    migration: MigrationId,
+    attempt: impl Fn() -> F,
+) -> ContactEvent {
+    let mut pause = RETRY_FIRST;
+    loop {
+        match tokio::time::timeout(links.patience(peer), attempt()).await {
+            Ok(Ok(event)) => return event,
+            Ok(Err(error)) => tracing::debug!(%migration, peer, "no contact: {error}"),
+            Err(_) => tracing::debug!(%migration, peer, "no contact: no answer in time"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LONGEST);
+    }
+}
+
+async fn ask(links: &Links, peer: &str, migration: MigrationId) -> Result<ContactEvent, AttachError> {
+    let link = links.link(peer).await?;
+    match Channel::ask(link.control(), &Request::Drives { migration }).await? {
+        Reply::Drives(false) => Ok(ContactEvent::GivenUp { journal: link.peer_journal() }),
+        Reply::Drives(true) => Err(AttachError::StillDriven),
+        _ => Err(ChannelError::Closed.into()),
     }
 }
 
@@ -162,4 +198,6 @@ enum AttachError {
     Channel(#[from] ChannelError),
     #[error("the peer refused: {reason}")]
     Refused { reason: String },
+    #[error("the peer still drives the migration")]
+    StillDriven,
 }

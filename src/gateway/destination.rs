@@ -10,13 +10,16 @@ use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::inbound::{Inbound, Progress, Shelf};
+use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::ActiveMigration;
+use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
+    StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -68,6 +71,8 @@ pub(crate) struct DestinationDriver {
     active: Option<ActiveMigration>,
     stream_ended: bool,
     tail_released: bool,
+    /// There was contact with the source, and it was lost.
+    was_left: bool,
 }
 
 /// What a driver begins with.
@@ -112,6 +117,7 @@ impl DestinationDriver {
             active,
             stream_ended: false,
             tail_released: false,
+            was_left: false,
         }
     }
 
@@ -144,8 +150,11 @@ impl DestinationDriver {
     }
 
     fn is_over(&self) -> bool {
-        if matches!(self.machine.state(), DestinationState::Settled(_) | DestinationState::JournalLost) {
-            return true;
+        match self.machine.state() {
+            DestinationState::Settled(_) | DestinationState::JournalLost => return true,
+            // Asked about a migration that was never here, and then not even that.
+            DestinationState::New if self.was_left => return true,
+            _ => {}
         }
         self.decided_at.is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
     }
@@ -158,29 +167,20 @@ impl DestinationDriver {
         }
         self.decided_at = Some(super::clock::now());
         self.entry.set_advice(None);
-        match verdict {
-            Verdict::Running => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "the VM is here");
-                if let Some(vmm) = &mut self.vmm {
-                    vmm.settle().await;
-                }
-            }
-            Verdict::Aborted(reason) => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "aborted: {reason}");
-            }
-            Verdict::Reverted => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "given back to the source");
-            }
+        let (outcome, reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
+        tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %outcome, "{reason}");
+        if verdict == Verdict::Running
+            && let Some(vmm) = &mut self.vmm
+        {
+            vmm.settle().await;
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
         if let Some(active) = self.active.take() {
-            active.ended(match verdict {
-                Verdict::Running => Outcome::Completed,
-                Verdict::Aborted(_) | Verdict::Reverted => Outcome::Failed,
-            });
+            active.ended(outcome);
         }
-        self.entry.finish(None, super::clock::now());
+        let now = super::clock::now();
+        self.entry.finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {
@@ -252,8 +252,14 @@ impl DestinationDriver {
             context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
             unix_ms: super::clock::unix_ms(),
         };
+        let names_vmm = record.kind == RecordKind::Prepared;
         let event = match self.core.journal.append(record).await {
-            Ok(()) => DestinationEvent::Recorded,
+            Ok(()) => {
+                if names_vmm {
+                    launches::end(&self.core, self.entry.migration);
+                }
+                DestinationEvent::Recorded
+            }
             Err(error) => {
                 self.fail(error.to_string()).await;
                 DestinationEvent::JournalFailed
@@ -384,12 +390,38 @@ impl DestinationDriver {
             ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
                 self.contact.drop_channel();
                 self.last_contact = super::clock::now();
+                self.was_left = true;
                 if self.machine.verdict().is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
                 }
+                // It is the source that comes back. One that has forgotten the migration does not, and would be waited for.
+                self.contact.enquire(
+                    Arc::clone(&self.core.links),
+                    self.entry.peer.clone(),
+                    self.entry.migration,
+                );
             }
-            ContactEvent::Made { .. } | ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+            ContactEvent::GivenUp { journal } if !self.contact.is_made() => self.on_given_up(journal),
+            ContactEvent::Made { .. }
+            | ContactEvent::Message { .. }
+            | ContactEvent::Lost { .. }
+            | ContactEvent::GivenUp { .. } => {}
         }
+    }
+
+    /// The source has nothing open of this migration: it has given it up, or knows the verdict. What it would say, had it found
+    /// us, is said for it.
+    fn on_given_up(&mut self, journal: JournalId) {
+        let event = match self.machine.state() {
+            _ if journal != self.source_journal => DestinationEvent::Contact { journal },
+            DestinationState::Decided(_) => DestinationEvent::Received(Message::Settled),
+            DestinationState::Preparing { .. }
+            | DestinationState::Receiving { .. }
+            | DestinationState::Loading { .. } => DestinationEvent::Received(Message::Cancel),
+            _ => return,
+        };
+        tracing::info!(migration = %self.entry.migration, peer = self.entry.peer, "the source does not drive it any more");
+        self.feed(&event);
     }
 
     async fn on_attachment(&mut self, attachment: Attachment) {
@@ -450,5 +482,15 @@ impl DestinationDriver {
     async fn fail(&mut self, reason: String) {
         tracing::warn!(migration = %self.entry.migration, vm = self.entry.vm, "{reason}");
         self.contact.send(&SessionMessage::Failed { reason }).await;
+    }
+}
+
+/// What a verdict means to whoever looks from this end, and the sentence that says it.
+pub(super) fn outcome_of(verdict: Verdict, vm: &str, site: &str) -> (Outcome, String) {
+    match verdict {
+        Verdict::Running => (Outcome::Completed, format!("{vm} is at {site}")),
+        Verdict::Aborted(reason @ AbortReason::Cancelled) => (Outcome::Cancelled, reason.to_string()),
+        Verdict::Aborted(reason) => (Outcome::Failed, reason.to_string()),
+        Verdict::Reverted => (Outcome::Failed, format!("{vm} could not be started at {site} and was given back")),
     }
 }

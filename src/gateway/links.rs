@@ -83,6 +83,12 @@ impl Links {
         slot.as_ref().filter(|link| link.is_alive()).cloned()
     }
 
+    /// How long to wait for a link and one answer on it: eight trips there and back, with time for a lost packet.
+    pub(crate) fn patience(&self, peer: &str) -> Duration {
+        let rtt = self.config.peer(peer).and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt);
+        Duration::from_secs(2) + rtt * 8
+    }
+
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let target = self.target(peer).await?;
         let name = || peer.to_owned();

@@ -20,8 +20,10 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
+mod history;
 mod inbound;
 mod journal;
+mod launches;
 pub(crate) mod links;
 mod memory;
 mod offer;
@@ -101,6 +103,7 @@ pub async fn run(
         .await
         .expect("opening a journal does not panic")?;
     let open = journal.open_migrations();
+    let ended = history::reports(journal.records(), &config.site);
     let journal = JournalHandle::spawn(journal);
     remove_left_over_sockets(&config);
 
@@ -141,6 +144,10 @@ pub async fn run(
         draining: drain.clone(),
     });
 
+    launches::end_unrecorded(&core).await;
+    for (role, report) in ended {
+        core.registry.remember(report, role, clock::now());
+    }
     recovery::recover_all(&core, open).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
@@ -195,6 +202,11 @@ impl Core {
     /// Where a vmm that this gateway starts writes its output.
     pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
         self.config.state_dir.join(format!("vmm-{migration}.log"))
+    }
+
+    /// Says, while it exists, that a vmm is being started for a migration that the journal does not know yet.
+    pub(crate) fn launch_marker(&self, migration: MigrationId) -> PathBuf {
+        self.config.state_dir.join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.

@@ -8,8 +8,10 @@ use super::Core;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
-use crate::api::{Phase, Role};
+use super::launches;
+use crate::api::{Outcome, Phase, Role};
 use crate::config::Vm;
+use crate::migrate;
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::reduce::DictionaryLimits;
@@ -97,7 +99,10 @@ async fn accept(
     let vmm = match started {
         Ok(started) => started,
         Err(reason) => {
-            entry.finish(None, super::clock::now());
+            launches::end(core, offer.migration);
+            let now = super::clock::now();
+            let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
+            entry.finish(Some(report), now);
             return Err(reason);
         }
     };
@@ -134,6 +139,7 @@ async fn start_vm(
     source: &VmInventory,
 ) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
+    launches::begin(core, offer.migration)?;
     let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {
         Ok(inventory) => compare(source, &inventory),

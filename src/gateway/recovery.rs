@@ -10,13 +10,14 @@ use tokio::sync::mpsc;
 use super::Core;
 use super::destination_vmm::DestinationVmm;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
+use super::registry::Entry;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
 use super::vm_context::VmContext;
 use crate::api::{self, Phase};
 use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, VmmFact,
+    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, Standing, VmmFact,
 };
 use crate::proto::page::MigrationId;
 
@@ -59,7 +60,9 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
     driver.look_for_peer();
     let core = Arc::clone(core);
     tokio::spawn(async move {
-        let end = driver.run(None).await;
+        let mut end = driver.run(None).await;
+        let restarted = "this gateway was restarted in the middle of it";
+        end.reason.get_or_insert_with(|| restarted.to_owned());
         migrate::finish(&core, &entry, end, None);
     });
     Ok(())
@@ -127,6 +130,18 @@ pub(crate) async fn answer_for(
         decoder: None,
         window_bytes: 0,
     })
+}
+
+/// Whether a migration to `peer` is still under way at its source, which is here. One of which nothing is known is over: a source
+/// records that it begins before it lets its vmm begin, and an entry is there before the destination is asked at all.
+pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> bool {
+    let is_entry = |entry: &Entry| entry.role == api::Role::Source && entry.peer == peer && !entry.has_ended();
+    if core.registry.get(migration).is_some_and(|entry| is_entry(&entry)) {
+        return true;
+    }
+    let records = core.journal.records_of(migration).await;
+    let mut records = records.iter().filter(|record| record.role == Role::Source && record.peer == peer).peekable();
+    records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
 fn start_destination(

@@ -91,6 +91,15 @@ impl Registry {
         Self::push(&mut self.entries(), migration, vm, peer, role, now)
     }
 
+    /// An entry for a migration that was over before this process began.
+    pub(crate) fn remember(&self, report: Report, role: Role, now: Instant) {
+        let seconds = report.total_seconds;
+        let mut entries = self.entries();
+        let (entry, _) = Self::push(&mut entries, report.migration, &report.vm, &report.peer, role, now);
+        entry.finish(Some(report), now);
+        entry.state().ended_after = Some(seconds);
+    }
+
     fn push(
         entries: &mut VecDeque<Arc<Entry>>,
         migration: MigrationId,
@@ -99,6 +108,8 @@ impl Registry {
         role: Role,
         now: Instant,
     ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        // What is known of its past gives way to what is going on: a peer has asked once more.
+        entries.retain(|entry| entry.migration != migration || entry.role != role || !entry.has_ended());
         let (resolutions, orders) = mpsc::channel(1);
         let entry = Arc::new(Entry {
             migration,

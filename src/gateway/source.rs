@@ -34,6 +34,9 @@ use crate::shaper::Shaper;
 /// How long pre-copy waits for the peer to come back before it is given up; the VM runs on all the while.
 const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 
+/// The same once the guest stands still: it is let go on soon, since it could not be handed over.
+const LONGEST_PAUSED_SILENCE: Duration = Duration::from_secs(2);
+
 /// Between looks at the vmm while the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -476,7 +479,7 @@ impl SourceDriver {
                     self.look_for_peer();
                 }
             }
-            ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+            ContactEvent::Message { .. } | ContactEvent::Lost { .. } | ContactEvent::GivenUp { .. } => {}
         }
     }
 
@@ -538,12 +541,9 @@ impl SourceDriver {
         let now = super::clock::now();
         if let Some(since) = self.lost_contact {
             let before_permit = matches!(self.machine.state(), SourceState::Copying(_) | SourceState::Starting { .. });
-            if before_permit && now.saturating_duration_since(since) > LONGEST_SILENCE {
-                self.fail(format!(
-                    "the peer {} could not be reached for {} s",
-                    self.entry.peer,
-                    LONGEST_SILENCE.as_secs()
-                ));
+            let longest = if self.stopped_at.is_some() { LONGEST_PAUSED_SILENCE } else { LONGEST_SILENCE };
+            if before_permit && now.saturating_duration_since(since) > longest {
+                self.fail(format!("the peer {} could not be reached for {} s", self.entry.peer, longest.as_secs()));
                 self.feed(&SourceEvent::Cancel);
                 return;
             }

@@ -6,6 +6,8 @@
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
 //!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
+//! channel:  destination                              source
+//!           Drives                                  ─▶ Reply::Drives
 //! ```
 //!
 //! A message is a 32-bit little-endian length and that many bytes in postcard's encoding (version 1 of its wire format). Each
@@ -41,6 +43,11 @@ pub enum Request {
     },
     /// Measures the way there and back; the answer is the same number.
     Ping(u64),
+    /// A destination that has heard nothing for a while: does the source still drive this migration?
+    Drives {
+        /// The migration.
+        migration: MigrationId,
+    },
 }
 
 /// Answer to a request that opens no session.
@@ -54,6 +61,8 @@ pub enum Reply {
     Refused(String),
     /// The number of the ping.
     Pong(u64),
+    /// No: it has nothing open of that name, so there is no PERMIT that the destination has not answered, and there will be none.
+    Drives(bool),
 }
 
 /// A migration, as the source describes it.
