@@ -159,7 +159,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         budget,
         costs,
         deadline: deadline.map(|deadline| now + deadline),
-        shaper: Arc::new(Shaper::new(cap)),
+        shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
         cap,
         dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
         memory_bytes,

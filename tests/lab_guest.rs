@@ -164,9 +164,9 @@ async fn the_guest_finds_a_page_that_was_changed_behind_its_back() {
     let files = GuestFiles::named(directory.path(), "vm");
     let mut argv = argv_launch.command(&files, Start::Boot);
     argv.push("-object".to_owned());
-    let size = launch.dials.memory_mb;
+    let size = argv[argv.iter().position(|argument| argument == "-m").unwrap() + 1].clone();
     argv.push(format!(
-        "memory-backend-file,id=ram,size={size}M,share=on,mem-path={}",
+        "memory-backend-file,id=ram,size={size},share=on,mem-path={}",
         memory.display()
     ));
     let child = Command::new(&argv[0])

@@ -1,5 +1,9 @@
 //! Two sites' transports over real UDP on loopback.
-#![expect(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests read the clock, and fail by panicking")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "tests read the clock, and fail by panicking"
+)]
 
 use std::future::Future;
 use std::net::SocketAddr;

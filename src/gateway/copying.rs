@@ -12,12 +12,15 @@ use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::precopy::{Budget, Decision, FixedCosts, GoodputMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample};
+use crate::proto::precopy::{Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample};
 use crate::proto::reduce::DictionaryLimits;
 use crate::shaper::Shaper;
 
 /// What may wait unsent in the gateway, in time: the vmm believes that it has been carried.
 const BACKLOG: Duration = Duration::from_millis(50);
+
+/// Room in QUIC's send window for lanes that wait for a lost packet: they are held whole until it is repaired.
+const LANES_IN_REPAIR: u64 = 4 << 20;
 
 /// Assumed until a rate is measured or configured.
 const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
@@ -35,9 +38,10 @@ pub(crate) struct Copying {
     costs: FixedCosts,
     tracker: ProgressTracker,
     goodput: GoodputMeter,
+    path: PathMeter,
     ratio: RatioMeter,
     rounds: Rounds,
-    shaper: Arc<Shaper>,
+    shaper: Option<Arc<Shaper>>,
     cap: Option<ByteRate>,
     dictionary: Option<DictionaryLimits>,
     memory_bytes: u64,
@@ -57,7 +61,7 @@ pub(crate) struct CopyingStart {
     pub(crate) budget: Budget,
     pub(crate) costs: FixedCosts,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) shaper: Arc<Shaper>,
+    pub(crate) shaper: Option<Arc<Shaper>>,
     /// Cap of this migration, where there is one.
     pub(crate) cap: Option<ByteRate>,
     pub(crate) dictionary: Option<DictionaryLimits>,
@@ -84,6 +88,7 @@ impl Copying {
             costs: start.costs,
             tracker: ProgressTracker::default(),
             goodput: GoodputMeter::default(),
+            path: PathMeter::default(),
             ratio: RatioMeter::default(),
             rounds: Rounds::new(start.now),
             shaper: start.shaper,
@@ -100,8 +105,8 @@ impl Copying {
         }
     }
 
-    pub(crate) fn shaper(&self) -> Arc<Shaper> {
-        Arc::clone(&self.shaper)
+    pub(crate) fn shaper(&self) -> Option<Arc<Shaper>> {
+        self.shaper.clone()
     }
 
     /// How both ends reduce the stream.
@@ -132,8 +137,11 @@ impl Copying {
         self.goodput.observe(now, outbound.acknowledged_bytes());
         let wire_bytes = link.wire_bytes().saturating_sub(self.wire_at_start);
         self.wire.observe(now, wire_bytes);
+        let saturated = outbound.was_saturated();
+        self.path.observe(now, outbound.acknowledged_bytes(), saturated);
         let goodput = self.path_rate(link);
         outbound.set_backlog_limit(goodput.bytes_in(BACKLOG));
+        link.set_send_window(goodput.bytes_in(link.rtt() + BACKLOG) * 3 / 2 + LANES_IN_REPAIR);
 
         let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
         let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);
@@ -291,7 +299,9 @@ impl Copying {
 
     /// What the path takes: the controller's word where a capacity is configured, else the best that was measured.
     fn path_rate(&self, link: &Link) -> ByteRate {
-        let rate = link.goodput().or_else(|| self.goodput.best()).unwrap_or(UNKNOWN_RATE);
+        let promised = link.goodput().or_else(|| self.goodput.best()).unwrap_or(UNKNOWN_RATE);
+        // A third above what is measured leaves room to find that more goes.
+        let rate = self.path.rate().map_or(promised, |rate| ByteRate(rate.0 / 3 * 4).min(promised));
         let rate = self.cap.map_or(rate, |cap| cap.min(rate));
         ByteRate(rate.0.max(LEAST_BACKLOG))
     }

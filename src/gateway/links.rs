@@ -40,7 +40,7 @@ pub(crate) struct Link {
     link: PeerLink,
     peer: Hello,
     agreement: Agreement,
-    shaper: Arc<Shaper>,
+    shaper: Option<Arc<Shaper>>,
     capacity: Option<ByteRate>,
 }
 
@@ -107,7 +107,7 @@ impl Links {
             .map_err(|_| LinkError::Silent { peer: name(), seconds: HELLO_DEADLINE.as_secs() })??;
         let agreement = self.hello.agree(&hello).map_err(|source| LinkError::Hello { peer: name(), source })?;
         tracing::info!(peer, site = hello.site, software = hello.software, version = agreement.version, "linked");
-        let shaper = Arc::new(Shaper::new(admitted(link.goodput())));
+        let shaper = admitted(link.goodput()).map(|rate| Arc::new(Shaper::new(rate)));
         Ok(Link { link, peer: hello, agreement, shaper, capacity })
     }
 
@@ -160,9 +160,9 @@ impl Link {
         self.peer.journal
     }
 
-    /// Admits what all migrations to this peer send together.
-    pub(crate) fn shaper(&self) -> Arc<Shaper> {
-        Arc::clone(&self.shaper)
+    /// Admits what all migrations to this peer send together, where a capacity is configured.
+    pub(crate) fn shaper(&self) -> Option<Arc<Shaper>> {
+        self.shaper.clone()
     }
 
     /// Smoothed RTT, as the control connection measured it.
@@ -173,8 +173,8 @@ impl Link {
     /// Stream bytes per second that the path carries, where a capacity is configured; keeps the admission at it.
     pub(crate) fn goodput(&self) -> Option<ByteRate> {
         let goodput = self.link.goodput();
-        if let Some(rate) = admitted(goodput) {
-            self.shaper.set_rate(Some(rate));
+        if let (Some(rate), Some(shaper)) = (admitted(goodput), &self.shaper) {
+            shaper.set_rate(rate);
         }
         goodput
     }
@@ -182,6 +182,11 @@ impl Link {
     /// Capacity as configured, headers included.
     pub(crate) fn capacity(&self) -> Option<ByteRate> {
         self.capacity
+    }
+
+    /// Bounds what QUIC holds of lanes, sent or not: what it holds beyond the path's own needs is a queue that nothing overtakes.
+    pub(crate) fn set_send_window(&self, bytes: u64) {
+        self.link.bulk.set_send_window(bytes);
     }
 
     /// IP bytes in both directions since the link was made.

@@ -55,6 +55,8 @@ struct Shared {
     to_read: Notify,
     stopped: AtomicBool,
     backlog_limit: AtomicU64,
+    /// The sender found nothing to send since this was last asked.
+    ran_dry: AtomicBool,
     /// Bytes of the vmm stream between the socket and a frame.
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
@@ -76,6 +78,7 @@ impl Outbound {
             to_read: Notify::new(),
             stopped: AtomicBool::new(false),
             backlog_limit: AtomicU64::new(LEAST_BACKLOG),
+            ran_dry: AtomicBool::new(true),
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
@@ -112,6 +115,9 @@ impl Outbound {
             let notified = shared.to_send.notified();
             let next = shared.session().poll_transmit();
             let Some(frame) = next else {
+                if shared.session().unsent_bytes() == 0 {
+                    shared.ran_dry.store(true, Ordering::Relaxed);
+                }
                 notified.await;
                 continue;
             };
@@ -164,6 +170,12 @@ impl Outbound {
     /// Bytes that have been taken from the vmm and not been given to QUIC.
     pub(crate) fn backlog_bytes(&self) -> u64 {
         self.shared.backlog()
+    }
+
+    /// Whether frames have been waiting for the path all the time since the last call.
+    pub(crate) fn was_saturated(&self) -> bool {
+        let waiting = self.shared.session().unsent_bytes() > 0;
+        !self.shared.ran_dry.swap(!waiting, Ordering::Relaxed) && waiting
     }
 
     /// Bytes sent and not yet acknowledged by the far decoder.

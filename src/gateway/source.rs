@@ -73,7 +73,7 @@ struct Stream {
     end: Option<oneshot::Receiver<StreamEnd>>,
     sum: Option<StreamSum>,
     sender: Option<AbortHandle>,
-    shaper: Arc<Shaper>,
+    shaper: Option<Arc<Shaper>>,
 }
 
 /// How a driven migration ended.
@@ -340,7 +340,7 @@ impl SourceDriver {
         }
         let outbound = Arc::clone(&stream.outbound);
         let link = Arc::clone(link);
-        let shapers = [Arc::clone(&stream.shaper), link.shaper()];
+        let shapers: Vec<Arc<Shaper>> = stream.shaper.iter().cloned().chain(link.shaper()).collect();
         let task = tokio::spawn(async move {
             if let Err(error) = outbound.send(link.bulk(), &shapers).await {
                 // The control connection tells the driver; both run over the same path.

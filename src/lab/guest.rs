@@ -228,6 +228,19 @@ impl Launch {
         }
     }
 
+    /// RAM in KiB: what the dial says, and under TCG 8 KiB more.
+    ///
+    /// Before 9.0, QEMU's fast way of collecting dirty pages, which it takes for a RAM of whole 256 KiB, forgets to make TCG
+    /// notice the next write to them. Writes during a migration are then lost: of 8 moves of the default guest by plain QEMU
+    /// 7.2.22, 4 arrived damaged (a kernel that crashed, a broken virtqueue, an older page), and none of 8 with this RAM.
+    fn memory_kb(&self) -> u64 {
+        let odd = match self.accelerator {
+            Accelerator::Tcg => 8,
+            Accelerator::Kvm => 0,
+        };
+        self.dials.memory_mb.saturating_mul(1024).saturating_add(odd)
+    }
+
     /// The argument vector, the program first. Both ends of a migration need the same but for `files` and `start`.
     #[must_use]
     pub fn command(&self, files: &GuestFiles, start: Start) -> Vec<String> {
@@ -250,7 +263,7 @@ impl Launch {
             "-smp",
             "1",
             "-m",
-            &self.dials.memory_mb.to_string(),
+            &format!("{}k", self.memory_kb()),
             "-kernel",
             &text(&self.image.kernel),
             "-initrd",

@@ -137,7 +137,12 @@ impl Heartbeat {
         match heard {
             Ok(heard) if condition(&heard) => Ok(heard),
             Ok(_) => Err(HeartbeatError::Ended { path, what }),
-            Err(_) => Err(HeartbeatError::Silent { path, what, patience, heard: Box::new(self.heard()) }),
+            Err(_) => Err(HeartbeatError::Silent {
+                path,
+                what,
+                patience,
+                heard: Box::new(self.heard()),
+            }),
         }
     }
 
@@ -171,12 +176,28 @@ impl Heartbeat {
         Ok(heard.verified.expect("the condition was that there is one").1)
     }
 
-    /// Waits until QEMU closes the channel, which it does when it ends.
+    /// Waits until QEMU has closed the channel and serves its socket no more, which it does when it ends; the next QEMU may
+    /// then have the same path.
     ///
     /// # Errors
     /// [`HeartbeatError::Silent`] where it did not within `patience`.
     pub async fn ended(&mut self, patience: Duration) -> Result<Heard, HeartbeatError> {
-        self.wait_for("the end of QEMU", patience, |heard| heard.ended).await
+        let what = "the end of QEMU";
+        let deadline = tokio::time::Instant::now() + patience;
+        let heard = self.wait_for(what, patience, |heard| heard.ended).await?;
+        // A QEMU that ends closes its connections a moment before it stops taking new ones.
+        while UnixStream::connect(&self.path).await.is_ok() {
+            if tokio::time::Instant::now() > deadline {
+                return Err(HeartbeatError::Silent {
+                    path: self.path.clone(),
+                    what,
+                    patience,
+                    heard: Box::new(heard),
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(heard)
     }
 }
 
@@ -222,11 +243,7 @@ impl Crossing {
 fn listen(stream: BlockingStream, sender: &watch::Sender<Heard>) {
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
-    loop {
-        match read_line(&mut reader, &mut line) {
-            Ok(true) => {}
-            Ok(false) | Err(_) => break,
-        }
+    while let Ok(true) = read_line(&mut reader, &mut line) {
         let at = now();
         let said = parse(&line, at);
         line.clear();

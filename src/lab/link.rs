@@ -18,14 +18,28 @@ pub const ADDRESS_B: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
 pub(super) struct Link {
     script: PathBuf,
     name: String,
+    /// The program that emulates the link where the kernel cannot, and its place in the script's environment.
+    program: String,
+}
+
+/// What a link has carried.
+#[derive(Clone, Debug)]
+pub(super) struct Carried {
+    /// IP bytes that both sites have put onto it, lost ones included.
+    pub(super) wire_bytes: u64,
+    /// Why figures measured across it are not to be used. Nothing, where they are.
+    pub(super) fault: Option<String>,
 }
 
 impl Link {
     /// The link `name`, whether it is up or not.
     pub(super) fn named(script: &Path, name: &str) -> Self {
+        // Where this program's path is not known the script uses the release build.
+        let program = std::env::current_exe().unwrap_or_default().display().to_string();
         Self {
             script: script.to_owned(),
             name: name.to_owned(),
+            program: format!("LONGHAUL_BIN={program}"),
         }
     }
 
@@ -41,6 +55,13 @@ impl Link {
         Ok(())
     }
 
+    /// Whether anything of the link exists, also of one that is half made.
+    pub(super) fn is_there(&self) -> bool {
+        let namespace = |end: &str| PathBuf::from(format!("/run/netns/{}-{end}", self.name));
+        let state = Path::new("/run/longhaul-link").join(&self.name);
+        state.exists() || ["a", "b", "wan"].iter().any(|end| namespace(end).exists())
+    }
+
     pub(super) fn namespace_a(&self) -> String {
         format!("{}-a", self.name)
     }
@@ -49,18 +70,23 @@ impl Link {
         format!("{}-b", self.name)
     }
 
-    /// IP bytes that both sites have put onto the link since it is up, lost ones included.
-    pub(super) async fn wire_bytes(&self) -> Result<u64, LinkError> {
+    /// What the link has carried since it is up.
+    pub(super) async fn carried(&self) -> Result<Carried, LinkError> {
         let shown = self.script(&["show", "--name", &self.name]).await?;
         let unreadable = || LinkError::Unreadable { shown: shown.clone() };
         let value: Value = serde_json::from_str(&shown).map_err(|_| unreadable())?;
-        let direction = |name: &str| value[name]["ip_bytes"].as_u64().ok_or_else(unreadable);
-        Ok(direction("a_to_b")? + direction("b_to_a")?)
+        let offered = |direction: &str| value[direction]["offered"]["bytes"].as_u64().ok_or_else(unreadable);
+        let wire_bytes = offered("ab")?.saturating_add(offered("ba")?);
+        Ok(Carried {
+            wire_bytes,
+            fault: value["fault"].as_str().map(str::to_owned),
+        })
     }
 
     async fn script(&self, arguments: &[&str]) -> Result<String, LinkError> {
         let script = self.script.display().to_string();
-        let argv: Vec<&str> = std::iter::once(script.as_str())
+        let argv: Vec<&str> = ["env", &self.program, &script]
+            .into_iter()
             .chain(arguments.iter().copied())
             .collect();
         Ok(run(&argv).await?)

@@ -11,7 +11,6 @@ pub mod monitor;
 pub mod process;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
@@ -28,8 +27,8 @@ pub enum LabCommand {
 }
 
 impl LabCommand {
-    /// Runs the verb to its end.
-    pub async fn run(self) -> ExitCode {
+    /// Runs the verb to its end and returns its exit code.
+    pub async fn run(self) -> u8 {
         match self {
             Self::Demo(args) => demo::run(*args).await,
             Self::Guest(args) => args.run(),
@@ -64,12 +63,12 @@ pub struct GuestArgs {
 }
 
 impl GuestArgs {
-    fn run(self) -> ExitCode {
+    fn run(self) -> u8 {
         let image = match Image::open(&self.image) {
             Ok(image) => image,
             Err(error) => {
                 eprintln!("longhaul: {error}");
-                return ExitCode::from(2);
+                return 2;
             }
         };
         let launch = Launch {
@@ -87,6 +86,6 @@ impl GuestArgs {
         for argument in launch.command(&GuestFiles::named(&self.directory, "vm"), start) {
             println!("{argument}");
         }
-        ExitCode::SUCCESS
+        0
     }
 }

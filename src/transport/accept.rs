@@ -99,6 +99,7 @@ async fn handshake(shared: &Shared, listener: &Listener, incoming: quinn::Incomi
         route,
         budget,
         socket: listener.socket.clone(),
+        window: listener.window,
         endpoint: None,
     };
     let connection = PeerConnection::new(connection, peer.clone(), fingerprint, kind, path);

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use quinn::congestion::{ControllerFactory, CubicConfig};
+use quinn::congestion::ControllerFactory;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, Runtime, TokioRuntime};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
-use super::congestion::{self, LinkControllerFactory};
+use super::congestion::{self, CubicFactory, LinkControllerFactory};
 use super::identity::Identity;
 use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
 use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
@@ -30,7 +30,7 @@ pub struct TransportSettings {
     pub control_address: SocketAddr,
     /// Where peers reach bulk; `None`: the port after control's.
     pub bulk_address: Option<SocketAddr>,
-    /// The rate of this site's uplink, at IP level, which all peers share. `None`: not limited here.
+    /// The rate of this site's uplink, as `tc` counts it (with 14 bytes of Ethernet header a packet), which all peers share. `None`: not limited here.
     pub link: Option<ByteRate>,
     /// Round trip time that connections opened by peers are tuned for.
     pub rtt: Duration,
@@ -66,7 +66,7 @@ pub struct PeerTarget {
     pub bulk_address: Option<SocketAddr>,
     /// The key it must prove to hold; it must be trusted too.
     pub fingerprint: Fingerprint,
-    /// The capacity of the path to it, at IP level: filled from the first round trip on, never exceeded. `None`: not known, so that
+    /// The capacity of the path to it, as `tc` counts it: filled from the first round trip on, never exceeded. `None`: not known, so that
     /// quinn's CUBIC finds out.
     pub rate: Option<ByteRate>,
     /// The round trip time of the path.
@@ -86,6 +86,8 @@ pub struct Transport {
 pub(super) struct Listener {
     pub(super) endpoint: Endpoint,
     pub(super) socket: Arc<PacedSocket>,
+    /// Bytes that a connection may buffer.
+    pub(super) window: u64,
 }
 
 #[derive(Debug)]
@@ -361,7 +363,11 @@ impl Shared {
         config.transport_config(Arc::new(tuning.transport_config(controller(rate, rtt))));
 
         let local = local_address(address, settings.control_address);
-        let Listener { endpoint, socket } = endpoint(local, &tuning, None).map_err(DialCause::Socket)?;
+        let Listener {
+            endpoint,
+            socket,
+            window,
+        } = endpoint(local, &tuning, None).map_err(DialCause::Socket)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(DialCause::Address)?;
@@ -381,6 +387,7 @@ impl Shared {
             route,
             budget: budget.clone(),
             socket,
+            window,
             endpoint: Some(endpoint),
         };
         let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
@@ -404,7 +411,7 @@ const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactory + Send + Sync> {
     match rate {
         Some(capacity) => Arc::new(LinkControllerFactory { capacity, rtt }),
-        None => Arc::new(CubicConfig::default()),
+        None => Arc::new(CubicFactory::default()),
     }
 }
 
@@ -432,7 +439,11 @@ fn endpoint(address: SocketAddr, tuning: &Tuning, server: Option<quinn::ServerCo
     let runtime = Arc::new(TokioRuntime);
     let socket = PacedSocket::new(runtime.wrap_udp_socket(socket)?);
     let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), server, socket.clone(), runtime)?;
-    Ok(Listener { endpoint, socket })
+    Ok(Listener {
+        endpoint,
+        socket,
+        window: tuning.window,
+    })
 }
 
 /// Where to send from: the address we listen on where it is a particular one of the same family, else whatever routes there.

@@ -21,9 +21,16 @@ pub async fn send_lane(connection: &Connection, data: Bytes) -> Result<SendStrea
         WriteError::ConnectionLost(error) => LaneError::Connection(error),
         _ => LaneError::Stopped,
     })?;
+    // What is queued keeps the priority it was queued with; what has to be repaired is queued anew, and goes first.
+    stream.set_priority(REPAIR_PRIORITY).map_err(|_| LaneError::Stopped)?;
     stream.finish().map_err(|_| LaneError::Stopped)?;
     lane.0.take().ok_or(LaneError::Stopped)
 }
+
+/// quinn queues a repair behind everything of its stream's priority that waits already. Behind a window of unsent lanes that is
+/// hundreds of milliseconds, for which both ends keep everything behind the gap: 649 Mbit/s of goodput on a link of
+/// 1 Gbit/s, 150 ms and 1 % loss, where repairs before fresh lanes bring what the link carries (2026-11-23).
+const REPAIR_PRIORITY: i32 = 1;
 
 /// A lane that is not written to its end. quinn finishes a stream that is dropped, which would show the peer a shorter lane as whole
 /// if the caller stopped waiting.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, VarInt};
@@ -12,7 +12,7 @@ use super::congestion::LinkRate;
 use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
 use super::tls::ConnectionKind;
 use super::trust::Fingerprint;
-use super::tuning::{IP_BYTES_PER_PACKET, STREAM_BYTES_PER_PACKET};
+use super::tuning::{LINK_BYTES_PER_PACKET, STREAM_BYTES_PER_PACKET};
 use crate::proto::page::ByteRate;
 
 /// Why a connection is closed; the number travels, the reason beside it is for the peer's log.
@@ -59,6 +59,8 @@ pub(super) struct Path {
     pub(super) route: Arc<Route>,
     pub(super) budget: Arc<SharedBucket>,
     pub(super) socket: Arc<PacedSocket>,
+    /// Bytes that the connection may buffer.
+    pub(super) window: u64,
     /// The connection's own endpoint, where it has one.
     pub(super) endpoint: Option<Endpoint>,
 }
@@ -71,13 +73,18 @@ impl PeerConnection {
         kind: ConnectionKind,
         path: Path,
     ) -> Self {
-        Self(Arc::new(Inner {
+        let unpaced = path.rate.is_none();
+        let inner = Arc::new(Inner {
             connection,
             peer,
             fingerprint,
             kind,
             path,
-        }))
+        });
+        if unpaced {
+            tokio::spawn(bound_unsent(Arc::downgrade(&inner)));
+        }
+        Self(inner)
     }
 
     pub(super) fn inner(&self) -> &Arc<Inner> {
@@ -163,6 +170,25 @@ impl Drop for Inner {
         self.connection.close(CloseCode::Done.into(), b"");
     }
 }
+
+/// Where CUBIC governs, keeps the send window near twice what it lets fly, so that at most about one round trip's worth of data waits
+/// in QUIC unsent: without a known rate nothing above can tell how much that would be.
+async fn bound_unsent(connection: Weak<Inner>) {
+    let mut ticks = tokio::time::interval(UNSENT_CHECK);
+    loop {
+        ticks.tick().await;
+        let Some(inner) = connection.upgrade().filter(|inner| !inner.is_closed()) else {
+            return;
+        };
+        let flying = inner.connection.stats().path.cwnd;
+        inner
+            .connection
+            .set_send_window((2 * flying + UNSENT_ALLOWANCE).min(inner.path.window));
+    }
+}
+
+const UNSENT_CHECK: Duration = Duration::from_millis(100);
+const UNSENT_ALLOWANCE: u64 = 256 * 1024;
 
 impl Deref for PeerConnection {
     type Target = Connection;
@@ -265,7 +291,7 @@ impl PeerLink {
         let rate = measures.rate?;
         let rate = self.bulk.0.path.budget.rate().map_or(rate, |cap| cap.min(rate));
         let arrived = measures.sent_packets.saturating_sub(measures.lost_packets).max(1);
-        let payload = u128::from(rate.0) * u128::from(STREAM_BYTES_PER_PACKET) / u128::from(IP_BYTES_PER_PACKET);
+        let payload = u128::from(rate.0) * u128::from(STREAM_BYTES_PER_PACKET) / u128::from(LINK_BYTES_PER_PACKET);
         let goodput = payload * u128::from(arrived) / u128::from(measures.sent_packets.max(1));
         Some(ByteRate(u64::try_from(goodput).unwrap_or(rate.0)))
     }

@@ -13,6 +13,7 @@ use super::link::{Link, LinkError, LinkName, Site};
 use super::probe::{ProbeError, ProbeSettings, probe};
 use super::profile::{Profile, ProfileError};
 use super::show::{ShowError, show};
+use super::stats::Backend;
 use super::{shell, units};
 use crate::proto::page::ByteRate;
 
@@ -127,6 +128,9 @@ pub enum WanError {
     /// The link is not up.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// There is no emulator to ask.
+    #[error("the link {0} is carried by the kernel: change it with tc -n {router}, devices to-a and to-b", router = .0.router())]
+    Kernel(LinkName),
     /// The emulator cannot go on.
     #[error(transparent)]
     Emulator(#[from] EmulatorError),
@@ -177,6 +181,10 @@ pub fn run(args: EmulatorArgs) -> Result<ExitCode, WanError> {
         }
         Verb::Show { link } => println!("{}", json!(show(&Link::open(link.name)?)?)),
         Verb::Ask { link, command } => {
+            let link = Link::open(link.name)?;
+            if link.backend == Backend::Netem {
+                return Err(WanError::Kernel(link.name));
+            }
             let answer = control::ask(&link.name.control_socket(), &command.join(" "))?;
             println!("{answer}");
             if answer.starts_with("{\"error\"") {

@@ -8,6 +8,7 @@
 //! | at 0.9 x `rate`: one-way delay, p99 | `rtt` / 2 | + 2 ms |
 //! | at 0.9 x `rate`, in trains: lost datagrams | `loss` | the 99.9 % interval |
 //! | … mean run of lost datagrams | 1 / (1 - p), in bursts 1 / r | 15 %, or 99.9 % where few were lost |
+//! | at 1.1 x `rate`: offered, else the machine is too slow to tell | 1.1 x `rate` | 5 % of `rate` |
 //! | at 1.1 x `rate`: payload rate | `rate` x payload / wire size | 1 % |
 //! | at 1.1 x `rate`: one-way delay, p50 | `rtt` / 2 + `queue` | 1 ms |
 //! | emulator: lateness p99, drops of its own | 0 | 500 us, none |
@@ -261,6 +262,15 @@ fn judge_below(link: &Link, label: &str, report: &ProbeReport, findings: &mut Ve
 fn judge_above(link: &Link, label: &str, report: &ProbeReport, findings: &mut Vec<Finding>) {
     let label = format!("{label}, 1.1 x rate");
     let wire = f64::from(link.profile.mtu_bytes + ETHERNET_OVERHEAD);
+    let offered = report.sent as f64 * wire * 8e-6 / report.send_seconds;
+    let rate = link.profile.rate.0 as f64 * 8e-6;
+    findings.push(Finding::new(
+        format!("{label}: offered"),
+        "Mbit/s",
+        1.1 * rate,
+        offered,
+        1.05 * rate..=1.15 * rate,
+    ));
     let payload_mbit = link.profile.rate.0 as f64 * 8e-6 * report.payload_bytes as f64 / wire;
     let measured = report.payload_bits_per_second * 1e-6;
     let allowed = 0.99 * payload_mbit..=1.01 * payload_mbit;

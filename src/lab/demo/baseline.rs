@@ -149,7 +149,7 @@ impl Move<'_> {
         let address = json!({ "uri": format!("tcp:{ADDRESS_B}:{PORT}") });
         destination.execute("migrate-incoming", address.clone()).await?;
 
-        let bytes_before = self.link.wire_bytes().await?;
+        let bytes_before = self.link.carried().await?.wire_bytes;
         let begun = tokio::time::Instant::now();
         source.execute("migrate", address).await?;
         let outcome = loop {
@@ -172,7 +172,7 @@ impl Move<'_> {
             found.downtime_seconds = Some(crossing("A to B", last, first)?.downtime.as_secs_f64());
             found.total_seconds = Some(first.at.saturating_duration_since(begun.into_std()).as_secs_f64());
         }
-        found.wire_bytes = Some(self.link.wire_bytes().await?.saturating_sub(bytes_before));
+        found.wire_bytes = Some(self.link.carried().await?.wire_bytes.saturating_sub(bytes_before));
         if outcome == Outcome::Completed {
             prove(&mut at_destination, proof).await?;
         }
@@ -208,47 +208,36 @@ async fn tune(namespace: &str, engine: Engine) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// Lets namespaces use the congestion controls of [`ENGINES`], which only the host's own list can allow; undone by
-/// [`AllowedControls::restore`].
-#[derive(Debug, Default)]
-pub(super) struct AllowedControls {
-    before: Option<String>,
-}
-
-impl AllowedControls {
-    /// Adds to the host's list what is missing there. What the kernel does not have stays out; the engines that need it
-    /// then say so.
-    pub(super) async fn widen(&mut self) {
-        let Ok(before) = std::fs::read_to_string(ALLOWED) else {
-            return;
-        };
-        let mut wanted: Vec<&str> = before.split_ascii_whitespace().collect();
-        let mut lacking = false;
-        for engine in ENGINES {
-            let control = engine.congestion_control();
-            if wanted.contains(&control) {
-                continue;
-            }
-            if !available(control) {
-                // A module that is not loaded yet. Where there is none, the kernel has it built in or not at all.
-                let _ = run(&["modprobe", &format!("tcp_{control}")]).await;
-            }
-            if available(control) {
-                wanted.push(control);
-                lacking = true;
-            }
+/// Lets namespaces use the congestion controls of [`ENGINES`], which only the host's own list can allow. What the list was
+/// is kept in `note`, for [`restore_controls`].
+///
+/// What the kernel does not have stays out; the engines that need it then say so.
+pub(super) async fn allow_controls(note: &Path) -> std::io::Result<()> {
+    let before = std::fs::read_to_string(ALLOWED)?;
+    let mut wanted: Vec<&str> = before.split_ascii_whitespace().collect();
+    let allowed = wanted.len();
+    for control in ENGINES.map(Engine::congestion_control) {
+        if !available(control) {
+            // A module that is not loaded yet. Where there is none, the kernel has it built in or not at all.
+            let _ = run(&["modprobe", &format!("tcp_{control}")]).await;
         }
-        if lacking && std::fs::write(ALLOWED, wanted.join(" ")).is_ok() {
-            self.before = Some(before);
+        if available(control) && !wanted.contains(&control) {
+            wanted.push(control);
         }
     }
+    if wanted.len() > allowed {
+        std::fs::write(note, before.trim())?;
+        std::fs::write(ALLOWED, wanted.join(" "))?;
+    }
+    Ok(())
+}
 
-    /// Puts the host's list back.
-    pub(super) fn restore(&mut self) {
-        if let Some(before) = self.before.take() {
-            // What could be written before can be written again.
-            let _ = std::fs::write(ALLOWED, before.trim());
-        }
+/// Puts the host's list back to what `note` says; nothing where there is no note.
+pub(super) fn restore_controls(note: &Path) -> std::io::Result<()> {
+    match std::fs::read_to_string(note) {
+        Ok(before) => std::fs::write(ALLOWED, before),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

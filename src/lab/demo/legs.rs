@@ -98,7 +98,7 @@ impl<'a> Pair<'a> {
         let last = source.last.ok_or(DemoError::NeverHeard)?;
         leg.downtime_outside_seconds = Some(crossing(direction, last, first)?.downtime.as_secs_f64());
         if let (Some(before), Some(link)) = (before, &self.link) {
-            leg.wire_bytes_outside = Some(link.wire_bytes().await?.saturating_sub(before));
+            leg.wire_bytes_outside = Some(link.carried().await?.wire_bytes.saturating_sub(before));
         }
         self.heartbeat = arrival;
         self.place = 1 - self.place;
@@ -115,7 +115,7 @@ impl<'a> Pair<'a> {
 
     async fn wire_bytes(&self) -> Result<Option<u64>, DemoError> {
         match &self.link {
-            Some(link) => Ok(Some(link.wire_bytes().await?)),
+            Some(link) => Ok(Some(link.carried().await?.wire_bytes)),
             None => Ok(None),
         }
     }

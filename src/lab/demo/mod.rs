@@ -15,8 +15,9 @@ mod report;
 mod site;
 mod stage;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, ExitStatus};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use clap::Args;
@@ -50,6 +51,9 @@ pub struct DemoArgs {
     /// Where the logs of QEMU and the gateways are kept; without it they are removed.
     #[arg(long, value_name = "DIR")]
     pub logs: Option<PathBuf>,
+    /// The program whose gateways are shown; without it this one.
+    #[arg(long, value_name = "PROGRAM")]
+    pub longhaul: Option<PathBuf>,
     /// Directory of the script that makes the link.
     #[arg(long, value_name = "DIR", default_value = "netem-scripts")]
     pub scripts: PathBuf,
@@ -77,14 +81,13 @@ struct Tools {
     launch: Launch,
 }
 
-/// Runs the demo. Success means that every leg arrived and the guest is intact; 1 that it is not so, 2 that nothing could
-/// be begun.
-pub async fn run(args: DemoArgs) -> ExitCode {
-    let (tools, link, mut stage) = match prepare(&args).await {
+/// Runs the demo and returns its exit code: 0 every leg arrived and the guest is intact, 1 not so, 2 nothing was begun.
+pub async fn run(args: DemoArgs) -> u8 {
+    let (tools, link, stage) = match prepare(&args).await {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("demo: {error}");
-            return ExitCode::from(2);
+            say(&error.to_string());
+            return 2;
         }
     };
     let mut report = Report {
@@ -96,10 +99,11 @@ pub async fn run(args: DemoArgs) -> ExitCode {
             intact: false,
             pages_checked: 0,
         },
+        link_fault: None,
         problem: None,
     };
     let performed = tokio::select! {
-        performed = perform(&args, &tools, &link, &mut stage, &mut report) => performed,
+        performed = perform(&args, &tools, &link, &stage, &mut report) => performed,
         name = interrupted() => Err(DemoError::Interrupted { name }),
     };
     stage.clean(args.logs.as_deref()).await;
@@ -107,7 +111,8 @@ pub async fn run(args: DemoArgs) -> ExitCode {
         Ok(()) => report.guest.intact = report.guest.pages_checked > 0,
         Err(error) => report.problem = Some(error.to_string()),
     }
-    println!("{report}");
+    // A reader that has gone must not keep the exit code from being right.
+    let _ = writeln!(std::io::stdout(), "{report}");
     if let Some(file) = &args.json
         && let Err(source) = write_json(file, &report)
     {
@@ -118,13 +123,9 @@ pub async fn run(args: DemoArgs) -> ExitCode {
                 source
             }
         );
-        return ExitCode::FAILURE;
+        return 1;
     }
-    if report.guest.intact {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    u8::from(!report.guest.intact)
 }
 
 async fn prepare(args: &DemoArgs) -> Result<(Tools, LinkSection, Stage), DemoError> {
@@ -133,10 +134,12 @@ async fn prepare(args: &DemoArgs) -> Result<(Tools, LinkSection, Stage), DemoErr
     }
     let link = read_profile(&args.profiles, &args.profile)?;
     let image = Image::open(&std::path::absolute(&args.image).unwrap_or_else(|_| args.image.clone()))?;
-    let longhaul = std::env::current_exe()
-        .map_err(DemoError::Unnamed)?
-        .display()
-        .to_string();
+    let longhaul = args
+        .longhaul
+        .clone()
+        .map_or_else(std::env::current_exe, Ok)
+        .map_err(DemoError::Unnamed)?;
+    let longhaul = longhaul.display().to_string();
     let launch = Launch {
         qemu: args.qemu.clone(),
         accelerator: args.accelerator,
@@ -150,7 +153,7 @@ async fn perform(
     args: &DemoArgs,
     tools: &Tools,
     section: &LinkSection,
-    stage: &mut Stage,
+    stage: &Stage,
     report: &mut Report,
 ) -> Result<(), DemoError> {
     if args.repeat > 0 {
@@ -181,16 +184,21 @@ async fn perform(
         pair.stop().await;
         stage.kill_all().await;
     }
-    if args.no_baselines {
-        return Ok(());
+    if !args.no_baselines {
+        baselines(tools, stage, &sites, report).await?;
     }
+    report.link_fault = stage.link.carried().await?.fault;
+    Ok(())
+}
+
+/// Runs every baseline, each for at most ten times our time.
+async fn baselines(tools: &Tools, stage: &Stage, [a, b]: &[Site; 2], report: &mut Report) -> Result<(), DemoError> {
     let ours = report
         .median_total_seconds()
         .map(|seconds| Duration::from_secs_f64(seconds.clamp(0.1, 3600.0)));
     let limit = ours.map_or(BASELINE_ALONE, |ours| ours * 10);
-    stage.controls.widen().await;
+    stage.allow_controls().await;
     for engine in baseline::ENGINES {
-        let [a, b] = &sites;
         let found = baseline::measure(tools, engine, [a, b], &stage.link, limit, &mut report.guest).await?;
         report.baselines.push(found);
     }
@@ -264,9 +272,9 @@ async fn interrupted() -> &'static str {
     }
 }
 
-/// Tells the user what is being done.
+/// Tells the user what is being done. A terminal that has gone is no reason to stop before everything is cleaned up.
 fn say(what: &str) {
-    eprintln!("demo: {what}");
+    let _ = writeln!(std::io::stderr(), "demo: {what}");
 }
 
 /// The VM's name in the gateways' configurations.

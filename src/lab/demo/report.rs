@@ -18,6 +18,9 @@ pub(super) struct Report {
     pub(super) baselines: Vec<Baseline>,
     /// The guest's own word.
     pub(super) guest: Proof,
+    /// Why the emulated link was not what its profile says, so that the figures are not to be used; absent where it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) link_fault: Option<String>,
     /// Why the run ended early; absent where it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) problem: Option<String>,
@@ -194,6 +197,9 @@ impl fmt::Display for Report {
         if !self.baselines.is_empty() {
             self.write_baselines(f)?;
         }
+        if let Some(fault) = &self.link_fault {
+            writeln!(f, "\nThese figures are not to be used: {fault}")?;
+        }
         if let Some(problem) = &self.problem {
             writeln!(f, "\nThe run ended early: {problem}")?;
         }
@@ -313,6 +319,7 @@ mod tests {
                 intact: true,
                 pages_checked: 102_400,
             },
+            link_fault: None,
             problem: None,
         }
     }

@@ -4,7 +4,7 @@
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::baseline::AllowedControls;
+use super::baseline::{allow_controls, restore_controls};
 use super::{DemoError, say};
 use crate::lab::link::Link;
 use crate::lab::process::{kill_in_namespace, run};
@@ -18,8 +18,6 @@ pub(super) struct Stage {
     pub(super) link: Link,
     /// The namespace that has no link.
     pub(super) floor: String,
-    /// The host's list of congestion controls.
-    pub(super) controls: AllowedControls,
 }
 
 impl Stage {
@@ -42,13 +40,12 @@ impl Stage {
     }
 
     fn of(process: u32, link_script: &Path) -> Self {
-        let name = format!("{PREFIX}{process}");
+        let name = run_name(process);
         Self {
             // Not the user's own directory for temporary files: paths of sockets are short.
             directory: Path::new("/tmp").join(format!("longhaul-{name}")),
             floor: format!("{name}-floor"),
             link: Link::named(link_script, &name),
-            controls: AllowedControls::default(),
         }
     }
 
@@ -57,6 +54,15 @@ impl Stage {
         run(&["ip", "netns", "add", &self.floor]).await?;
         run(&["ip", "-n", &self.floor, "link", "set", "lo", "up"]).await?;
         Ok(())
+    }
+
+    /// Lets the baselines use their congestion controls, until [`Stage::clean`].
+    pub(super) async fn allow_controls(&self) {
+        tell(allow_controls(&self.controls_note()).await);
+    }
+
+    fn controls_note(&self) -> PathBuf {
+        self.directory.join("allowed-controls")
     }
 
     /// Kills every process of the run in its namespaces.
@@ -70,15 +76,15 @@ impl Stage {
     }
 
     /// Removes everything; logs are copied to `logs` before. Problems are told and do not stop the rest.
-    pub(super) async fn clean(&mut self, logs: Option<&Path>) {
+    pub(super) async fn clean(&self, logs: Option<&Path>) {
         self.kill_all().await;
-        if exists(&self.link.namespace_a()) || exists(&self.link.namespace_b()) {
+        if self.link.is_there() {
             tell(self.link.down().await);
         }
         if exists(&self.floor) {
             tell(run(&["ip", "netns", "delete", &self.floor]).await);
         }
-        self.controls.restore();
+        tell(restore_controls(&self.controls_note()));
         if let Some(logs) = logs {
             tell(keep_logs(&self.directory, logs));
         }
@@ -92,6 +98,9 @@ impl Stage {
 fn keep_logs(directory: &Path, logs: &Path) -> std::io::Result<()> {
     for site in std::fs::read_dir(directory)? {
         let site = site?;
+        if !site.file_type()?.is_dir() {
+            continue;
+        }
         let kept = logs.join(site.file_name());
         std::fs::create_dir_all(&kept)?;
         for name in ["gateway.log", "gateway.toml", "qemu.log", "vm.console"] {
@@ -123,10 +132,23 @@ fn dead_runs() -> Vec<u32> {
     processes
 }
 
-/// The process in the name of a namespace (`lhdemoPID-…`) or directory (`longhaul-lhdemoPID`).
+/// The name of a process's link; names of links have at most 8 characters, so the number is written in 36 digits.
+fn run_name(process: u32) -> String {
+    let mut digits = Vec::new();
+    let mut rest = process;
+    while rest > 0 {
+        digits.extend(char::from_digit(rest % 36, 36));
+        rest /= 36;
+    }
+    PREFIX.chars().chain(digits.into_iter().rev()).collect()
+}
+
+/// The process in the name of a namespace (`lhdNUMBER-…`) or directory (`longhaul-lhdNUMBER`).
 fn run_of(name: &str) -> Option<u32> {
     let name = name.strip_prefix("longhaul-").unwrap_or(name);
-    name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
+    let number = name.strip_prefix(PREFIX)?.split('-').next()?;
+    let process = u32::from_str_radix(number, 36).ok()?;
+    (run_name(process).strip_prefix(PREFIX) == Some(number)).then_some(process)
 }
 
 fn exists(namespace: &str) -> bool {
@@ -135,11 +157,11 @@ fn exists(namespace: &str) -> bool {
 
 fn tell<T, E: std::fmt::Display>(result: Result<T, E>) {
     if let Err(error) = result {
-        eprintln!("demo: while cleaning up: {error}");
+        say(&format!("preparing or cleaning up: {error}"));
     }
 }
 
-const PREFIX: &str = "lhdemo";
+const PREFIX: &str = "lhd";
 const NAMESPACES: &str = "/run/netns";
 
 #[cfg(test)]
@@ -148,13 +170,18 @@ mod tests {
 
     #[test]
     fn a_run_is_found_by_the_names_of_what_it_made() {
-        let stage = Stage::of(4711, Path::new("link"));
-        for name in [&stage.floor, &stage.link.namespace_a(), &stage.link.namespace_b()] {
-            assert_eq!(run_of(name), Some(4711), "{name}");
+        // The largest number of a process that Linux gives (PID_MAX_LIMIT) is 2^22.
+        for process in [1, 4711, 1 << 22] {
+            let stage = Stage::of(process, Path::new("link"));
+            assert!(run_name(process).len() <= 8, "{}", run_name(process));
+            for name in [&stage.floor, &stage.link.namespace_a(), &stage.link.namespace_b()] {
+                assert_eq!(run_of(name), Some(process), "{name}");
+            }
+            let directory = stage.directory.file_name().unwrap().to_string_lossy().into_owned();
+            assert_eq!(run_of(&directory), Some(process));
         }
-        let directory = stage.directory.file_name().unwrap().to_string_lossy().into_owned();
-        assert_eq!(run_of(&directory), Some(4711));
-        assert_eq!(run_of("lhdemo-a"), None);
-        assert_eq!(run_of("other4711-a"), None);
+        for other in ["lhd-a", "lhd+1-a", "lhd01-a", "lh4711-a", "other4711-a"] {
+            assert_eq!(run_of(other), None, "{other}");
+        }
     }
 }

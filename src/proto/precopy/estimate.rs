@@ -54,6 +54,41 @@ impl GoodputMeter {
     }
 }
 
+/// What the path really takes, known only while there is more to send than it takes: a configured capacity is a promise, and
+/// a busy host or a slower link breaks it. Queues are sized by this, never by the promise.
+#[derive(Debug, Default)]
+pub struct PathMeter {
+    began: Option<(Instant, u64)>,
+    rate: Option<f64>,
+}
+
+impl PathMeter {
+    const SPAN: Duration = Duration::from_millis(250);
+
+    /// `acknowledged_bytes` have arrived until `now`; `saturated`: bytes have been waiting for the path all the time since the
+    /// last call.
+    pub fn observe(&mut self, now: Instant, acknowledged_bytes: u64, saturated: bool) {
+        // The first round trip brings nothing back and says nothing.
+        let Some((began, before)) = self.began.filter(|_| saturated && acknowledged_bytes > 0) else {
+            self.began = Some((now, acknowledged_bytes));
+            return;
+        };
+        let took = now.saturating_duration_since(began);
+        if took >= Self::SPAN {
+            let sample = acknowledged_bytes.saturating_sub(before) as f64 / took.as_secs_f64();
+            // Half of the newest: a step of the path is followed within a second, a hiccup is not mistaken for one.
+            self.rate = Some(self.rate.map_or(sample, |rate| (rate + sample) / 2.0));
+            self.began = Some((now, acknowledged_bytes));
+        }
+    }
+
+    /// The rate; `None` before the path was saturated for long enough.
+    #[must_use]
+    pub fn rate(&self) -> Option<ByteRate> {
+        self.rate.map(|rate| ByteRate(rate as u64))
+    }
+}
+
 /// Vmm bytes per frame byte, of late and pessimistic: the worst of the last [`Self::WINDOWS`] windows.
 ///
 /// Hot pages reduce worst and are what the last round is made of.
@@ -126,6 +161,29 @@ mod tests {
         assert_eq!(meter.best(), None);
         meter.observe(start + GoodputMeter::SPAN + GoodputMeter::STEP, 1 << 20);
         assert!(meter.best().is_some());
+    }
+
+    #[test]
+    fn a_path_that_is_slower_than_promised_is_found_out_within_a_second() {
+        let start = Instant::now();
+        let mut meter = PathMeter::default();
+        let mut bytes = 0;
+        for step in 0..40u32 {
+            bytes += if step < 20 { 10_000_000 } else { 5_000_000 };
+            meter.observe(start + Duration::from_millis(100) * step, bytes, true);
+        }
+        let rate = meter.rate().unwrap().0;
+        assert!((49_000_000..=56_000_000).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn a_guest_that_sends_little_says_nothing_about_the_path() {
+        let start = Instant::now();
+        let mut meter = PathMeter::default();
+        for step in 0..40u32 {
+            meter.observe(start + Duration::from_millis(100) * step, u64::from(step), step % 2 == 0);
+        }
+        assert_eq!(meter.rate(), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ pub mod outlook;
 pub mod policy;
 pub mod rounds;
 
-pub use estimate::{GoodputMeter, RatioMeter};
+pub use estimate::{GoodputMeter, PathMeter, RatioMeter};
 pub use budget::{Budget, BudgetError, FixedCosts};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};

@@ -2,11 +2,11 @@
 //! the link is not what the operator said.
 //!
 //! Random loss is no such evidence; that is what sets it apart from CUBIC, which at 150 ms and 0.1 % loss keeps 3.5 Mbit/s of any
-//! link. Each round (one round trip, and at least 50 packets) is judged by three figures:
+//! link. Each round (one round trip, at least 50 ms and 50 packets) is judged by three figures:
 //!
 //! ```text
 //! loss        L = lost / (lost + delivered)                        congested above the tolerance (5 %)
-//! queue       Q = least RTT of the round - least RTT of 30 s       congested above max(20 ms, least RTT / 4)
+//! queue       Q = least RTT of the round - least RTT              congested above max(20 ms, least RTT / 4)
 //! fit         F = (time the packets were sent in / time they arrived in) x (1 - L), at most 1
 //!
 //! congested in two rounds running        rate = 0.9 x F x rate       (0.9 of what the link delivered)
@@ -15,6 +15,8 @@
 //! persistent congestion (RFC 9002, 7.6)  rate = floor, then doubled each clean round up to 0.7 of the old rate
 //! four clean rounds running              rate = 1.25 x rate, up to the capacity
 //! ```
+//!
+//! Below that, a standing queue is drained by trimming the rate a little ([`queue`]).
 //!
 //! F is relative, so a sender with little to send does not brake down to the little it sent. After a brake, packets that were sent
 //! before it are not judged again. Starting at a remembered capacity is the idea of Careful Resume (RFC 9959); here
@@ -25,7 +27,10 @@
 
 use std::time::{Duration, Instant};
 
+use self::queue::StandingQueue;
 use crate::proto::page::ByteRate;
+
+mod queue;
 
 /// What the operator says about the link.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,7 +63,10 @@ pub struct LinkController {
     rate: ByteRate,
     /// Where doubling ends after a collapse.
     resume: Option<ByteRate>,
-    least_rtt: LeastRtt,
+    configured_rtt: Duration,
+    queue: StandingQueue,
+    /// The rate before the first of several brakes for a queue.
+    before_brakes: Option<ByteRate>,
     round: Round,
     congested_rounds: u32,
     clean_rounds: u32,
@@ -83,7 +91,9 @@ impl LinkController {
             loss_tolerance: settings.loss_tolerance,
             rate: settings.capacity,
             resume: None,
-            least_rtt: LeastRtt::new(settings.rtt, now),
+            configured_rtt: settings.rtt,
+            queue: StandingQueue::new(),
+            before_brakes: None,
             round: Round::starting(now),
             congested_rounds: 0,
             clean_rounds: 0,
@@ -94,20 +104,22 @@ impl LinkController {
     /// The rate to send at, in bytes at IP level.
     #[must_use]
     pub fn rate(&self) -> ByteRate {
-        self.rate
+        scaled(self.rate, 1.0 - self.queue.trim())
+            .max(ByteRate(1))
+            .min(self.rate)
     }
 
     /// Bytes that may be in flight.
     #[must_use]
     pub fn window(&self) -> u64 {
-        let time = self.least_rtt.value().saturating_mul(2) + WINDOW_ALLOWANCE;
+        let time = self.least_rtt().saturating_mul(2) + WINDOW_ALLOWANCE;
         self.rate.bytes_in(time).max(MIN_WINDOW_PACKETS * self.mtu)
     }
 
-    /// The least round trip time of the last 30 s.
+    /// The round trip time without queues: the least that was measured, or the configured one before.
     #[must_use]
     pub fn least_rtt(&self) -> Duration {
-        self.least_rtt.value()
+        self.queue.base().unwrap_or(self.configured_rtt)
     }
 
     /// The link has another capacity from now on. Less takes effect at once. More takes effect at once if the link was full before,
@@ -128,7 +140,7 @@ impl LinkController {
     /// A packet arrived.
     pub fn on_ack(&mut self, trip: RoundTrip, bytes: u64) {
         let rtt = trip.now.saturating_duration_since(trip.sent);
-        self.least_rtt.sample(rtt, trip.now);
+        self.queue.sample(rtt);
         if self.round.counts(trip.sent) {
             self.round.delivered(trip, rtt, bytes);
             self.end_round_if_complete(trip);
@@ -152,40 +164,61 @@ impl LinkController {
     /// Everything that was sent for several round trips is lost.
     pub fn on_persistent_congestion(&mut self, now: Instant) {
         if self.resume.is_none() {
-            self.resume = Some(scaled(self.rate, 0.7));
+            self.resume = Some(scaled(self.rate(), 0.7));
         }
-        self.rate = self.floor().min(self.rate);
+        self.rate = self.floor().min(self.rate());
+        self.queue.reset_trim();
         self.restart_rounds(now);
     }
 
     fn end_round_if_complete(&mut self, trip: RoundTrip) {
         let enough = self.round.delivered + self.round.lost >= MIN_ROUND_PACKETS * self.mtu;
-        if !enough || trip.sent < self.round.began {
+        let long = trip.now.saturating_duration_since(self.round.began) >= MIN_ROUND;
+        if !enough || !long || trip.sent < self.round.began {
             return;
         }
         let loss = self.round.loss();
-        let base = self.least_rtt.value();
-        let queue = self.round.least_rtt.unwrap_or(base).saturating_sub(base);
+        let round_rtt = self.round.least_rtt.unwrap_or(self.configured_rtt);
+        let queued = self.queue.length(round_rtt) > MIN_QUEUE.max(self.least_rtt() / 4);
         if loss > SEVERE * self.loss_tolerance {
             self.brake(self.round.fit(), trip.now);
-        } else if loss > self.loss_tolerance || queue > MIN_QUEUE.max(base / 4) {
+        } else if loss > self.loss_tolerance || queued {
             self.congested_rounds += 1;
             self.clean_rounds = 0;
-            if self.congested_rounds >= ROUNDS_TO_BRAKE {
-                self.brake(0.9 * self.round.fit(), trip.now);
-            } else {
+            if self.congested_rounds < ROUNDS_TO_BRAKE {
                 self.round.next(trip.now);
+            } else if queued {
+                self.brake_for_queue(round_rtt, trip.now);
+            } else {
+                self.brake(0.9 * self.round.fit(), trip.now);
             }
         } else {
             self.congested_rounds = 0;
+            self.before_brakes = None;
             self.clean_rounds += 1;
+            self.queue.adapt(round_rtt);
             self.recover();
             self.round.next(trip.now);
         }
     }
 
+    /// Brakes, unless brakes do not help: then the path is longer than it was, and the rate returns to what it was before them.
+    fn brake_for_queue(&mut self, round_rtt: Duration, now: Instant) {
+        let (before, factor) = (self.rate(), 0.9 * self.round.fit());
+        let before = *self.before_brakes.get_or_insert(before);
+        if self.queue.braked(round_rtt) {
+            self.before_brakes = None;
+            self.resume = Some(before);
+            self.restart_rounds(now);
+        } else {
+            self.brake(factor, now);
+        }
+    }
+
     fn brake(&mut self, factor: f64, now: Instant) {
-        self.rate = scaled(self.rate, factor).max(self.floor()).min(self.rate);
+        let rate = self.rate();
+        self.rate = scaled(rate, factor).max(self.floor()).min(rate);
+        self.queue.reset_trim();
         self.resume = None;
         self.restart_rounds(now);
     }
@@ -223,6 +256,7 @@ const WINDOW_ALLOWANCE: Duration = Duration::from_millis(10);
 const MIN_WINDOW_PACKETS: u64 = 64;
 const MIN_ROUND_PACKETS: u64 = 50;
 const MIN_QUEUE: Duration = Duration::from_millis(20);
+const MIN_ROUND: Duration = Duration::from_millis(50);
 const SEVERE: f64 = 4.0;
 const ROUNDS_TO_BRAKE: u32 = 2;
 const ROUNDS_TO_RECOVER: u32 = 4;
@@ -297,43 +331,6 @@ impl Round {
         };
         // Half at most in one step: a pause of the receiver must not look like a link without capacity.
         (stretch * (1.0 - self.loss())).max(0.5 * (1.0 - self.loss()))
-    }
-}
-
-/// The least RTT over the last two halves of its memory.
-#[derive(Clone, Debug)]
-struct LeastRtt {
-    configured: Duration,
-    half_began: Instant,
-    this_half: Option<Duration>,
-    last_half: Option<Duration>,
-}
-
-impl LeastRtt {
-    const HALF: Duration = Duration::from_secs(15);
-
-    fn new(configured: Duration, now: Instant) -> Self {
-        Self {
-            configured,
-            half_began: now,
-            this_half: None,
-            last_half: None,
-        }
-    }
-
-    fn sample(&mut self, rtt: Duration, now: Instant) {
-        if now.saturating_duration_since(self.half_began) > Self::HALF {
-            self.half_began = now;
-            self.last_half = self.this_half.take();
-        }
-        self.this_half = Some(self.this_half.map_or(rtt, |least| least.min(rtt)));
-    }
-
-    fn value(&self) -> Duration {
-        match (self.this_half, self.last_half) {
-            (Some(one), Some(other)) => one.min(other),
-            (one, other) => one.or(other).unwrap_or(self.configured),
-        }
     }
 }
 

@@ -21,6 +21,7 @@ struct Link {
     rate: ByteRate,
     buffer: Duration,
     loss: f64,
+    rtt: Duration,
     /// When the bottleneck has sent all it holds.
     busy_until: Instant,
     random: u64,
@@ -32,6 +33,7 @@ impl Link {
             rate,
             buffer,
             loss,
+            rtt: RTT,
             busy_until: now,
             random: 0x9e37_79b9_7f4a_7c15,
         }
@@ -48,11 +50,12 @@ impl Link {
         }
         self.busy_until = starts + self.rate.time_for(bytes);
         let lost = (self.random >> 11) as f64 / (1_u64 << 53) as f64;
-        (lost >= self.loss).then(|| self.busy_until + RTT)
+        (lost >= self.loss).then(|| self.busy_until + self.rtt)
     }
 }
 
 struct Run {
+    longest_queue: Duration,
     sent: u64,
     delivered: u64,
     /// The rate at the end of each tenth of a second.
@@ -63,6 +66,7 @@ struct Run {
 fn drive(controller: &mut LinkController, link: &mut Link, start: Instant, time: Duration) -> Run {
     const PACKET: u64 = 14_520;
     let mut run = Run {
+        longest_queue: Duration::ZERO,
         sent: 0,
         delivered: 0,
         rates: vec![],
@@ -73,7 +77,7 @@ fn drive(controller: &mut LinkController, link: &mut Link, start: Instant, time:
         while let Some(&(sent, outcome)) = in_flight.front() {
             match outcome {
                 Some(arrives) if arrives <= now => controller.on_ack(RoundTrip { sent, now: arrives }, PACKET),
-                None if sent + RTT + link.buffer <= now => controller.on_loss(RoundTrip { sent, now }, PACKET),
+                None if sent + link.rtt + link.buffer <= now => controller.on_loss(RoundTrip { sent, now }, PACKET),
                 _ => break,
             }
             run.delivered += outcome.map_or(0, |_| PACKET);
@@ -82,6 +86,7 @@ fn drive(controller: &mut LinkController, link: &mut Link, start: Instant, time:
         if (in_flight.len() as u64) * PACKET < controller.window() {
             in_flight.push_back((now, link.send(now, PACKET)));
             run.sent += PACKET;
+            run.longest_queue = run.longest_queue.max(link.busy_until.saturating_duration_since(now));
         }
         now += controller.rate().time_for(PACKET);
         if now >= sampled + Duration::from_millis(100) {
@@ -154,6 +159,53 @@ fn a_standing_queue_brakes_without_any_loss() {
         .busy_until
         .saturating_duration_since(start + Duration::from_secs(10));
     assert!(worst < Duration::from_millis(200), "{worst:?} of queue stand");
+}
+
+#[test]
+fn a_capacity_one_percent_too_high_costs_a_few_milliseconds_of_queue_and_no_brake() {
+    // The longer the round trip, the coarser the steps.
+    for (rtt, least_use) in [(20, 0.985), (150, 0.985), (600, 0.96)] {
+        let rtt = Duration::from_millis(rtt);
+        let start = origin();
+        let mut controller = LinkController::new(ControllerSettings::new(megabit(101), rtt), MTU, start);
+        let mut link = Link {
+            rtt,
+            ..Link::new(megabit(100), Duration::from_secs(2), 0.0, start)
+        };
+        drive(&mut controller, &mut link, start, Duration::from_secs(20));
+        let settled = start + Duration::from_secs(20);
+        let run = drive(&mut controller, &mut link, settled, Duration::from_secs(20));
+        let slowest = run.rates.iter().min().copied();
+        assert!(slowest > Some(megabit(94)), "{rtt:?}: {slowest:?}");
+        let used = run.delivered as f64 / megabit(100).bytes_in(Duration::from_secs(20)) as f64;
+        assert!(used > least_use, "{rtt:?}: only {used:.3} of the link used");
+        assert!(
+            run.longest_queue < Duration::from_millis(25),
+            "{rtt:?}: {:?} of queue",
+            run.longest_queue
+        );
+    }
+}
+
+#[test]
+fn a_path_that_becomes_longer_is_not_taken_for_a_queue_for_ever() {
+    for longer in [170, 200, 400].map(Duration::from_millis) {
+        let start = origin();
+        let mut controller = controller(megabit(100), start);
+        let mut link = Link::new(megabit(100), Duration::from_millis(50), 0.001, start);
+        drive(&mut controller, &mut link, start, Duration::from_secs(3));
+        link.rtt = longer;
+        let changed = start + Duration::from_secs(3);
+        let run = drive(&mut controller, &mut link, changed, Duration::from_secs(30));
+        let (lowest, last) = (run.rates.iter().min(), run.rates.last().copied());
+        assert!(lowest > Some(&megabit(50)), "{longer:?}: {lowest:?}");
+        assert_eq!(last, Some(megabit(100)), "{longer:?}");
+        assert!(
+            controller.least_rtt() >= longer,
+            "{longer:?}: {:?}",
+            controller.least_rtt()
+        );
+    }
 }
 
 #[test]

@@ -1,0 +1,285 @@
+//! Goodput of a link: lanes of incompressible bytes from one transport to another.
+//!
+//! ```text
+//! cargo bench --bench loopback                                  both ends here, over loopback, by criterion
+//! cargo bench --bench loopback -- serve DIR ADDRESS             the destination, for as long as it runs
+//! cargo bench --bench loopback -- send DIR ADDRESS RATE RTT_MS SECONDS [LANE_KIB]
+//!                                                               the source; RATE as in 1gbit, or - for none
+//! ```
+//!
+//! `serve` and `send` stand at the two ends of a real or emulated link, in network namespaces for example. DIR holds both ends'
+//! identities, so it must be the same. `serve` prints one JSON object for each connection: what arrived in each quarter of
+//! a second, in Mbit/s of lane bytes, the mean from the first lane to the end of the last full quarter, and the mean without the first
+//! second, in which lanes wait for their repairs. `send` prints what left in each tenth of a second, in Mbit/s at IP level.
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "a measuring tool reads the clock, and fails by panicking"
+)]
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use criterion::{Criterion, Throughput};
+use longhaul::proto::page::ByteRate;
+use longhaul::transport::tuning::LANE_BYTES;
+use longhaul::transport::{
+    ConnectionKind, Identity, PeerConnection, PeerLink, PeerTarget, Transport, TransportSettings, TrustAnchors,
+    read_lane, send_lane,
+};
+
+fn main() {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .init();
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    match arguments[..] {
+        ["serve", dir, address] => runtime.block_on(serve(dir.as_ref(), address.parse().unwrap())),
+        ["send", dir, address, rate, rtt, seconds] => {
+            runtime.block_on(send(
+                dir.as_ref(),
+                address.parse().unwrap(),
+                rate,
+                rtt,
+                seconds,
+                LANE_BYTES / 1024,
+            ));
+        }
+        ["send", dir, address, rate, rtt, seconds, lane] => {
+            runtime.block_on(send(
+                dir.as_ref(),
+                address.parse().unwrap(),
+                rate,
+                rtt,
+                seconds,
+                lane.parse().unwrap(),
+            ));
+        }
+        _ => {
+            let mut criterion = Criterion::default().configure_from_args().sample_size(10);
+            loopback(&mut criterion, &runtime);
+            criterion.final_summary();
+        }
+    }
+}
+
+/// Both ends in one process, without a configured capacity and with one far above what loopback carries.
+fn loopback(criterion: &mut Criterion, runtime: &tokio::runtime::Runtime) {
+    const LANES: u64 = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let any = "127.0.0.1:0".parse().unwrap();
+    let mut group = criterion.benchmark_group("loopback");
+    group.throughput(Throughput::Bytes(LANES * LANE_BYTES as u64));
+    for (name, rate) in [
+        ("cubic", None),
+        ("capacity", Some(ByteRate::from_bits_per_second(20_000_000_000))),
+    ] {
+        let (source, destination) =
+            runtime.block_on(async { (site(dir.path(), true, any), site(dir.path(), false, any)) });
+        let target = target(
+            dir.path(),
+            destination.control_address(),
+            Some(destination.bulk_address()),
+            rate,
+            Duration::from_millis(1),
+        );
+        let (link, arriving) = runtime.block_on(async {
+            let (link, arriving) = tokio::join!(source.dial(&target), bulk_of(&destination));
+            (link.unwrap(), arriving)
+        });
+        let data = content(LANE_BYTES);
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| runtime.block_on(transfer(&link, &arriving, &data, LANES)));
+        });
+    }
+    group.finish();
+}
+
+async fn transfer(link: &PeerLink, arriving: &PeerConnection, data: &Bytes, lanes: u64) {
+    let receive = async {
+        let mut readers = tokio::task::JoinSet::new();
+        for _ in 0..lanes {
+            readers.spawn(read_lane(arriving.accept_uni().await.unwrap(), LANE_BYTES));
+        }
+        while let Some(lane) = readers.join_next().await {
+            assert_eq!(lane.unwrap().unwrap().len(), LANE_BYTES);
+        }
+    };
+    let send = async {
+        for _ in 0..lanes {
+            send_lane(&link.bulk, data.clone()).await.unwrap();
+        }
+    };
+    tokio::join!(receive, send);
+}
+
+/// The bulk connection of a link that a peer opens.
+async fn bulk_of(transport: &Transport) -> PeerConnection {
+    let (one, two) = (transport.accept().await.unwrap(), transport.accept().await.unwrap());
+    if one.kind == ConnectionKind::Bulk {
+        one.connection
+    } else {
+        two.connection
+    }
+}
+
+async fn serve(dir: &Path, address: SocketAddr) {
+    let transport = site(dir, false, address);
+    let mut controls = Vec::new();
+    while let Some(incoming) = transport.accept().await {
+        if incoming.kind == ConnectionKind::Bulk {
+            tokio::spawn(count(incoming.connection));
+        } else {
+            controls.push(incoming.connection);
+        }
+    }
+}
+
+async fn count(bulk: PeerConnection) {
+    let arrived = Arc::new(AtomicU64::new(0));
+    let lanes = async {
+        while let Ok(lane) = bulk.accept_uni().await {
+            let arrived = arrived.clone();
+            tokio::spawn(async move {
+                // The source closes the connection with lanes in flight.
+                if let Ok(data) = read_lane(lane, 4 * LANE_BYTES).await {
+                    arrived.fetch_add(data.len() as u64, Ordering::Relaxed);
+                }
+            });
+        }
+        std::future::pending().await
+    };
+    let samples = sample(Duration::from_millis(250), || arrived.load(Ordering::Relaxed));
+    let mut samples = tokio::select! { () = lanes => unreachable!("samples end first"), samples = samples => samples };
+    // The last sample that brought something ends within a quarter.
+    samples.pop();
+    let mean = |skip: usize| {
+        let (first, last) = (samples.get(skip)?, samples.last()?);
+        Some(megabits(*first, *last))
+    };
+    let stats = bulk.stats();
+    println!(
+        "{}",
+        serde_json::json!({
+            "goodput_mbit": mean(0), "settled_goodput_mbit": mean(4), "quarters_mbit": rates(&samples),
+            "wire_bytes_received": stats.wire_bytes_received, "wire_bytes_sent": stats.wire_bytes_sent,
+        })
+    );
+}
+
+async fn send(dir: &Path, address: SocketAddr, rate: &str, rtt: &str, seconds: &str, lane_kib: usize) {
+    let transport = site(
+        dir,
+        true,
+        SocketAddr::new(
+            if address.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0; 16].into()
+            },
+            0,
+        ),
+    );
+    let rate = (rate != "-").then(|| rate.parse().unwrap());
+    let target = target(dir, address, None, rate, Duration::from_millis(rtt.parse().unwrap()));
+    let link = transport.dial(&target).await.unwrap();
+    let data = content(lane_kib * 1024);
+    let end = Instant::now() + Duration::from_secs_f64(seconds.parse().unwrap());
+    let mut sent = 0_u64;
+    let bulk = link.bulk.clone();
+    let samples =
+        tokio::spawn(async move { sample(Duration::from_millis(100), || bulk.stats().wire_bytes_sent).await });
+    while Instant::now() < end {
+        send_lane(&link.bulk, data.clone()).await.unwrap();
+        sent += data.len() as u64;
+    }
+    let measures = link.stats().bulk;
+    link.close(longhaul::transport::CloseCode::Done, "");
+    let wire = rates(&samples.await.unwrap());
+    transport.shutdown(longhaul::transport::CloseCode::Done, "").await;
+    println!(
+        "{}",
+        serde_json::json!({
+            "wire_mbit": wire, "offered_bytes": sent, "rtt_ms": measures.rtt.as_secs_f64() * 1e3, "least_rtt_ms": measures.least_rtt.as_secs_f64() * 1e3,
+            "sent_packets": measures.sent_packets, "lost_packets": measures.lost_packets, "wire_bytes_sent": measures.wire_bytes_sent,
+            "rate_mbit": measures.rate.map(|rate| rate.0 as f64 * 8e-6), "window": measures.congestion_window, "mtu": measures.mtu,
+            "shaper_waits": measures.shaper_waits, "shaper_wait_s": measures.shaper_wait.as_secs_f64(), "black_holes": measures.black_holes,
+        })
+    );
+}
+
+type Sample = (Instant, u64);
+
+/// What `counter` shows every `interval`, from the last time before it first rose to the first time at which it no longer does.
+async fn sample(interval: Duration, counter: impl Fn() -> u64) -> Vec<Sample> {
+    let mut ticks = tokio::time::interval(interval);
+    let mut samples: Vec<Sample> = Vec::new();
+    loop {
+        ticks.tick().await;
+        let now = (Instant::now(), counter());
+        match samples.last() {
+            Some(last) if last.1 == now.1 && samples.len() > 1 => return samples,
+            Some(last) if last.1 == now.1 => samples.clear(),
+            _ => {}
+        }
+        samples.push(now);
+    }
+}
+
+fn megabits(from: Sample, to: Sample) -> f64 {
+    ((to.1 - from.1) as f64 * 8e-6 / (to.0 - from.0).as_secs_f64()).round()
+}
+
+fn rates(samples: &[Sample]) -> Vec<f64> {
+    samples.windows(2).map(|pair| megabits(pair[0], pair[1])).collect()
+}
+
+fn identity(dir: &Path, source: bool) -> Arc<Identity> {
+    Identity::load_or_create(
+        &dir.join(if source { "source" } else { "destination" }),
+        SystemTime::now(),
+    )
+    .unwrap()
+}
+
+fn site(dir: &Path, source: bool, address: SocketAddr) -> Transport {
+    let trust = TrustAnchors::default();
+    trust.insert(identity(dir, !source).fingerprint(), "peer");
+    Transport::bind(TransportSettings::new(address), identity(dir, source), Arc::new(trust)).unwrap()
+}
+
+fn target(
+    dir: &Path,
+    control: SocketAddr,
+    bulk: Option<SocketAddr>,
+    rate: Option<ByteRate>,
+    rtt: Duration,
+) -> PeerTarget {
+    PeerTarget {
+        name: "peer".to_owned(),
+        control_address: control,
+        bulk_address: bulk,
+        fingerprint: identity(dir, false).fingerprint(),
+        rate,
+        rtt,
+    }
+}
+
+fn content(length: usize) -> Bytes {
+    let mut content = vec![0; length];
+    blake3::Hasher::new().finalize_xof().fill(&mut content);
+    content.into()
+}
