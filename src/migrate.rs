@@ -177,7 +177,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         process: Some(vm.identity().clone()),
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
     };
-    copying.show(now, Phase::Preparing, entry);
+    copying.show(now, Phase::Preparing, None, entry);
     Ok(Agreed { vmm: SourceVmm::new(vm, context), link, channel, copying, forecast, was_running })
 }
 

@@ -196,8 +196,14 @@ impl Copying {
         }
     }
 
-    /// A new phase, with the figures of the last look.
-    pub(crate) fn show(&mut self, now: Instant, phase: Phase, entry: &Entry) {
+    /// The hypervisor's stream begins, and with it the first round: over all memory, however short it is.
+    pub(crate) fn begin_stream(&mut self, now: Instant) {
+        self.rounds.observe(now, 1, Totals::default(), self.memory_bytes);
+    }
+
+    /// A new phase, with the figures of the last look. `totals`: what the stream has come to meanwhile, where there is one.
+    pub(crate) fn show(&mut self, now: Instant, phase: Phase, totals: Option<Totals>, entry: &Entry) {
+        self.totals = totals.unwrap_or(self.totals);
         if phase > Phase::Precopy {
             self.rounds.finish(now, self.totals);
         }

@@ -301,7 +301,9 @@ impl SourceDriver {
     }
 
     async fn start_migrate(&mut self) -> Result<(), String> {
-        let Some(copying) = &self.copying else { return Err("this gateway has no stream for the migration".to_owned()) };
+        let Some(copying) = &mut self.copying else {
+            return Err("this gateway has no stream for the migration".to_owned());
+        };
         let Some(link) = self.link.clone() else { return Err("the connection to the peer is lost".to_owned()) };
         let path = self.core.stream_socket(self.entry.migration);
         let socket = StreamSocket::bind(path).map_err(|error| format!("no socket for the vmm's stream: {error}"))?;
@@ -317,6 +319,7 @@ impl SourceDriver {
         };
         // The vmm connects before it answers the command.
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
+        copying.begin_stream(super::clock::now());
         let window_bytes = link.agreement().limits.window_bytes;
         let (outbound, end) =
             Outbound::start(stream, self.entry.migration, window_bytes, Encoder::new(copying.dictionary()));
@@ -640,8 +643,9 @@ impl SourceDriver {
                 bytes = permit.stream.length, "permit");
         }
         tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %phase);
+        let totals = self.stream.as_ref().map(|stream| stream.outbound.totals());
         match &mut self.copying {
-            Some(copying) => copying.show(super::clock::now(), phase, &self.entry),
+            Some(copying) => copying.show(super::clock::now(), phase, totals, &self.entry),
             None => self.entry.set_phase(phase),
         }
     }
