@@ -136,6 +136,7 @@ fn requests_of_version_1_have_these_bytes() {
             epoch: None,
         },
         Request::Ping(u64::MAX),
+        Request::Drives { migration: MIGRATION },
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -146,6 +147,7 @@ fn requests_of_version_1_have_these_bytes() {
             Request::Attach { epoch: Some(_), .. } => "request/attach",
             Request::Attach { epoch: None, .. } => "request/attach-without-stream",
             Request::Ping(_) => "request/ping",
+            Request::Drives { .. } => "request/drives",
         };
         goldens.message(name, request);
     }
@@ -161,6 +163,7 @@ fn replies_of_version_1_have_these_bytes() {
         Reply::Checked(vec!["no room".into(), "no such VM".into()]),
         Reply::Refused("a hello comes first".into()),
         Reply::Pong(1),
+        Reply::Drives(false),
     ];
     for reply in &replies {
         let name = match reply {
@@ -169,6 +172,7 @@ fn replies_of_version_1_have_these_bytes() {
             Reply::Checked(_) => "reply/checked-against",
             Reply::Refused(_) => "reply/refused",
             Reply::Pong(_) => "reply/pong",
+            Reply::Drives(_) => "reply/drives",
         };
         goldens.message(name, reply);
     }
