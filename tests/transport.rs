@@ -153,7 +153,9 @@ async fn transfer(from: &PeerLink, to: &PeerLink, lanes: u32) {
     };
     let send = async {
         for number in 0..lanes {
-            send_lane(&from.bulk, &mut [lane_content(number, LANE_BYTES)]).await.unwrap();
+            send_lane(&from.bulk, &mut [lane_content(number, LANE_BYTES)])
+                .await
+                .unwrap();
         }
     };
     soon(async { tokio::join!(receive, send) }).await;
@@ -324,10 +326,14 @@ async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
 async fn a_lane_longer_than_agreed_is_refused_without_being_kept() {
     let (tokyo, oslo) = paired();
     let (dialled, accepted) = link(&tokyo, &oslo, None).await;
-    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1001])]).await.unwrap();
+    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1001])])
+        .await
+        .unwrap();
     let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
     assert!(soon(read_lane(lane, 1000)).await.is_err());
-    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1000])]).await.unwrap();
+    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1000])])
+        .await
+        .unwrap();
     let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
     assert_eq!(soon(read_lane(lane, 1000)).await.unwrap().len(), 1000);
 }

@@ -212,8 +212,22 @@ pub struct Pages {
 
 impl From<PageCounts> for Pages {
     fn from(counts: PageCounts) -> Self {
-        let PageCounts { zero, same, reference, delta, literal, raw } = counts;
-        Self { zero, same, reference, delta, literal, raw }
+        let PageCounts {
+            zero,
+            same,
+            reference,
+            delta,
+            literal,
+            raw,
+        } = counts;
+        Self {
+            zero,
+            same,
+            reference,
+            delta,
+            literal,
+            raw,
+        }
     }
 }
 

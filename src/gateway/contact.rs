@@ -45,7 +45,13 @@ pub(crate) struct Contact {
 
 impl Contact {
     pub(crate) fn new(events: mpsc::Sender<ContactEvent>) -> Self {
-        Self { events, sender: None, channel: 0, reader: None, search: None }
+        Self {
+            events,
+            sender: None,
+            channel: 0,
+            reader: None,
+            search: None,
+        }
     }
 
     /// Uses this channel from now on; what an older one still delivers is not heard any more.
@@ -61,9 +67,18 @@ impl Contact {
         let task = tokio::spawn(async move {
             loop {
                 let event = match receiver.receive::<SessionMessage>().await {
-                    Ok(Some(message)) => ContactEvent::Message { channel: number, message },
-                    Ok(None) => ContactEvent::Lost { channel: number, reason: "the peer ended the channel".to_owned() },
-                    Err(error) => ContactEvent::Lost { channel: number, reason: error.to_string() },
+                    Ok(Some(message)) => ContactEvent::Message {
+                        channel: number,
+                        message,
+                    },
+                    Ok(None) => ContactEvent::Lost {
+                        channel: number,
+                        reason: "the peer ended the channel".to_owned(),
+                    },
+                    Err(error) => ContactEvent::Lost {
+                        channel: number,
+                        reason: error.to_string(),
+                    },
                 };
                 let lost = matches!(event, ContactEvent::Lost { .. });
                 if events.send(event).await.is_err() || lost {
@@ -93,7 +108,14 @@ impl Contact {
             self.drop_channel();
             // The queue may be full of messages of the same channel; the driver reads them first.
             let events = self.events.clone();
-            tokio::spawn(async move { events.send(ContactEvent::Lost { channel, reason: error.to_string() }).await });
+            tokio::spawn(async move {
+                events
+                    .send(ContactEvent::Lost {
+                        channel,
+                        reason: error.to_string(),
+                    })
+                    .await
+            });
         }
     }
 
@@ -169,7 +191,9 @@ async fn repeat<F: Future<Output = Result<ContactEvent, AttachError>>>(
 async fn ask(links: &Links, peer: &str, migration: MigrationId) -> Result<ContactEvent, AttachError> {
     let link = links.link(peer).await?;
     match Channel::ask(link.control(), &Request::Drives { migration }).await? {
-        Reply::Drives(false) => Ok(ContactEvent::GivenUp { journal: link.peer_journal() }),
+        Reply::Drives(false) => Ok(ContactEvent::GivenUp {
+            journal: link.peer_journal(),
+        }),
         Reply::Drives(true) => Err(AttachError::StillDriven),
         _ => Err(ChannelError::Closed.into()),
     }

@@ -9,10 +9,10 @@ use tokio::sync::{mpsc, watch};
 use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
+use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::inbound::{Inbound, Progress, Shelf};
 use super::launches;
 use super::registry::{Entry, ResolveOrder};
-use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::ActiveMigration;
@@ -156,7 +156,8 @@ impl DestinationDriver {
             DestinationState::New if self.was_left => return true,
             _ => {}
         }
-        self.decided_at.is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
+        self.decided_at
+            .is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
     }
 
     /// The verdict frees the VM for its next migration, whether or not the source has heard of it.
@@ -180,7 +181,8 @@ impl DestinationDriver {
             active.ended(outcome);
         }
         let now = super::clock::now();
-        self.entry.finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
+        self.entry
+            .finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {
@@ -192,7 +194,10 @@ impl DestinationDriver {
             }
             Err(step) => {
                 tracing::warn!(migration = %self.entry.migration, "{step}");
-                Err(format!("the migration of {} does not need a decision: {step}", self.entry.vm))
+                Err(format!(
+                    "the migration of {} does not need a decision: {step}",
+                    self.entry.vm
+                ))
             }
         };
         if resolved && let Some(order) = self.waiting_order.take() {
@@ -249,7 +254,11 @@ impl DestinationDriver {
             peer: self.entry.peer.clone(),
             peer_journal: self.source_journal,
             vm: self.entry.vm.clone(),
-            context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
+            context: self
+                .vmm
+                .as_ref()
+                .map(|vmm| VmContext::to_bytes(vmm.context()))
+                .unwrap_or_default(),
             unix_ms: super::clock::unix_ms(),
         };
         let names_vmm = record.kind == RecordKind::Prepared;
@@ -276,10 +285,14 @@ impl DestinationDriver {
         let stream = vmm.receive(&path).await?;
         let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder));
         self.progress = Some(inbound.progress());
-        self.core.inbound.insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
+        self.core
+            .inbound
+            .insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
         self.inbound = Some(inbound);
         self.entry.set_phase(Phase::Precopy);
-        self.contact.send(&SessionMessage::Accepted { held: Held::default() }).await;
+        self.contact
+            .send(&SessionMessage::Accepted { held: Held::default() })
+            .await;
         Ok(())
     }
 
@@ -291,7 +304,10 @@ impl DestinationDriver {
         let event = match outcome {
             ContinueOutcome::Running => DestinationEvent::Continued,
             ContinueOutcome::Refused(reason) => {
-                self.fail(format!("the destination's hypervisor refused to start the VM: {reason}")).await;
+                self.fail(format!(
+                    "the destination's hypervisor refused to start the VM: {reason}"
+                ))
+                .await;
                 DestinationEvent::ContinueFailed
             }
             ContinueOutcome::Paused => DestinationEvent::VmmPaused,
@@ -350,24 +366,38 @@ impl DestinationDriver {
 
     async fn acknowledge(&mut self) {
         if let Some(inbound) = &self.inbound {
-            let ack = SessionMessage::Ack { held: inbound.decoded(), vmm_bytes: inbound.vmm_bytes(), queued_bytes: inbound.queued_bytes() };
+            let ack = SessionMessage::Ack {
+                held: inbound.decoded(),
+                vmm_bytes: inbound.vmm_bytes(),
+                queued_bytes: inbound.queued_bytes(),
+            };
             self.contact.send(&ack).await;
         }
     }
 
     async fn on_progress(&mut self) {
-        let Some(progress) = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone()) else { return };
+        let Some(progress) = self
+            .progress
+            .as_mut()
+            .map(|progress| progress.borrow_and_update().clone())
+        else {
+            return;
+        };
         if let Some((summary, _)) = progress.restored
             && !self.stream_ended
         {
             self.stream_ended = true;
             self.acknowledge().await;
-            self.feed(&DestinationEvent::StreamEnded(StreamSum { digest: summary.digest, length: summary.bytes }));
+            self.feed(&DestinationEvent::StreamEnded(StreamSum {
+                digest: summary.digest,
+                length: summary.bytes,
+            }));
         }
         if let Some(reason) = progress.failed {
             self.progress = None;
             if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
-                self.fail("the destination's hypervisor died while it loaded the VM".to_owned()).await;
+                self.fail("the destination's hypervisor died while it loaded the VM".to_owned())
+                    .await;
                 self.feed(&DestinationEvent::VmmDead);
             } else {
                 self.fail(reason).await;
@@ -425,14 +455,20 @@ impl DestinationDriver {
     }
 
     async fn on_attachment(&mut self, attachment: Attachment) {
-        let Attachment { mut channel, epoch, peer_journal } = attachment;
+        let Attachment {
+            mut channel,
+            epoch,
+            peer_journal,
+        } = attachment;
         self.last_contact = super::clock::now();
         let held = match (epoch, &self.inbound) {
             (Some(epoch), Some(inbound)) => match inbound.resume(epoch) {
                 Ok(held) => held,
                 Err(error) => {
                     tracing::warn!(migration = %self.entry.migration, "{error}");
-                    let refused = SessionMessage::Refused { reason: error.to_string() };
+                    let refused = SessionMessage::Refused {
+                        reason: error.to_string(),
+                    };
                     let _ = channel.sender.send(&refused).await;
                     return;
                 }
@@ -450,10 +486,7 @@ impl DestinationDriver {
     async fn look(&mut self) {
         let now = super::clock::now();
         let receiving = matches!(self.machine.state(), DestinationState::Receiving { .. });
-        if receiving
-            && !self.contact.is_made()
-            && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE
-        {
+        if receiving && !self.contact.is_made() && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE {
             self.feed(&DestinationEvent::TimedOut);
             return;
         }
@@ -467,7 +500,8 @@ impl DestinationDriver {
             LoadState::Loaded => DestinationEvent::VmmPaused,
             LoadState::Running => DestinationEvent::VmmRunning,
             LoadState::Failed(reason) => {
-                self.fail(format!("the destination's hypervisor could not load the VM: {reason}")).await;
+                self.fail(format!("the destination's hypervisor could not load the VM: {reason}"))
+                    .await;
                 DestinationEvent::LoadFailed
             }
             LoadState::Dead(reason) => {
@@ -491,6 +525,9 @@ pub(super) fn outcome_of(verdict: Verdict, vm: &str, site: &str) -> (Outcome, St
         Verdict::Running => (Outcome::Completed, format!("{vm} is at {site}")),
         Verdict::Aborted(reason @ AbortReason::Cancelled) => (Outcome::Cancelled, reason.to_string()),
         Verdict::Aborted(reason) => (Outcome::Failed, reason.to_string()),
-        Verdict::Reverted => (Outcome::Failed, format!("{vm} could not be started at {site} and was given back")),
+        Verdict::Reverted => (
+            Outcome::Failed,
+            format!("{vm} could not be started at {site} and was given back"),
+        ),
     }
 }

@@ -81,7 +81,10 @@ impl Inbound {
     /// Starts decoder and writer towards the vmm's socket.
     pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder<Shelf>) -> Self {
         let shared = Arc::new(Shared {
-            session: Mutex::new(Receiving { session: DestinationSession::new(window_bytes), decoded: 0 }),
+            session: Mutex::new(Receiving {
+                session: DestinationSession::new(window_bytes),
+                decoded: 0,
+            }),
             arrived: Condvar::new(),
             acknowledge: Notify::new(),
             stopped: AtomicBool::new(false),
@@ -114,7 +117,11 @@ impl Inbound {
                 }
             }
         });
-        Self { shared, release: Mutex::new(Some(release)), outcome }
+        Self {
+            shared,
+            release: Mutex::new(Some(release)),
+            outcome,
+        }
     }
 
     /// Sorts a frame in.
@@ -144,7 +151,10 @@ impl Inbound {
 
     /// What the decoder has; frames that only wait for it are not in it.
     pub(crate) fn decoded(&self) -> Held {
-        Held { next: self.shared.receiving().decoded, beyond: Vec::new() }
+        Held {
+            next: self.shared.receiving().decoded,
+            beyond: Vec::new(),
+        }
     }
 
     /// Bytes of frames that wait for the decoder or, restored, for the vmm.
@@ -176,7 +186,6 @@ impl Inbound {
     pub(crate) fn vmm_bytes(&self) -> u64 {
         self.shared.vmm_bytes.load(Ordering::Relaxed)
     }
-
 }
 
 impl Drop for Inbound {
@@ -226,7 +235,14 @@ fn decode(
         let bytes = decoder.restore(&frame)?;
         let lane_bytes = frame.lane_bytes();
         shared.writing_bytes.fetch_add(lane_bytes, Ordering::Relaxed);
-        if restored.blocking_send(Restored { bytes, held: frame.header.held, lane_bytes }).is_err() {
+        if restored
+            .blocking_send(Restored {
+                bytes,
+                held: frame.header.held,
+                lane_bytes,
+            })
+            .is_err()
+        {
             return Ok(None);
         }
         shared.receiving().decoded = frame.header.sequence + 1;
@@ -245,7 +261,12 @@ async fn write(
     mut restored: mpsc::Receiver<Restored>,
     released: oneshot::Receiver<()>,
 ) -> std::io::Result<bool> {
-    while let Some(Restored { bytes, held, lane_bytes }) = restored.recv().await {
+    while let Some(Restored {
+        bytes,
+        held,
+        lane_bytes,
+    }) = restored.recv().await
+    {
         output.write(bytes, held).await?;
         shared.writing_bytes.fetch_sub(lane_bytes, Ordering::Relaxed);
         shared.vmm_bytes.store(output.written(), Ordering::Relaxed);

@@ -125,8 +125,13 @@ pub async fn run(
         ..TransportSettings::new(config.listen)
     };
     let transport = Arc::new(Transport::bind(settings, Arc::clone(&identity), Arc::clone(&anchors))?);
-    let links =
-        Links::new(Arc::clone(&config), Arc::clone(&transport), Arc::clone(&trust), journal.id(), limits);
+    let links = Links::new(
+        Arc::clone(&config),
+        Arc::clone(&transport),
+        Arc::clone(&trust),
+        journal.id(),
+        limits,
+    );
     let core = Arc::new(Core {
         config,
         links: Arc::new(links),
@@ -161,7 +166,9 @@ pub async fn run(
     drain.cancelled().await;
     core.metrics.set_ready(false);
     core.wait_for_open_migrations().await;
-    core.transport.shutdown(CloseCode::Draining, "the gateway is being stopped").await;
+    core.transport
+        .shutdown(CloseCode::Draining, "the gateway is being stopped")
+        .await;
     for task in serving {
         task.abort();
     }
@@ -180,9 +187,15 @@ async fn accept_peers(core: Arc<Core>) {
                 tokio::spawn(accept::bulk(core, peer, incoming.connection));
             }
             (ConnectionKind::Pairing, _) => {
-                tokio::spawn(commands::answer_pairing(core, incoming.connection, incoming.fingerprint));
+                tokio::spawn(commands::answer_pairing(
+                    core,
+                    incoming.connection,
+                    incoming.fingerprint,
+                ));
             }
-            (_, None) => incoming.connection.close_with(CloseCode::Unpaired, "the gateways are not paired"),
+            (_, None) => incoming
+                .connection
+                .close_with(CloseCode::Unpaired, "the gateways are not paired"),
         }
     }
 }
@@ -206,7 +219,9 @@ impl Core {
 
     /// Says, while it exists, that a vmm is being started for a migration that the journal does not know yet.
     pub(crate) fn launch_marker(&self, migration: MigrationId) -> PathBuf {
-        self.config.state_dir.join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
+        self.config
+            .state_dir
+            .join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
@@ -225,7 +240,9 @@ impl Core {
 
 /// Sockets of streams that an earlier process left: nobody will ever connect to them.
 fn remove_left_over_sockets(config: &Config) {
-    let Ok(entries) = std::fs::read_dir(&config.state_dir) else { return };
+    let Ok(entries) = std::fs::read_dir(&config.state_dir) else {
+        return;
+    };
     for entry in entries.flatten() {
         let path = entry.path();
         if path.extension().is_some_and(|extension| extension == SOCKET_EXTENSION) {

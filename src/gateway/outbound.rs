@@ -163,7 +163,9 @@ impl Outbound {
 
     /// Bytes that may wait unsent before the vmm is made to wait.
     pub(crate) fn set_backlog_limit(&self, bytes: u64) {
-        self.shared.backlog_limit.store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
+        self.shared
+            .backlog_limit
+            .store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -192,7 +194,10 @@ impl Outbound {
     /// Frame bytes that the far decoder has acknowledged.
     pub(crate) fn acknowledged_bytes(&self) -> u64 {
         let outstanding = self.shared.session().outstanding_bytes();
-        self.shared.sent_bytes.load(Ordering::Relaxed).saturating_sub(outstanding)
+        self.shared
+            .sent_bytes
+            .load(Ordering::Relaxed)
+            .saturating_sub(outstanding)
     }
 
     /// Bytes so far.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::Core;
-use super::destination_vmm::DestinationVmm;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
+use super::destination_vmm::DestinationVmm;
 use super::registry::Entry;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
@@ -51,11 +51,28 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
     tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
     let (entry, orders) = core
         .registry
-        .add(migration, &first.vm, &first.peer, api::Role::Source, super::clock::now())
-        .map_err(|open| format!("{} is open twice in the journal: {} and {migration}", first.vm, open.migration))?;
+        .add(
+            migration,
+            &first.vm,
+            &first.peer,
+            api::Role::Source,
+            super::clock::now(),
+        )
+        .map_err(|open| {
+            format!(
+                "{} is open twice in the journal: {} and {migration}",
+                first.vm, open.migration
+            )
+        })?;
     entry.set_phase(Phase::Committing);
     let peer_journal = first.peer_journal;
-    let start = SourceStart { vmm, machine, effects, peer_journal, copying: None };
+    let start = SourceStart {
+        vmm,
+        machine,
+        effects,
+        peer_journal,
+        copying: None,
+    };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);
     driver.look_for_peer();
     let core = Arc::clone(core);
@@ -89,14 +106,20 @@ async fn destination(
     let own_journal = core.journal.id();
     let (machine, effects) = Destination::recover(records, own_journal, fact).map_err(|error| error.to_string())?;
     tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
-    start_destination(core, migration, &first.peer, &first.vm, DestinationStart {
-        machine,
-        effects,
-        vmm,
-        source_journal: first.peer_journal,
-        decoder: None,
-        window_bytes: 0,
-    })
+    start_destination(
+        core,
+        migration,
+        &first.peer,
+        &first.vm,
+        DestinationStart {
+            machine,
+            effects,
+            vmm,
+            source_journal: first.peer_journal,
+            decoder: None,
+            window_bytes: 0,
+        },
+    )
 }
 
 /// A driver for a migration that a source asks about and no driver serves: from the journal, or, where that knows nothing,
@@ -122,14 +145,20 @@ pub(crate) async fn answer_for(
         source_journal: attachment.peer_journal,
         barriers: 0,
     });
-    start_destination(core, migration, peer, "", DestinationStart {
-        machine,
-        effects: Vec::new(),
-        vmm: None,
-        source_journal: attachment.peer_journal,
-        decoder: None,
-        window_bytes: 0,
-    })
+    start_destination(
+        core,
+        migration,
+        peer,
+        "",
+        DestinationStart {
+            machine,
+            effects: Vec::new(),
+            vmm: None,
+            source_journal: attachment.peer_journal,
+            decoder: None,
+            window_bytes: 0,
+        },
+    )
 }
 
 /// Whether a migration to `peer` is still under way at its source, which is here. One of which nothing is known is over: a source
@@ -140,7 +169,10 @@ pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> b
         return true;
     }
     let records = core.journal.records_of(migration).await;
-    let mut records = records.iter().filter(|record| record.role == Role::Source && record.peer == peer).peekable();
+    let mut records = records
+        .iter()
+        .filter(|record| record.role == Role::Source && record.peer == peer)
+        .peekable();
     records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
@@ -166,5 +198,8 @@ fn start_destination(
 }
 
 fn newest_context(records: &[JournalRecord]) -> Option<VmContext> {
-    records.iter().rev().find_map(|record| VmContext::from_bytes(&record.context))
+    records
+        .iter()
+        .rev()
+        .find_map(|record| VmContext::from_bytes(&record.context))
 }

@@ -16,8 +16,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 pub use self::demo::DemoArgs;
-pub use self::kill::KillArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
+pub use self::kill::KillArgs;
 
 /// `longhaul lab …`: measurements and demonstrations on this machine.
 #[derive(Clone, Debug, Subcommand)]

@@ -160,7 +160,9 @@ pub fn encode<M: Serialize>(message: &M) -> Result<Bytes, MessageError> {
 /// # Errors
 /// [`MessageError`] where the bytes are not a message of this version.
 pub fn decode<M: DeserializeOwned>(received: &mut BytesMut) -> Result<Option<M>, MessageError> {
-    let Some(prefix) = received.get(..4) else { return Ok(None) };
+    let Some(prefix) = received.get(..4) else {
+        return Ok(None);
+    };
     let len = u32::from_le_bytes(prefix.try_into().expect("four bytes were taken")) as usize;
     if len > MAX_MESSAGE {
         return Err(MessageError::TooLong { len });
@@ -202,8 +204,17 @@ mod tests {
     #[test]
     fn messages_survive_any_slicing_of_the_channel() {
         let messages = [
-            SessionMessage::Ack { held: Held { next: 7, beyond: vec![(9, 12)] }, vmm_bytes: 1 << 40, queued_bytes: 9 },
-            SessionMessage::Refused { reason: "no room".into() },
+            SessionMessage::Ack {
+                held: Held {
+                    next: 7,
+                    beyond: vec![(9, 12)],
+                },
+                vmm_bytes: 1 << 40,
+                queued_bytes: 9,
+            },
+            SessionMessage::Refused {
+                reason: "no room".into(),
+            },
             SessionMessage::Loaded,
         ];
         let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message).unwrap()).collect();
