@@ -81,7 +81,7 @@ impl DestinationVmm {
         };
         let vm = vm.map_err(|error| error.to_string())?;
         let context =
-            VmContext { qmp: config.qmp.clone(), process: Some(vm.identity().clone()), leave_after_success: false };
+            VmContext { qmp: config.qmp.clone(), process: Some(vm.identity().clone()), leave_after_success: false, settings: None };
         Ok(Self { context, log, launched: config.command.is_some(), vm: Some(vm), loaded: None })
     }
 

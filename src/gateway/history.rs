@@ -58,15 +58,14 @@ fn at_source(records: &[&JournalRecord], first: &JournalRecord) -> Option<(api::
             let reason = format!("it was given up before {vm} was handed over to {peer}");
             (api::Outcome::Failed, reason)
         }
-        (Outcome::VmmDied, _) => (api::Outcome::Failed, "the hypervisor's process at the source died".to_owned()),
+        (Outcome::VmmDied, _) => (
+            api::Outcome::Failed,
+            "the hypervisor's process at the source died".to_owned(),
+        ),
     })
 }
 
-fn at_destination(
-    records: &[&JournalRecord],
-    first: &JournalRecord,
-    site: &str,
-) -> Option<(api::Outcome, String)> {
+fn at_destination(records: &[&JournalRecord], first: &JournalRecord, site: &str) -> Option<(api::Outcome, String)> {
     let verdict = records.iter().rev().find_map(|record| match &record.kind {
         RecordKind::Running => Some(Verdict::Running),
         RecordKind::Abort(reason) => Some(Verdict::Aborted(*reason)),

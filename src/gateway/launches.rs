@@ -56,7 +56,10 @@ fn markers(state_dir: &Path) -> Vec<(MigrationId, PathBuf)> {
         .filter_map(|entry| {
             let path = entry.path();
             let name = path.file_name()?.to_str()?;
-            let migration = name.strip_prefix("vmm-")?.strip_suffix(MARKER_EXTENSION)?.strip_suffix('.')?;
+            let migration = name
+                .strip_prefix("vmm-")?
+                .strip_suffix(MARKER_EXTENSION)?
+                .strip_suffix('.')?;
             Some((migration.parse().ok()?, path))
         })
         .collect()
@@ -87,7 +90,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("vmm-1.log");
         let out = std::fs::File::create(&log).unwrap();
-        let mut child = Command::new("sleep").arg("60").stdout(Stdio::from(out)).spawn().unwrap();
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdout(Stdio::from(out))
+            .spawn()
+            .unwrap();
         let found: Vec<u32> = writers_of(&log).iter().map(Process::pid).collect();
         let others = writers_of(&directory.path().join("vmm-2.log"));
         child.kill().unwrap();
@@ -100,10 +107,17 @@ mod tests {
     fn only_names_of_markers_are_markers() {
         let directory = tempfile::tempdir().unwrap();
         let migration = MigrationId([0xab; 16]);
-        for name in [format!("vmm-{migration}.launching"), format!("vmm-{migration}.log"), "vmm-x.launching".to_owned()] {
+        for name in [
+            format!("vmm-{migration}.launching"),
+            format!("vmm-{migration}.log"),
+            "vmm-x.launching".to_owned(),
+        ] {
             std::fs::write(directory.path().join(name), "").unwrap();
         }
-        let found: Vec<_> = markers(directory.path()).into_iter().map(|(migration, _)| migration).collect();
+        let found: Vec<_> = markers(directory.path())
+            .into_iter()
+            .map(|(migration, _)| migration)
+            .collect();
         assert_eq!(found, [migration]);
     }
 }
