@@ -97,8 +97,8 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<24} {:<6} {:<28} {:>7} {:>7} {:>7} {:>10} {:>7}  {}",
-            "case", "killed", "at", "permit", "runs at", "one by", "copies max", "intact", "verdict"
+            "{:<24} {:<6} {:<28} {:>7} {:>7} {:>7} {:>10} {:>7}  verdict",
+            "case", "killed", "at", "permit", "runs at", "one by", "copies max", "intact"
         )?;
         for line in self.0 {
             let yes = |yes: bool| if yes { "yes" } else { "no" };

@@ -1,6 +1,6 @@
 //! Kills a gateway at its moment. The moment is seen from outside: in a journal file, by a monitor of QEMU, on the clock.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -87,7 +87,7 @@ impl Drop for JournalWatch {
 }
 
 /// Whether the record came before the caller left.
-fn wait_for(path: &PathBuf, step: Step, leaving: &AtomicBool) -> bool {
+fn wait_for(path: &Path, step: Step, leaving: &AtomicBool) -> bool {
     let mut follower = None;
     while !leaving.load(Ordering::Relaxed) {
         if follower.is_none() {
