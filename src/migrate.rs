@@ -222,6 +222,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         qmp: vm_config.qmp.clone(),
         process: Some(vm.identity().clone()),
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
+        settings: vm.changed_settings(),
     };
     copying.show(now, Phase::Preparing, None, entry);
     Ok(Agreed {

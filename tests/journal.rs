@@ -10,7 +10,7 @@ use longhaul::proto::ownership::{
     AbortReason, Claim, JournalRecord, Outcome, Permit, RecordKind, Resolution, Role, StreamSum, Verdict,
 };
 use longhaul::proto::page::{JournalId, MigrationId, StreamDigest};
-use longhaul::store::journal::{FINISHED_KEPT, Journal, JournalError, read_only};
+use longhaul::store::journal::{FINISHED_KEPT, Follower, Journal, JournalError, read_only};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -518,6 +518,32 @@ fn a_failed_write_leaves_the_journal_in_doubt() {
     let mut journal = Journal::open(&path, 0).unwrap();
     assert_eq!(journal.records(), [started(1), started(2)]);
     journal.append(started(5)).unwrap();
+}
+
+#[test]
+fn a_follower_sees_each_record_once_and_not_one_that_is_half_written() {
+    let directory = directory();
+    let path = directory.path().join("followed.journal");
+    assert!(Follower::open(&path).is_err());
+    let mut journal = Journal::open(&path, 0).unwrap();
+    let mut follower = Follower::open(&path).unwrap();
+    assert_eq!(follower.poll().unwrap(), None);
+    journal.append(started(1)).unwrap();
+    journal.append(started(2)).unwrap();
+    assert_eq!(follower.poll().unwrap(), Some(started(1)));
+    assert_eq!(follower.poll().unwrap(), Some(started(2)));
+    assert_eq!(follower.poll().unwrap(), None);
+
+    let whole = fs::read(&path).unwrap();
+    let mut torn = whole.clone();
+    let block = BLOCK as usize;
+    // The first bytes of the next record, as a reader may find them while it is written.
+    torn.copy_within(block..block + 100, 3 * block);
+    fs::write(&path, &torn).unwrap();
+    assert_eq!(follower.poll().unwrap(), None);
+    fs::write(&path, &whole).unwrap();
+    journal.append(started(3)).unwrap();
+    assert_eq!(follower.poll().unwrap(), Some(started(3)));
 }
 
 proptest! {

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::output::OutputArgs;
 use super::progress::Display;
 use super::{Failure, report};
-use crate::api::{Cancellation, Client, ClientError, Event, Following, RefusalKind};
+use crate::api::{Cancellation, Client, ClientError, Event, Following, RefusalKind, Where};
 use crate::config::units::parse_duration;
 use crate::proto::page::MigrationId;
 
@@ -148,6 +148,9 @@ impl Watcher {
                     self.seen = true;
                 }
                 Err(error @ ClientError::Refused(_)) if !self.seen => return Err(error.into()),
+                Err(ClientError::Refused(refusal)) if refusal.kind == RefusalKind::NotFound => {
+                    return Err(self.never_begun());
+                }
                 Err(ClientError::Refused(refusal)) if refusal.kind != RefusalKind::Unavailable => {
                     return Err(self.lost_sight(&refusal));
                 }
@@ -156,6 +159,17 @@ impl Watcher {
                 }
                 Err(_) => {}
             }
+        }
+    }
+
+    /// A gateway records that a migration begins before it touches the VM, and remembers what it has recorded.
+    fn never_begun(&self) -> Failure {
+        Failure {
+            code: Where::Source.exit_code(),
+            message: format!(
+                "the gateway was restarted before migration {} had begun: the VM was not touched and runs where it was",
+                self.migration
+            ),
         }
     }
 

@@ -86,6 +86,7 @@ impl DestinationVmm {
             qmp: config.qmp.clone(),
             process: Some(vm.identity().clone()),
             leave_after_success: false,
+            settings: None,
         };
         Ok(Self {
             context,

@@ -124,7 +124,8 @@ impl SourceVmm {
                 .ok_or_else(|| SourceError::AnotherProcess {
                     path: self.context.qmp.display().to_string(),
                 })?;
-            let vm = SourceVm::reattach(&self.context.qmp, identity, self.was_running, None, DEADLINE).await?;
+            let settings = self.context.settings.clone();
+            let vm = SourceVm::reattach(&self.context.qmp, identity, self.was_running, settings, DEADLINE).await?;
             self.events = Some(vm.events());
             self.vm = Some(vm);
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::hypervisor::process::ProcessIdentity;
+use crate::hypervisor::qemu::RememberedSettings;
 use crate::proto::ownership::JournalRecord;
 
 /// How to find a vmm again.
@@ -17,12 +18,23 @@ pub(crate) struct VmContext {
     /// Whether the paused vmm stays after success.
     #[serde(default)]
     pub(crate) leave_after_success: bool,
+    /// At the source: migration settings to put back where the VM stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) settings: Option<RememberedSettings>,
 }
 
 impl VmContext {
     /// The bytes that go into a record.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = serde_json::to_vec(self).expect("a context is plain data");
+        if bytes.len() > JournalRecord::MAX_CONTEXT && self.settings.is_some() {
+            // Strange settings are lost rather than the way to the vmm.
+            return Self {
+                settings: None,
+                ..self.clone()
+            }
+            .to_bytes();
+        }
         if bytes.len() > JournalRecord::MAX_CONTEXT {
             // Only an absurdly long socket path gets here, and configuration refuses those; the process still leads to the vmm.
             let short = Self {
@@ -37,5 +49,32 @@ impl VmContext {
     /// The context in a record; `None` where the record has none, as those for unknown migrations.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::qemu::ParameterValue;
+
+    #[test]
+    fn settings_give_way_where_they_do_not_fit_a_record() {
+        let context = |text: String| VmContext {
+            qmp: "/run/vm.qmp".into(),
+            process: None,
+            leave_after_success: true,
+            settings: Some(RememberedSettings {
+                capabilities: vec![("events".to_owned(), false)],
+                parameters: vec![("tls-creds".to_owned(), ParameterValue::Text(text))],
+            }),
+        };
+        let usual = context("creds".to_owned());
+        assert_eq!(VmContext::from_bytes(&usual.to_bytes()), Some(usual));
+        let strange = context("x".repeat(JournalRecord::MAX_CONTEXT));
+        let without = VmContext {
+            settings: None,
+            ..strange.clone()
+        };
+        assert_eq!(VmContext::from_bytes(&strange.to_bytes()), Some(without));
     }
 }

@@ -330,6 +330,24 @@ fn a_gateway_that_comes_back_tells_how_it_ended() {
 }
 
 #[test]
+fn a_gateway_that_comes_back_without_a_record_has_not_touched_the_vm() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sender, seen) = channel();
+    let first = holds(&directory, sender);
+    let running = first.start(&["migrate", "db-1", "--to", "tokyo"]);
+    expect(&seen, &Seen::Followed);
+    drop(first);
+    running.wait_for("the gateway went away");
+    let _second = Gateway::on(&directory, |command| match command {
+        Command::Follow { reply, .. } => reply.send(Err(Refusal::new(RefusalKind::NotFound, "unknown"))),
+        other => panic!("unexpected {other:?}"),
+    });
+    let (code, said) = running.finish();
+    assert_eq!(code, Some(1));
+    assert!(said.contains("was not touched"), "{said}");
+}
+
+#[test]
 fn a_gateway_that_does_not_come_back_leaves_it_unknown() {
     let directory = tempfile::tempdir().unwrap();
     let (sender, seen) = channel();

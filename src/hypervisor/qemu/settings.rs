@@ -99,6 +99,28 @@ impl RememberedSettings {
         }
     }
 
+    /// What of these settings a migration at its source changes: the little that a restarted gateway has to put back.
+    #[must_use]
+    pub(super) fn changed_at_source(&self) -> RememberedSettings {
+        let wanted = self.for_migration(Side::Source, 0);
+        let is_kept = |pair: &&(String, ParameterValue)| {
+            SET_DURING_MIGRATION.contains(&pair.0.as_str())
+                || wanted
+                    .parameters
+                    .iter()
+                    .any(|(name, value)| *name == pair.0 && *value != pair.1)
+        };
+        RememberedSettings {
+            capabilities: self
+                .capabilities
+                .iter()
+                .filter(|pair| !wanted.capabilities.contains(pair))
+                .cloned()
+                .collect(),
+            parameters: self.parameters.iter().filter(is_kept).cloned().collect(),
+        }
+    }
+
     /// Makes QEMU have these settings; sends only what differs from `now`.
     pub(super) async fn apply(&self, qmp: &QmpClient, now: &RememberedSettings) -> Result<(), QmpError> {
         let capabilities: Vec<Value> = self
@@ -161,6 +183,9 @@ const CHANGED_PARAMETERS: [&str; 7] = [
     "mode",
 ];
 
+/// Parameters that are set again and again while a migration runs, whatever they were.
+const SET_DURING_MIGRATION: [&str; 2] = ["downtime-limit", "avail-switchover-bandwidth"];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,5 +220,23 @@ mod tests {
         };
         assert_eq!(on(Side::Source), ["events"]);
         assert_eq!(on(Side::Destination), ["events", "late-block-activate"]);
+    }
+
+    #[test]
+    fn only_what_a_migration_changes_is_put_back_by_a_restarted_gateway() {
+        let mut all = before();
+        all.capabilities.push(("events".to_owned(), true));
+        all.parameters
+            .push(("announce-rounds".to_owned(), ParameterValue::Number(5)));
+        let changed = all.changed_at_source();
+        // `events` is off in the first pair and on in the last, which is as a migration wants it.
+        let names: Vec<_> = changed
+            .capabilities
+            .iter()
+            .map(|(name, is_on)| (name.as_str(), *is_on))
+            .collect();
+        assert_eq!(names, [("events", false), ("never-heard-of", true)]);
+        let names: Vec<_> = changed.parameters.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["max-bandwidth", "downtime-limit"]);
     }
 }

@@ -455,9 +455,10 @@ impl SourceVm {
         self.qmp.version()
     }
 
-    /// What [`SourceVm::prepare`] has remembered and [`SourceVm::restore_settings`] has not put back.
-    pub fn remembered_settings(&self) -> Option<&RememberedSettings> {
-        self.remembered.as_ref()
+    /// What [`SourceVm::prepare`] has changed and [`SourceVm::restore_settings`] has not put back: what to record for
+    /// [`SourceVm::reattach`].
+    pub fn changed_settings(&self) -> Option<RememberedSettings> {
+        self.remembered.as_ref().map(RememberedSettings::changed_at_source)
     }
 
     /// State of the guest now.

@@ -36,6 +36,7 @@ use self::site::{LinkSection, Site};
 use super::guest::{Accelerator, GuestDials, Image, ImageError, Launch};
 use super::heartbeat::HeartbeatError;
 use super::link::{ADDRESS_A, ADDRESS_B, Link, LinkError};
+use super::monitor::MonitorError;
 use super::process::ProcessError;
 
 /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
@@ -462,6 +463,9 @@ pub enum KillError {
     /// The guest cannot be heard.
     #[error(transparent)]
     Heartbeat(#[from] HeartbeatError),
+    /// A QEMU cannot be asked.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
     /// A gateway runs but does not answer.
     #[error("the gateway of {place} does not answer; it said: {said}")]
     GatewayMute {

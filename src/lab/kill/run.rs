@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 use tokio::task::JoinHandle;
 
 use super::case::{Case, Moment, Place, Step};
@@ -14,6 +15,7 @@ use super::trigger::{JournalWatch, Trigger};
 use super::{KillError, Tools, VM};
 use crate::api::{Outcome, Phase};
 use crate::lab::heartbeat::{Heard, Heartbeat, HeartbeatError, Verified};
+use crate::lab::monitor::Monitor;
 use crate::lab::process::Process;
 use crate::proto::page::MigrationId;
 use crate::store::journal::read_only;
@@ -25,7 +27,7 @@ pub(super) struct Finding {
     pub(super) command_seconds: Option<f64>,
     /// How `longhaul migrate` ended.
     pub(super) exit_code: Option<i32>,
-    /// What it said at the end.
+    /// The last line that it said.
     pub(super) said: String,
     pub(super) killed: Option<WallTime>,
     /// When the killed gateway was started again.
@@ -40,6 +42,8 @@ pub(super) struct Finding {
     pub(super) verified: Option<Verified>,
     /// What the gateways say of the migration at the end.
     pub(super) told: [Option<Told>; 2],
+    /// Whether QEMU at A has the migration settings that it had before; `None` where the VM is not there any more.
+    pub(super) settings_kept: Option<bool>,
     /// What had not come to rest when the lab stopped waiting.
     pub(super) restless: Option<String>,
 }
@@ -156,6 +160,7 @@ impl Stage {
         if let Some(rate) = &ground.rate {
             arguments.extend(["--rate", rate]);
         }
+        let settings = settings_of(a).await?;
         let log = a.directory.join("migrate.log");
         let argv = a.client(&tools.longhaul, &arguments);
         let begun = WallTime::now();
@@ -223,11 +228,15 @@ impl Stage {
             ([false, true], Some(beats)) => beats.verify(VERIFY).await.ok(),
             _ => None,
         };
+        let settings_kept = match running {
+            [true, false] => Some(settings_of(a).await? == settings),
+            _ => None,
+        };
         let exit_code = match ended {
             Some(_) => command.wait().await?.code(),
             None => None,
         };
-        let said = command.said();
+        let said = command.said().lines().last().unwrap_or_default().to_owned();
         command.kill().await;
         let mut told = [None, None];
         if let Some(migration) = migration {
@@ -251,6 +260,7 @@ impl Stage {
             heard: [Some(self.beats_a.heard()), beats_b.map(|beats| beats.heard())],
             verified,
             told,
+            settings_kept,
             restless,
         })
     }
@@ -317,6 +327,14 @@ fn steps_of(journal: &Path, place: Place) -> Vec<Step> {
     let records = read_only(journal).map(|snapshot| snapshot.records).unwrap_or_default();
     let ours = records.iter().filter(|record| record.role == place.role());
     ours.map(|record| Step::of(&record.kind)).collect()
+}
+
+/// Capabilities and parameters of migration. The gateway leaves its monitor free between migrations.
+async fn settings_of(site: &Site) -> Result<[Value; 2], KillError> {
+    let mut monitor = Monitor::connect(&site.files.qmp, SOON).await?;
+    let capabilities = monitor.execute("query-migrate-capabilities", Value::Null).await?;
+    let parameters = monitor.execute("query-migrate-parameters", Value::Null).await?;
+    Ok([capabilities, parameters])
 }
 
 /// The migration's id, which the command says at its start.
