@@ -95,7 +95,12 @@ impl DestinationDriver {
         start: DestinationStart,
     ) -> Self {
         let (events, contact_events) = mpsc::channel(64);
-        let active = Some(core.metrics.migration(api::Role::Destination));
+        // One that is decided was counted by the process that decided it.
+        let active = start
+            .machine
+            .verdict()
+            .is_none()
+            .then(|| core.metrics.migration(api::Role::Destination));
         Self {
             core,
             entry,
@@ -130,6 +135,9 @@ impl DestinationDriver {
     pub(crate) async fn run(mut self, first: Option<DestinationEvent>) {
         if let Some(event) = first {
             self.feed(&event);
+        }
+        if self.machine.verdict().is_some() {
+            self.enquire();
         }
         loop {
             while let Some(effect) = self.effects.pop_front() {
@@ -424,12 +432,7 @@ impl DestinationDriver {
                 if self.machine.verdict().is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
                 }
-                // It is the source that comes back. One that has forgotten the migration does not, and would be waited for.
-                self.contact.enquire(
-                    Arc::clone(&self.core.links),
-                    self.entry.peer.clone(),
-                    self.entry.migration,
-                );
+                self.enquire();
             }
             ContactEvent::GivenUp { journal } if !self.contact.is_made() => self.on_given_up(journal),
             ContactEvent::Made { .. }
@@ -437,6 +440,15 @@ impl DestinationDriver {
             | ContactEvent::Lost { .. }
             | ContactEvent::GivenUp { .. } => {}
         }
+    }
+
+    /// It is the source that comes back. One that has forgotten the migration, or closed it, does not, and would be waited for.
+    fn enquire(&mut self) {
+        self.contact.enquire(
+            Arc::clone(&self.core.links),
+            self.entry.peer.clone(),
+            self.entry.migration,
+        );
     }
 
     /// The source has nothing open of this migration: it has given it up, or knows the verdict. What it would say, had it found

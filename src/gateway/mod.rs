@@ -103,6 +103,7 @@ pub async fn run(
         .await
         .expect("opening a journal does not panic")?;
     let open = journal.open_migrations();
+    let owed = recovery::owed(journal.records());
     let ended = history::reports(journal.records(), &config.site);
     let journal = JournalHandle::spawn(journal);
     remove_left_over_sockets(&config);
@@ -154,6 +155,7 @@ pub async fn run(
         core.registry.remember(report, role, clock::now());
     }
     recovery::recover_all(&core, open).await;
+    recovery::settle_owed(&core, owed).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),

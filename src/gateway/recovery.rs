@@ -3,6 +3,7 @@
 //! Nothing is guessed. The journal says what was recorded, the hypervisor what its guest does, the peer what it decided; the
 //! same ownership machines as during a migration draw the conclusions.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -32,6 +33,44 @@ pub(crate) async fn recover_all(core: &Arc<Core>, open: Vec<(MigrationId, Role)>
         };
         if let Err(reason) = recovered {
             tracing::error!(%migration, "{reason}");
+        }
+    }
+}
+
+/// The migrations that ended here, and of which the source has not said that it knows: its word was lost.
+pub(crate) fn owed(records: &[JournalRecord]) -> Vec<MigrationId> {
+    let mut kinds: BTreeMap<MigrationId, Vec<&RecordKind>> = BTreeMap::new();
+    for record in records.iter().filter(|record| record.role == Role::Destination) {
+        kinds.entry(record.migration).or_default().push(&record.kind);
+    }
+    // What a person decided is kept for ever, closed or not.
+    kinds.retain(|_, kinds| {
+        matches!(kinds.last(), Some(RecordKind::Running | RecordKind::Revert))
+            && Standing::of(kinds.iter().copied()) == Standing::Owed
+    });
+    kinds.into_keys().collect()
+}
+
+/// Asks the sources of migrations that are [`owed`]. One that has closed the migration needs no answer any more.
+pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
+    for migration in owed {
+        let mut records = core.journal.records_of(migration).await;
+        records.retain(|record| record.role == Role::Destination);
+        let Some(first) = records.first() else { continue };
+        // The verdict stands, whatever has become of the vmm since.
+        match Destination::recover(&records, core.journal.id(), VmmFact::Unreachable) {
+            Ok((machine, effects)) => {
+                let start = DestinationStart {
+                    machine,
+                    effects,
+                    vmm: None,
+                    source_journal: first.peer_journal,
+                    decoder: None,
+                    window_bytes: 0,
+                };
+                start_destination(core, migration, &first.peer, &first.vm, start);
+            }
+            Err(error) => tracing::error!(%migration, "{error}"),
         }
     }
 }
@@ -119,7 +158,8 @@ async fn destination(
             decoder: None,
             window_bytes: 0,
         },
-    )
+    );
+    Ok(())
 }
 
 /// A driver for a migration that a source asks about and no driver serves: from the journal, or, where that knows nothing,
@@ -158,7 +198,8 @@ pub(crate) async fn answer_for(
             decoder: None,
             window_bytes: 0,
         },
-    )
+    );
+    Ok(())
 }
 
 /// Whether a migration to `peer` is still under way at its source, which is here. One of which nothing is known is over: a source
@@ -176,13 +217,7 @@ pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> b
     records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
-fn start_destination(
-    core: &Arc<Core>,
-    migration: MigrationId,
-    peer: &str,
-    vm: &str,
-    start: DestinationStart,
-) -> Result<(), String> {
+fn start_destination(core: &Arc<Core>, migration: MigrationId, peer: &str, vm: &str, start: DestinationStart) {
     let (entry, orders) = core
         .registry
         .add_recovered(migration, vm, peer, api::Role::Destination, super::clock::now());
@@ -194,7 +229,6 @@ fn start_destination(
         driver.run(None).await;
         core.drivers.remove(migration);
     });
-    Ok(())
 }
 
 fn newest_context(records: &[JournalRecord]) -> Option<VmContext> {

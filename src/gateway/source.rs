@@ -280,6 +280,10 @@ impl SourceDriver {
         if let RecordKind::Permit(permit) = &kind {
             self.show(Phase::Committing, Some(permit));
         }
+        if let RecordKind::Closed(Outcome::RunsAtSource) = &kind {
+            // After this record nobody comes back to it.
+            self.vmm.restore_settings().await;
+        }
         let record = JournalRecord {
             migration: self.entry.migration,
             role: Role::Source,

@@ -91,11 +91,37 @@ pub(super) enum Moment {
     Share(f64),
 }
 
+/// Whose gateway is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Victim {
+    One(Place),
+    /// Both at the same time, as when the lab's power fails.
+    Both,
+}
+
+impl Victim {
+    pub(super) fn places(self) -> Vec<Place> {
+        match self {
+            Self::One(place) => vec![place],
+            Self::Both => Place::BOTH.to_vec(),
+        }
+    }
+}
+
+impl fmt::Display for Victim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(place) => place.fmt(f),
+            Self::Both => f.pad("both"),
+        }
+    }
+}
+
 /// One run: who is killed, and when. Nobody: to see that the lab is sound, and how long a migration takes.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Case {
     pub(super) name: String,
-    pub(super) kill: Option<(Place, Moment)>,
+    pub(super) kill: Option<(Victim, Moment)>,
     /// From the kill to the gateway's next start.
     pub(super) away: Duration,
 }
@@ -114,10 +140,11 @@ impl Case {
         matches!(self.kill, Some((_, Moment::CancelledRecord { .. })))
     }
 
-    /// Whether the gateway was killed too late: its own journal shows what comes after the moment.
+    /// Whether the gateway was killed too late: its own journal shows what comes after the moment. Where both are killed at once
+    /// there is nobody who could have gone on.
     pub(super) fn is_missed(&self, victims_journal: &[Step]) -> bool {
         let has = |step| victims_journal.contains(&step);
-        let Some((victim, moment)) = self.kill else {
+        let Some((Victim::One(victim), moment)) = self.kill else {
             return false;
         };
         let at = match moment {
@@ -153,7 +180,8 @@ pub(super) fn matrix(seed: u64) -> Vec<Case> {
     let mut random = Random(seed);
     let mut cases = Vec::new();
     for (name, moment) in steps() {
-        for victim in Place::BOTH {
+        let both = BOTH_AT.contains(&name).then_some(Victim::Both);
+        for victim in Place::BOTH.map(Victim::One).into_iter().chain(both) {
             cases.push(Case {
                 name: format!("{name}-kill-{}", victim.to_string().to_lowercase()),
                 kill: Some((victim, moment)),
@@ -166,7 +194,7 @@ pub(super) fn matrix(seed: u64) -> Vec<Case> {
         for victim in Place::BOTH {
             cases.push(Case {
                 name: format!("seeded-{number}-kill-{}", victim.to_string().to_lowercase()),
-                kill: Some((victim, Moment::Share(share))),
+                kill: Some((Victim::One(victim), Moment::Share(share))),
                 away: random.away(),
             });
         }
@@ -228,6 +256,9 @@ impl Random {
     }
 }
 
+/// Moments at which both gateways are killed, too: from the last at which the source may change its mind to the first at which
+/// everything is decided.
+const BOTH_AT: [&str; 5] = ["switchover", "permit", "commit", "running", "learnt"];
 const SEEDED_MOMENTS: u32 = 5;
 const SHORTEST_AWAY: Duration = Duration::from_millis(200);
 const LONGEST_AWAY: Duration = Duration::from_secs(6);
@@ -241,12 +272,14 @@ mod tests {
         let cases = matrix(7);
         assert_eq!(cases, matrix(7));
         assert_ne!(cases, matrix(8));
-        for victim in Place::BOTH {
-            let of_victim = cases
-                .iter()
-                .filter(|case| case.kill.is_some_and(|(killed, _)| killed == victim));
-            assert_eq!(of_victim.count(), steps().len() + SEEDED_MOMENTS as usize);
+        let count = |victim| {
+            let is_of = |case: &&Case| case.kill.is_some_and(|(killed, _)| killed == victim);
+            cases.iter().filter(is_of).count()
+        };
+        for place in Place::BOTH {
+            assert_eq!(count(Victim::One(place)), steps().len() + SEEDED_MOMENTS as usize);
         }
+        assert_eq!(count(Victim::Both), BOTH_AT.len());
         let mut names: Vec<_> = cases.iter().map(|case| &case.name).collect();
         names.sort();
         names.dedup();

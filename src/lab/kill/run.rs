@@ -30,9 +30,9 @@ pub(super) struct Finding {
     /// The last line that it said.
     pub(super) said: String,
     pub(super) killed: Option<WallTime>,
-    /// When the killed gateway was started again.
+    /// When the killed gateway was started again; the last one, where both were killed.
     pub(super) back: Option<WallTime>,
-    /// Records of the victim's journal when it was dead.
+    /// Records of the victim's journal when it was dead; where both are, of both.
     pub(super) victims_journal: Vec<Step>,
     /// Records of both journals at the end.
     pub(super) journals: [Vec<Step>; 2],
@@ -128,9 +128,8 @@ impl Stage {
 
         let mut watches = Vec::new();
         if let Some((victim, moment)) = case.kill {
-            if let Some(process) = gateways[victim.index()].as_ref().and_then(Process::id) {
-                trigger.aim(process);
-            }
+            let places = victim.places().into_iter();
+            trigger.aim(places.filter_map(|place| gateways[place.index()].as_ref().and_then(Process::id)));
             if let Moment::Record { at, step } | Moment::CancelledRecord { at, step } = moment {
                 let fire = Arc::clone(&trigger);
                 let journal = ground.sites[at.index()].journal();
@@ -195,14 +194,18 @@ impl Stage {
         let mut back = None;
         let mut victims_journal = Vec::new();
         if let (Some(_), Some((victim, _))) = (killed, case.kill) {
-            if let Some(mut gateway) = self.gateways[victim.index()].take() {
-                gateway.wait().await?;
+            for place in victim.places() {
+                if let Some(mut gateway) = self.gateways[place.index()].take() {
+                    gateway.wait().await?;
+                }
+                victims_journal.extend(steps_of(&ground.sites[place.index()].journal(), place));
             }
-            let site = &ground.sites[victim.index()];
-            victims_journal = steps_of(&site.journal(), victim);
             tokio::time::sleep(case.away).await;
-            back = Some(WallTime::now());
-            self.gateways[victim.index()] = Some(site.start_gateway(&tools.longhaul, 2).await?);
+            for place in victim.places() {
+                let site = &ground.sites[place.index()];
+                back = Some(WallTime::now());
+                self.gateways[place.index()] = Some(site.start_gateway(&tools.longhaul, 2).await?);
+            }
         }
 
         let migration = id_in(&log);
@@ -306,6 +309,12 @@ impl Stage {
                     }
                 }
                 Err(error) => return Some(error.to_string()),
+            }
+            if let Some(Step::Running | Step::Revert) = steps_of(&site.journal(), site.place).last() {
+                return Some(format!(
+                    "the gateway of {} has not heard that the other knows",
+                    site.place
+                ));
             }
         }
         None

@@ -1,7 +1,7 @@
 //! Kills a gateway at its moment. The moment is seen from outside: in a journal file, by a monitor of QEMU, on the clock.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::store::journal::Follower;
 /// A kill that is prepared: whoever sees the moment first fires it.
 #[derive(Debug)]
 pub(super) struct Trigger {
-    victim: AtomicI32,
+    victims: OnceLock<Vec<Pid>>,
     fired: OnceLock<WallTime>,
 }
 
@@ -23,25 +23,26 @@ impl Trigger {
     /// A trigger that kills nobody until [`Trigger::aim`].
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            victim: AtomicI32::new(0),
+            victims: OnceLock::new(),
             fired: OnceLock::new(),
         })
     }
 
-    /// From now on firing kills this process. It must not be waited for before the trigger has fired, so that its id stays its
-    /// own.
-    pub(super) fn aim(&self, victim: u32) {
-        self.victim.store(i32::try_from(victim).unwrap_or(0), Ordering::SeqCst);
+    /// From now on firing kills these processes. They must not be waited for before the trigger has fired, so that their ids
+    /// stay their own. Only the first call does something.
+    pub(super) fn aim(&self, victims: impl Iterator<Item = u32>) {
+        let pids = victims.filter_map(|victim| Pid::from_raw(i32::try_from(victim).ok()?));
+        self.victims.get_or_init(|| pids.collect());
     }
 
     /// SIGKILL. Only the first call does something.
     pub(super) fn fire(&self) {
-        let Some(victim) = Pid::from_raw(self.victim.load(Ordering::SeqCst)) else {
-            return;
-        };
+        let Some(victims) = self.victims.get() else { return };
         self.fired.get_or_init(|| {
-            // One that has ended by itself is found out by whoever holds it.
-            let _ = kill_process(victim, Signal::KILL);
+            for victim in victims {
+                // One that has ended by itself is found out by whoever holds it.
+                let _ = kill_process(*victim, Signal::KILL);
+            }
             WallTime::now()
         });
     }
