@@ -192,9 +192,10 @@ impl Core {
         self.config.state_dir.join(format!("{}.{SOCKET_EXTENSION}", &id[..12]))
     }
 
-    /// Where a vmm that this gateway starts writes its output.
-    pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
-        self.config.state_dir.join(format!("vmm-{migration}.log"))
+    /// Where a vmm that this gateway starts writes its output: one file for each VM of the configuration, however often it comes,
+    /// since the process and its output outlive the migration.
+    pub(crate) fn vmm_log(&self, vm: &str) -> PathBuf {
+        self.config.state_dir.join(format!("vmm-{vm}.log"))
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.

@@ -134,7 +134,7 @@ async fn start_vm(
     source: &VmInventory,
 ) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
-    let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
+    let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(&vm.name)).await?;
     let mismatches = match vmm.inventory().await {
         Ok(inventory) => compare(source, &inventory),
         Err(reason) => {

@@ -78,7 +78,7 @@ async fn destination(
     let context = newest_context(records);
     let (vmm, fact) = match context {
         Some(context) => {
-            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(migration)).await;
+            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(&first.vm)).await;
             (Some(vmm), fact)
         }
         None => (None, VmmFact::Dead),
