@@ -236,6 +236,8 @@ async fn write(
         return Ok(false);
     }
     output.release().await?;
+    shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
+    output.end().await?;
     Ok(true)
 }
 

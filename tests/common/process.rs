@@ -68,7 +68,7 @@ impl Running {
         send(self.child.id(), signal);
     }
 
-    /// Waits for its end.
+    /// Waits for its end; what it said is in the answer and nowhere else any more.
     #[track_caller]
     pub(crate) fn wait(mut self) -> Ended {
         let what = format!("{} ends", self.what);

@@ -139,22 +139,35 @@ impl Site {
         self.plan.port
     }
 
-    /// The program with this site's configuration.
-    pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let config = self.plan.folder.join("gateway.toml");
-        std::fs::write(&config, self.plan.toml()).unwrap();
+    /// The program, with nothing of our own environment in its way.
+    fn program() -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
-        command.args(args).arg("--config").arg(config);
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("LONGHAUL_")) {
             command.env_remove(name);
         }
         command
     }
 
+    /// `longhaul ARGS`, for this site's gateway.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Self::program();
+        command.args(args).arg("--socket").arg(self.plan.state_dir.join("control.sock"));
+        command
+    }
+
+    /// `longhaul gateway` with this site's plan.
+    pub(crate) fn gateway_command(&self) -> Command {
+        let config = self.plan.folder.join("gateway.toml");
+        std::fs::write(&config, self.plan.toml()).unwrap();
+        let mut command = Self::program();
+        command.arg("gateway").arg("--config").arg(config);
+        command
+    }
+
     /// Starts the gateway and waits until it serves.
     #[track_caller]
     pub(crate) fn start(&mut self) {
-        let gateway = Running::start(self.command(&["gateway"]), &self.plan.folder);
+        let gateway = Running::start(self.gateway_command(), &self.plan.folder);
         let gateway = self.gateway.insert(gateway);
         until("the gateway is ready", || {
             assert!(!gateway.has_ended(), "{}", gateway.stderr());
