@@ -120,7 +120,7 @@ async fn transfer(link: &PeerLink, arriving: &PeerConnection, data: &Bytes, lane
     };
     let send = async {
         for _ in 0..lanes {
-            send_lane(&link.bulk, data.clone()).await.unwrap();
+            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
         }
     };
     tokio::join!(receive, send);
@@ -160,12 +160,8 @@ async fn count(bulk: PeerConnection) {
                 }
             });
         }
-        std::future::pending().await
     };
-    let samples = sample(Duration::from_millis(250), || arrived.load(Ordering::Relaxed));
-    let mut samples = tokio::select! { () = lanes => unreachable!("samples end first"), samples = samples => samples };
-    // The last sample that brought something ends within a quarter.
-    samples.pop();
+    let samples = sample(Duration::from_millis(250), || arrived.load(Ordering::Relaxed), lanes).await;
     let mean = |skip: usize| {
         let (first, last) = (samples.get(skip)?, samples.last()?);
         Some(megabits(*first, *last))
@@ -199,21 +195,25 @@ async fn send(dir: &Path, address: SocketAddr, rate: &str, rtt: &str, seconds: &
     let data = content(lane_kib * 1024);
     let end = Instant::now() + Duration::from_secs_f64(seconds.parse().unwrap());
     let mut sent = 0_u64;
-    let bulk = link.bulk.clone();
-    let samples =
-        tokio::spawn(async move { sample(Duration::from_millis(100), || bulk.stats().wire_bytes_sent).await });
-    while Instant::now() < end {
-        send_lane(&link.bulk, data.clone()).await.unwrap();
-        sent += data.len() as u64;
-    }
+    let offering = async {
+        while Instant::now() < end {
+            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
+            sent += data.len() as u64;
+        }
+    };
+    let wire = sample(
+        Duration::from_millis(100),
+        || link.bulk.stats().wire_bytes_sent,
+        offering,
+    )
+    .await;
     let measures = link.stats().bulk;
     link.close(longhaul::transport::CloseCode::Done, "");
-    let wire = rates(&samples.await.unwrap());
     transport.shutdown(longhaul::transport::CloseCode::Done, "").await;
     println!(
         "{}",
         serde_json::json!({
-            "wire_mbit": wire, "offered_bytes": sent, "rtt_ms": measures.rtt.as_secs_f64() * 1e3, "least_rtt_ms": measures.least_rtt.as_secs_f64() * 1e3,
+            "wire_mbit": rates(&wire), "offered_bytes": sent, "rtt_ms": measures.rtt.as_secs_f64() * 1e3, "least_rtt_ms": measures.least_rtt.as_secs_f64() * 1e3,
             "sent_packets": measures.sent_packets, "lost_packets": measures.lost_packets, "wire_bytes_sent": measures.wire_bytes_sent,
             "rate_mbit": measures.rate.map(|rate| rate.0 as f64 * 8e-6), "window": measures.congestion_window, "mtu": measures.mtu,
             "shaper_waits": measures.shaper_waits, "shaper_wait_s": measures.shaper_wait.as_secs_f64(), "black_holes": measures.black_holes,
@@ -223,20 +223,26 @@ async fn send(dir: &Path, address: SocketAddr, rate: &str, rtt: &str, seconds: &
 
 type Sample = (Instant, u64);
 
-/// What `counter` shows every `interval`, from the last time before it first rose to the first time at which it no longer does.
-async fn sample(interval: Duration, counter: impl Fn() -> u64) -> Vec<Sample> {
-    let mut ticks = tokio::time::interval(interval);
+/// What `counter` shows every `interval` while `work` goes on, without the time before it first rose and after it last did.
+async fn sample(interval: Duration, counter: impl Fn() -> u64, work: impl Future<Output = ()>) -> Vec<Sample> {
     let mut samples: Vec<Sample> = Vec::new();
-    loop {
-        ticks.tick().await;
-        let now = (Instant::now(), counter());
-        match samples.last() {
-            Some(last) if last.1 == now.1 && samples.len() > 1 => return samples,
-            Some(last) if last.1 == now.1 => samples.clear(),
-            _ => {}
+    let sampling = async {
+        let mut ticks = tokio::time::interval(interval);
+        loop {
+            ticks.tick().await;
+            samples.push((Instant::now(), counter()));
         }
-        samples.push(now);
-    }
+    };
+    tokio::select! { () = work => {}, () = sampling => {} }
+    let (least, most) = (samples.first().map(|first| first.1), samples.last().map(|last| last.1));
+    let before = samples
+        .iter()
+        .take_while(|sample| Some(sample.1) == least)
+        .count()
+        .saturating_sub(1);
+    let risen = samples.iter().take_while(|sample| Some(sample.1) != most).count();
+    samples.truncate(risen);
+    samples.split_off(before.min(risen))
 }
 
 fn megabits(from: Sample, to: Sample) -> f64 {

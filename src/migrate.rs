@@ -16,6 +16,7 @@ use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, Start
 use crate::config::{AfterSuccess, Disks, Vm};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
+use crate::gateway::launches;
 use crate::gateway::links::Link;
 use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
@@ -57,7 +58,10 @@ const EXTRA_REGIONS: u64 = 64;
 /// The request makes no sense here; everything else is in the report.
 pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, Refusal> {
     if core.is_draining() {
-        return Err(Refusal::new(RefusalKind::Unavailable, "the gateway is being stopped and starts no migrations"));
+        return Err(Refusal::new(
+            RefusalKind::Unavailable,
+            "the gateway is being stopped and starts no migrations",
+        ));
     }
     vm_of(core, &request)?;
     let migration = MigrationId(crate::gateway::random::bytes());
@@ -67,7 +71,10 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
         .map_err(|open| {
             Refusal::new(
                 RefusalKind::Conflict,
-                format!("{} is in migration {} already; longhaul status {0} shows it", open.vm, open.migration),
+                format!(
+                    "{} is in migration {} already; longhaul status {0} shows it",
+                    open.vm, open.migration
+                ),
             )
         })?;
     tracing::info!(%migration, vm = request.vm, peer = request.peer, "migration requested");
@@ -85,14 +92,29 @@ pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<D
         Some(checked) => Some(checked.forecast(checked.sample().await)),
         None => None,
     };
-    Ok(DryRun { vm: request.vm, peer: request.peer, checks, forecast })
+    Ok(DryRun {
+        vm: request.vm,
+        peer: request.peer,
+        checks,
+        forecast,
+    })
 }
 
 async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
     match agree(&core, &entry, &request).await {
         Ok(agreed) => {
-            let Agreed { vmm, link, channel, copying, forecast, was_running } = agreed;
-            let terms = SourceTerms { was_running, destination_journal: link.peer_journal() };
+            let Agreed {
+                vmm,
+                link,
+                channel,
+                copying,
+                forecast,
+                was_running,
+            } = agreed;
+            let terms = SourceTerms {
+                was_running,
+                destination_journal: link.peer_journal(),
+            };
             let start = SourceStart {
                 vmm,
                 machine: Source::new(terms),
@@ -104,9 +126,14 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
             driver.adopt(link, channel);
             let end = driver.run(Some(SourceEvent::Begin)).await;
             finish(&core, &entry, end, Some(forecast));
+            launches::remove_silent_logs(&core).await;
         }
         Err(reason) => {
-            let outcome = if entry.cancel.is_cancelled() { api::Outcome::Cancelled } else { api::Outcome::Refused };
+            let outcome = if entry.cancel.is_cancelled() {
+                api::Outcome::Cancelled
+            } else {
+                api::Outcome::Refused
+            };
             tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
             core.metrics.migration(api::Role::Source).ended(outcome);
             let now = clock::now();
@@ -128,7 +155,11 @@ struct Agreed {
 async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> Result<Agreed, String> {
     entry.set_phase(Phase::Checking);
     let (checks, checked) = check(core, request, Thoroughness::OwnSide).await;
-    let failed: Vec<String> = checks.into_iter().filter(|check| !check.ok).map(|check| check.detail).collect();
+    let failed: Vec<String> = checks
+        .into_iter()
+        .filter(|check| !check.ok)
+        .map(|check| check.detail)
+        .collect();
     if !failed.is_empty() {
         return Err(failed.join(" "));
     }
@@ -146,25 +177,42 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         return Err("the operator cancelled it".to_owned());
     }
     let forecast = checked.forecast(sample);
-    let Checked { mut vm, link, budget, costs, vm_config, cap, deadline, inventory, .. } = checked;
+    let Checked {
+        mut vm,
+        link,
+        budget,
+        costs,
+        vm_config,
+        cap,
+        deadline,
+        inventory,
+        ..
+    } = checked;
     if !forecast.converges {
         entry.notice(&forecast.reason);
     }
     let now = clock::now();
     let memory_bytes = memory_of(&inventory);
-    let slots = link.agreement().limits.dictionary_pages.min(dictionary_pages(&inventory));
+    let slots = link
+        .agreement()
+        .limits
+        .dictionary_pages
+        .min(dictionary_pages(&inventory));
     let regions = regions(&inventory);
-    let mut copying = Copying::new(&core.metrics, CopyingStart {
-        now,
-        budget,
-        costs,
-        deadline: deadline.map(|deadline| now + deadline),
-        shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
-        cap,
-        dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
-        memory_bytes,
-        wire_at_start: link.wire_bytes(),
-    });
+    let mut copying = Copying::new(
+        &core.metrics,
+        CopyingStart {
+            now,
+            budget,
+            costs,
+            deadline: deadline.map(|deadline| now + deadline),
+            shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
+            cap,
+            dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
+            memory_bytes,
+            wire_at_start: link.wire_bytes(),
+        },
+    );
     let settings = copying.first_settings(&link);
     let prepared = async {
         vm.prepare(settings.downtime_limit).await?;
@@ -178,13 +226,24 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
     };
     copying.show(now, Phase::Preparing, None, entry);
-    Ok(Agreed { vmm: SourceVmm::new(vm, context), link, channel, copying, forecast, was_running })
+    Ok(Agreed {
+        vmm: SourceVmm::new(vm, context),
+        link,
+        channel,
+        copying,
+        forecast,
+        was_running,
+    })
 }
 
 async fn open_session(link: &Link, offer: Offer) -> Result<Channel, String> {
     let opened = async {
         let mut channel = Channel::open(link.control(), &Request::Open(offer)).await?;
-        let answer = channel.receiver.receive::<SessionMessage>().await?.ok_or(ChannelError::Closed)?;
+        let answer = channel
+            .receiver
+            .receive::<SessionMessage>()
+            .await?
+            .ok_or(ChannelError::Closed)?;
         Ok::<_, ChannelError>((channel, answer))
     };
     match opened.await {
@@ -222,7 +281,11 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     let mut note = |name: &str, result: Result<String, String>| {
         let ok = result.is_ok();
         let detail = result.unwrap_or_else(|reason| reason);
-        checks.push(Check { name: name.to_owned(), ok, detail });
+        checks.push(Check {
+            name: name.to_owned(),
+            ok,
+            detail,
+        });
         ok
     };
 
@@ -239,7 +302,14 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     );
     let link = match link {
         Ok(link) => {
-            note("peer", Ok(format!("{} answers, RTT {:.1} ms", request.peer, link.rtt().as_secs_f64() * 1e3)));
+            note(
+                "peer",
+                Ok(format!(
+                    "{} answers, RTT {:.1} ms",
+                    request.peer,
+                    link.rtt().as_secs_f64() * 1e3
+                )),
+            );
             Some(link)
         }
         Err(error) => {
@@ -270,27 +340,48 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
         budget
             .as_ref()
             .map(|budget| {
-                format!("{} ms, of which {} ms are left for memory", limit.as_millis(), budget.transfer.as_millis())
+                format!(
+                    "{} ms, of which {} ms are left for memory",
+                    limit.as_millis(),
+                    budget.transfer.as_millis()
+                )
             })
             .map_err(ToString::to_string),
     );
-    let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else { return (checks, None) };
-    let cap = request.rate_bytes_per_second.map(ByteRate).or(core.config.migration.rate);
+    let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else {
+        return (checks, None);
+    };
+    let cap = request
+        .rate_bytes_per_second
+        .map(ByteRate)
+        .or(core.config.migration.rate);
     let deadline = request
         .deadline_seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .or(core.config.migration.deadline);
-    let checked = Checked { vm, vm_config, inventory, link, budget, costs, cap, deadline };
+    let checked = Checked {
+        vm,
+        vm_config,
+        inventory,
+        link,
+        budget,
+        costs,
+        cap,
+        deadline,
+    };
     if how == Thoroughness::AskDestination {
         let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes())));
         let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
-        fine &= note("destination", match answer {
-            Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
-            Ok(Reply::Checked(against)) => Err(against.join(" ")),
-            Ok(Reply::Refused(reason)) => Err(reason),
-            Ok(_) => Err(format!("{} answered something else", request.peer)),
-            Err(error) => Err(error.to_string()),
-        });
+        fine &= note(
+            "destination",
+            match answer {
+                Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
+                Ok(Reply::Checked(against)) => Err(against.join(" ")),
+                Ok(Reply::Refused(reason)) => Err(reason),
+                Ok(_) => Err(format!("{} answered something else", request.peer)),
+                Err(error) => Err(error.to_string()),
+            },
+        );
     }
     (checks, fine.then_some(checked))
 }
@@ -303,14 +394,23 @@ async fn look_at_vm(
     let looked: Result<_, SourceError> = async { Ok((vm.inventory().await?, vm.condition().await?)) }.await;
     match looked {
         Ok((inventory, condition)) => {
-            note("hypervisor", Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)));
+            note(
+                "hypervisor",
+                Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)),
+            );
             let refusals = condition.refusals(config.disks == Disks::Shared);
             let mut fine = true;
             for refusal in &refusals {
                 fine &= note("condition", Err(refusal.to_string()));
             }
             if refusals.is_empty() {
-                note("condition", Ok(format!("{} MiB of memory, nothing speaks against it", memory_of(&inventory) >> 20)));
+                note(
+                    "condition",
+                    Ok(format!(
+                        "{} MiB of memory, nothing speaks against it",
+                        memory_of(&inventory) >> 20
+                    )),
+                );
             }
             fine.then_some(inventory)
         }
@@ -337,7 +437,10 @@ impl Checked {
     /// What the guest writes at the moment; `None` where the hypervisor cannot say.
     async fn sample(&self) -> Option<DirtyRate> {
         if !self.vm.was_running() {
-            return Some(DirtyRate { bytes_per_second: 0, sampled_bytes: memory_of(&self.inventory) });
+            return Some(DirtyRate {
+                bytes_per_second: 0,
+                sampled_bytes: memory_of(&self.inventory),
+            });
         }
         match self.vm.dirty_rate_sample(DIRTY_SAMPLE).await {
             Ok(rate) if rate.sampled_bytes > 0 => Some(rate),
@@ -352,7 +455,11 @@ impl Checked {
     fn forecast(&self, sample: Option<DirtyRate>) -> api::Forecast {
         let memory = memory_of(&self.inventory);
         let dirty_rate = ByteRate(sample.map_or(0, |rate| rate.bytes_per_second));
-        let goodput = self.link.goodput().or(self.link.capacity()).unwrap_or(ByteRate(12_500_000));
+        let goodput = self
+            .link
+            .goodput()
+            .or(self.link.capacity())
+            .unwrap_or(ByteRate(12_500_000));
         let goodput = self.cap.map_or(goodput, |cap| cap.min(goodput));
         let forecast = Forecast::of(&ForecastInput {
             used_bytes: memory,
@@ -364,7 +471,11 @@ impl Checked {
             resend_ratio: RESEND_RATIO,
             budget: self.budget,
         });
-        let known = if sample.is_some() { "" } else { "; what the guest writes could not be sampled" };
+        let known = if sample.is_some() {
+            ""
+        } else {
+            "; what the guest writes could not be sampled"
+        };
         api::Forecast {
             total_seconds: forecast.total.as_secs_f64(),
             wire_bytes: forecast.wire_bytes,
@@ -418,22 +529,11 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     entry.finish(Some(report), now);
 }
 
-fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, reason: String) -> Report {
+/// A report without figures, of a migration that did not carry any or is seen from its other end.
+pub(crate) fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, reason: String) -> Report {
     Report {
-        migration: entry.migration,
-        vm: entry.vm.clone(),
-        peer: entry.peer.clone(),
-        outcome,
-        reason,
         total_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
-        downtime_seconds: None,
-        rounds: Vec::new(),
-        vmm_bytes: 0,
-        wire_bytes: 0,
-        reduction_ratio: 1.0,
-        pages: api::Pages::default(),
-        stream_digest: None,
-        forecast: None,
+        ..Report::without_figures(entry.migration, &entry.vm, &entry.peer, outcome, reason)
     }
 }
 
@@ -441,7 +541,10 @@ fn vm_of<'a>(core: &'a Core, request: &StartRequest) -> Result<&'a Vm, Refusal> 
     core.config.vm(&request.vm).ok_or_else(|| {
         Refusal::new(
             RefusalKind::NotFound,
-            format!("no [[vm]] section is called {}: add one to this gateway's configuration", request.vm),
+            format!(
+                "no [[vm]] section is called {}: add one to this gateway's configuration",
+                request.vm
+            ),
         )
     })
 }
@@ -458,5 +561,7 @@ fn regions(inventory: &VmInventory) -> u32 {
 
 /// All of the guest's memory, and a quarter for what changes: evictions in order of age then spare what is re-sent.
 fn dictionary_pages(inventory: &VmInventory) -> u32 {
-    u32::try_from(memory_of(inventory) / PAGE_SIZE as u64 * 5 / 4).unwrap_or(u32::MAX).min(DictionaryLimits::MAX_SLOTS)
+    u32::try_from(memory_of(inventory) / PAGE_SIZE as u64 * 5 / 4)
+        .unwrap_or(u32::MAX)
+        .min(DictionaryLimits::MAX_SLOTS)
 }

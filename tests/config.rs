@@ -2,11 +2,12 @@
 //! file.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Problem};
-use longhaul::proto::page::{ByteRate, MigrationId};
+use longhaul::hypervisor::qemu::LaunchValues;
+use longhaul::proto::page::ByteRate;
 
 fn shipped(name: &str) -> String {
     std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("config").join(name))
@@ -200,15 +201,31 @@ fn a_vm_overrides_what_becomes_of_its_source() {
 
 #[test]
 fn a_command_is_filled_in_once_and_json_in_it_is_left_alone() {
-    let text = "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/run/x{vm}.qmp\"\n\
-                command = [\"q\", \"-qmp\", \"unix:{qmp}\", \"-blockdev\", '{\"driver\":\"null-co\",\"id\":\"{vm}-{migration}\"}', \"-incoming\", \"defer\", \"-S\"]\n";
+    let text = "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/run/x.qmp\"\n\
+                command = [\"q\", \"-qmp\", \"unix:{qmp}\", \"-blockdev\", '{\"driver\":\"null-co\",\"id\":\"{vm}\"}', \"-incoming\", \"defer\", \"-S\"]\n";
     let config = parse(text).unwrap();
-    let argv = config.vm("x").unwrap().command_for(MigrationId([0xab; 16])).unwrap();
-    assert_eq!(argv[2], "unix:/run/x{vm}.qmp");
-    assert_eq!(
-        argv[4],
-        format!("{{\"driver\":\"null-co\",\"id\":\"x-{}\"}}", "ab".repeat(16))
-    );
+    let vm = config.vm("x").unwrap();
+    let values = LaunchValues::new(&vm.name, &vm.qmp, Path::new("/run/m")).unwrap();
+    let argv = vm.command.as_ref().unwrap().arguments(&values);
+    assert_eq!(argv[2], "unix:/run/x.qmp");
+    assert_eq!(argv[4], "{\"driver\":\"null-co\",\"id\":\"x\"}");
+}
+
+#[test]
+fn a_name_or_socket_that_a_command_cannot_take_is_a_mistake() {
+    let of = |name: &str, qmp: &str| {
+        let words = "\"q\", \"{qmp}\", \"-incoming\", \"defer\", \"-S\"";
+        parse(&format!(
+            "site = \"a\"\n[[vm]]\nname = \"{name}\"\nqmp = \"{qmp}\"\ncommand = [{words}]\n"
+        ))
+    };
+    assert!(of("x", "/run/x.qmp").is_ok());
+    for (name, qmp) in [("x", "/run/x,server=off"), ("x", "/run/x y")] {
+        let problems = of(name, qmp).unwrap_err();
+        assert_eq!(problems[0].key, "vm[1].command", "{problems:?}");
+    }
+    // Without a command no argument holds them.
+    assert!(parse("site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/run/x y\"\n").is_ok());
 }
 
 #[test]

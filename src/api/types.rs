@@ -212,8 +212,22 @@ pub struct Pages {
 
 impl From<PageCounts> for Pages {
     fn from(counts: PageCounts) -> Self {
-        let PageCounts { zero, same, reference, delta, literal, raw } = counts;
-        Self { zero, same, reference, delta, literal, raw }
+        let PageCounts {
+            zero,
+            same,
+            reference,
+            delta,
+            literal,
+            raw,
+        } = counts;
+        Self {
+            zero,
+            same,
+            reference,
+            delta,
+            literal,
+            raw,
+        }
     }
 }
 
@@ -332,6 +346,35 @@ pub struct Report {
     pub stream_digest: Option<String>,
     /// What was expected at the start; `None` where it ended before.
     pub forecast: Option<Forecast>,
+}
+
+impl Report {
+    /// Of a migration that carried nothing, or whose figures are not known here.
+    #[must_use]
+    pub fn without_figures(
+        migration: MigrationId,
+        vm: &str,
+        peer: &str,
+        outcome: Outcome,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self {
+            migration,
+            vm: vm.to_owned(),
+            peer: peer.to_owned(),
+            outcome,
+            reason: reason.into(),
+            total_seconds: 0.0,
+            downtime_seconds: None,
+            rounds: Vec::new(),
+            vmm_bytes: 0,
+            wire_bytes: 0,
+            reduction_ratio: 1.0,
+            pages: Pages::default(),
+            stream_digest: None,
+            forecast: None,
+        }
+    }
 }
 
 /// One line of the stream that follows a migration: `{"progress": {…}}`, `{"notice": "…"}`, and as the last `{"report":

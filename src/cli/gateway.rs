@@ -14,8 +14,8 @@ use tracing_subscriber::filter::LevelFilter;
 use super::settings::Settings;
 use super::{Failure, YES};
 use crate::api::{self, ControlSocket};
-use crate::gateway;
 use crate::config::{Config, DEFAULT_PATH, Log, LogFormat, LogLevel};
+use crate::gateway;
 use crate::metrics::{self, Metrics};
 
 /// Runs the gateway of this site in the foreground.

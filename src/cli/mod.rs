@@ -28,9 +28,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::output::note;
+use crate::api::{ClientError, Where};
 use crate::lab::LabCommand;
 use crate::wan::EmulatorArgs;
-use crate::api::{ClientError, Where};
 
 /// Moves running virtual machines between continents.
 ///

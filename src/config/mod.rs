@@ -18,7 +18,8 @@ pub use self::section::{Overrides, Problem};
 use self::section::{Section, Source};
 pub use self::units::PeerAddress;
 use self::units::{DEFAULT_PORT, parse_duration, parse_name, parse_size};
-use crate::proto::page::{ByteRate, MigrationId};
+use crate::hypervisor::qemu::{LaunchTemplate, LaunchValues, TemplateError};
+use crate::proto::page::ByteRate;
 
 /// Where the configuration is when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/longhaul/gateway.toml";
@@ -103,9 +104,8 @@ pub struct Vm {
     pub name: String,
     /// QMP socket: where the running VM listens, and where one started by `command` will.
     pub qmp: PathBuf,
-    /// Argument vector of the process that receives the VM; without it a process already waits on `qmp`. See
-    /// [`Vm::command_for`].
-    pub command: Option<Vec<String>>,
+    /// What starts the process that receives the VM; without it a process already waits on `qmp`.
+    pub command: Option<LaunchTemplate>,
     /// Where its disks are.
     pub disks: Disks,
     /// For this VM instead of `migration.after_success`.
@@ -339,10 +339,10 @@ impl Config {
         }
 
         for mut section in top.sections("vm") {
-            let vm = Vm {
+            let mut vm = Vm {
                 name: section.required("name", parse_name).unwrap_or_default(),
                 qmp: section.required("qmp", parse_socket_path).unwrap_or_default(),
-                command: section.texts("command"),
+                command: None,
                 disks: section.value("disks", Disks::from_str).unwrap_or(Disks::None),
                 after_success: section.value("after_success", AfterSuccess::from_str),
             };
@@ -356,8 +356,13 @@ impl Config {
             {
                 section.mistake("qmp", format!("is the socket of the VM {:?} too", other.name));
             }
-            for problem in vm.command.as_deref().map(problems_of_command).unwrap_or_default() {
-                section.mistake("command", problem);
+            if let Some(words) = section.texts("command") {
+                match read_command(words, &vm.name, &vm.qmp) {
+                    Ok(template) => vm.command = Some(template),
+                    Err(mistakes) => mistakes
+                        .iter()
+                        .for_each(|mistake| section.mistake("command", mistake.to_string())),
+                }
             }
             section.finish();
             config.vms.push(vm);
@@ -367,89 +372,23 @@ impl Config {
     }
 }
 
-impl Vm {
-    /// The argument vector that receives `migration`, with `{qmp}`, `{vm}` and `{migration}` filled in. No shell sees
-    /// it, and nothing in it comes from the peer but the migration's id, which is hexadecimal. `None` where the VM's
-    /// process is started by someone else.
-    #[must_use]
-    pub fn command_for(&self, migration: MigrationId) -> Option<Vec<String>> {
-        let qmp = self.qmp.display().to_string();
-        let migration = migration.to_string();
-        let value = |placeholder: &str| match placeholder {
-            "qmp" => Some(qmp.as_str()),
-            "vm" => Some(self.name.as_str()),
-            "migration" => Some(migration.as_str()),
-            _ => None,
-        };
-        Some(
-            self.command
-                .as_ref()?
-                .iter()
-                .map(|argument| fill_in(argument, value))
-                .collect(),
-        )
+/// Reads the command of the VM `name`, whose QMP socket is `qmp`.
+///
+/// # Errors
+/// Every mistake in it, and in what is put in the place of its placeholders.
+fn read_command(words: Vec<String>, name: &str, qmp: &Path) -> Result<LaunchTemplate, Vec<TemplateError>> {
+    let template = LaunchTemplate::parse(words);
+    // A name or socket that is missing or wrong has been blamed already. The migration's socket is the gateway's own.
+    let known = !name.is_empty() && !qmp.as_os_str().is_empty();
+    let unusable = if known {
+        LaunchValues::new(name, qmp, qmp).err()
+    } else {
+        None
+    };
+    match (template, unusable) {
+        (Ok(template), None) => Ok(template),
+        (template, unusable) => Err(template.err().into_iter().flatten().chain(unusable).collect()),
     }
-}
-
-/// `argument` with every `{placeholder}` that `value` knows replaced, in one pass, so that no value is looked into.
-fn fill_in<'v>(argument: &str, value: impl Fn(&str) -> Option<&'v str>) -> String {
-    let mut filled = String::with_capacity(argument.len());
-    let mut rest = argument;
-    while let Some(start) = rest.find('{') {
-        let (before, from) = rest.split_at(start);
-        filled.push_str(before);
-        match from
-            .find('}')
-            .and_then(|end| value(&from[1..end]).map(|value| (end, value)))
-        {
-            Some((end, value)) => {
-                filled.push_str(value);
-                rest = &from[end + 1..];
-            }
-            None => {
-                filled.push('{');
-                rest = &from[1..];
-            }
-        }
-    }
-    filled.push_str(rest);
-    filled
-}
-
-/// What is wrong with an argument template. JSON in arguments (`-blockdev {"driver":...}`) is no placeholder.
-fn problems_of_command(command: &[String]) -> Vec<String> {
-    let mut problems = Vec::new();
-    if command.first().is_none_or(|program| program.is_empty()) {
-        problems.push("the first text names the program".to_owned());
-    }
-    if command.iter().any(|argument| argument.contains('\0')) {
-        problems.push("no argument may contain a zero byte".to_owned());
-    }
-    for argument in command {
-        for from in argument.match_indices('{').map(|(start, _)| &argument[start + 1..]) {
-            let Some((name, _)) = from.split_once('}') else {
-                continue;
-            };
-            let is_word = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-            if is_word && !["qmp", "vm", "migration"].contains(&name) {
-                problems.push(format!(
-                    "{{{name}}} stands for nothing; known are {{qmp}}, {{vm}} and {{migration}}"
-                ));
-            }
-        }
-    }
-    if !command.windows(2).any(|pair| pair == ["-incoming", "defer"]) {
-        problems.push(
-            "must contain \"-incoming\", \"defer\", so that the gateway decides when the VM is received".to_owned(),
-        );
-    }
-    if !command.iter().any(|argument| argument == "-S") {
-        problems.push("must contain \"-S\"; without it the VM would start by itself before it is committed".to_owned());
-    }
-    if !command.iter().any(|argument| argument.contains("{qmp}")) {
-        problems.push("must name {qmp}, so that the gateway finds the VM that it started".to_owned());
-    }
-    problems
 }
 
 fn set<T>(place: &mut T, value: Option<T>) {

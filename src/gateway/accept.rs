@@ -57,8 +57,13 @@ async fn serve(
         let ours = core.links.hello();
         return match ours.agree(&theirs) {
             Ok(agreement) => {
-                tracing::info!(peer, site = theirs.site, software = theirs.software, version = agreement.version,
-                    "a peer connected");
+                tracing::info!(
+                    peer,
+                    site = theirs.site,
+                    software = theirs.software,
+                    version = agreement.version,
+                    "a peer connected"
+                );
                 *hello = Some(theirs);
                 reply(channel, Reply::Hello(ours.clone())).await
             }
@@ -68,6 +73,10 @@ async fn serve(
     match request {
         Request::Hello(_) => reply(channel, Reply::Refused("the hello came twice".to_owned())).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
+        Request::Drives { migration } => {
+            let drives = recovery::drives(core, peer, migration).await;
+            reply(channel, Reply::Drives(drives)).await
+        }
         Request::Check(offered) => {
             let core = Arc::clone(core);
             let peer = peer.to_owned();
@@ -83,7 +92,11 @@ async fn serve(
             Ok(())
         }
         Request::Attach { migration, epoch } => {
-            let attachment = Attachment { channel, epoch, peer_journal: known.journal };
+            let attachment = Attachment {
+                channel,
+                epoch,
+                peer_journal: known.journal,
+            };
             tokio::spawn(attach(Arc::clone(core), peer.to_owned(), migration, attachment));
             Ok(())
         }
@@ -108,7 +121,11 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
     }
     if let Err(reason) = recovery::answer_for(&core, &peer, migration, &mut attachment).await {
         tracing::warn!(%migration, peer, "{reason}");
-        let _ = attachment.channel.sender.send(&SessionMessage::Refused { reason }).await;
+        let _ = attachment
+            .channel
+            .sender
+            .send(&SessionMessage::Refused { reason })
+            .await;
         return;
     }
     if let Some(driver) = core.drivers.get(migration, &peer) {
@@ -154,7 +171,10 @@ async fn take_lane(core: &Core, peer: &str, lane: quinn::RecvStream) -> Result<(
     let bytes = read_lane(lane, HEADER_LEN + MAX_PAYLOAD).await?;
     let frame = Frame::decode(bytes)?;
     let migration = frame.header.migration;
-    let inbound = core.inbound.get(migration, peer).ok_or(TakeError::NoMigration { migration })?;
+    let inbound = core
+        .inbound
+        .get(migration, peer)
+        .ok_or(TakeError::NoMigration { migration })?;
     inbound.receive(frame)?;
     Ok(())
 }

@@ -28,7 +28,10 @@ impl Channel {
     pub(crate) fn new(sender: quinn::SendStream, receiver: quinn::RecvStream) -> Self {
         Self {
             sender: ChannelSender(sender),
-            receiver: ChannelReceiver { stream: receiver, received: BytesMut::new() },
+            receiver: ChannelReceiver {
+                stream: receiver,
+                received: BytesMut::new(),
+            },
         }
     }
 

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use super::pairing::{self, InviteCode, Local, exchange};
 use super::{Core, clock};
 use crate::api::{
-    AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal, RefusalKind,
-    Resolution, ResolveRequest, Statement, Trust,
+    AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
+    RefusalKind, Resolution, ResolveRequest, Statement, Trust,
 };
 use crate::config::PeerAddress;
 use crate::metrics::{Direction, PeerMetrics};
@@ -39,7 +39,11 @@ fn answer(core: &Arc<Core>, command: Command) {
         Command::List { reply } => {
             let now = clock::now();
             let known = core.registry.all();
-            reply.send(Ok(known.iter().filter(|entry| !entry.vm.is_empty()).map(|entry| entry.summary(now)).collect()));
+            reply.send(Ok(known
+                .iter()
+                .filter(|entry| !entry.vm.is_empty())
+                .map(|entry| entry.summary(now))
+                .collect()));
         }
         Command::Status { migration, reply } => {
             reply.send(entry(core, migration).map(|entry| entry.status(clock::now())));
@@ -89,15 +93,27 @@ fn entry(core: &Core, migration: MigrationId) -> Result<Arc<super::registry::Ent
 
 async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Refusal> {
     let open = core.registry.open_for_vm(&request.vm).ok_or_else(|| {
-        Refusal::new(RefusalKind::NotFound, format!("no migration of {} is open here: there is nothing to resolve", request.vm))
+        Refusal::new(
+            RefusalKind::NotFound,
+            format!(
+                "no migration of {} is open here: there is nothing to resolve",
+                request.vm
+            ),
+        )
     })?;
     let claim = match request.statement {
         Statement::PeerIsFenced => Claim::PeerIsFenced,
         Statement::RunsAtPeer | Statement::LostHere => Claim::PeerOwns,
     };
-    let resolution = ownership::Resolution { claim, by: "control socket".to_owned() };
+    let resolution = ownership::Resolution {
+        claim,
+        by: "control socket".to_owned(),
+    };
     match open.resolve(resolution).await {
-        Ok(result) => Ok(Resolution { migration: open.migration, result }),
+        Ok(result) => Ok(Resolution {
+            migration: open.migration,
+            result,
+        }),
         Err(reason) => Err(Refusal::new(RefusalKind::Conflict, reason)),
     }
 }
@@ -124,15 +140,20 @@ async fn peer_status(
 ) -> PeerStatus {
     // Somebody looks: a link that is not there is tried, shortly, so that the answer is of now.
     let link = match (fingerprint, &address) {
-        (Some(_), Some(_)) => {
-            tokio::time::timeout(LOOK_DEADLINE, core.links.link(name)).await.ok().and_then(Result::ok)
-        }
+        (Some(_), Some(_)) => tokio::time::timeout(LOOK_DEADLINE, core.links.link(name))
+            .await
+            .ok()
+            .and_then(Result::ok),
         _ => None,
     };
     PeerStatus {
         name: name.to_owned(),
         address: address.map(|address| address.to_string()),
-        trust: if fingerprint.is_some() { Trust::Paired } else { Trust::Unpaired },
+        trust: if fingerprint.is_some() {
+            Trust::Paired
+        } else {
+            Trust::Unpaired
+        },
         connected: link.is_some(),
         rtt_seconds: link.map(|link| link.rtt().as_secs_f64()),
         fingerprint,
@@ -145,13 +166,20 @@ fn local(core: &Core) -> Local {
     Local {
         site: core.config.site.clone(),
         fingerprint: core.identity.fingerprint(),
-        address: core.config.advertise.clone().or_else(|| listen_address(core.transport.control_address())),
+        address: core
+            .config
+            .advertise
+            .clone()
+            .or_else(|| listen_address(core.transport.control_address())),
     }
 }
 
 /// The address that this gateway listens on, where that is one and not all.
 fn listen_address(address: SocketAddr) -> Option<PeerAddress> {
-    (!address.ip().is_unspecified()).then(|| PeerAddress { host: address.ip().to_string(), port: address.port() })
+    (!address.ip().is_unspecified()).then(|| PeerAddress {
+        host: address.ip().to_string(),
+        port: address.port(),
+    })
 }
 
 fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refusal> {
@@ -173,7 +201,10 @@ fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refus
     let code = pairing::invite(&core.invitations, &local, address, valid_for)
         .map_err(|error| Refusal::new(RefusalKind::Conflict, error.to_string()))?;
     watch_invitations(core);
-    Ok(Invitation { code: code.to_string(), valid_for_seconds: valid_for.as_secs_f64() })
+    Ok(Invitation {
+        code: code.to_string(),
+        valid_for_seconds: valid_for.as_secs_f64(),
+    })
 }
 
 /// Unknown gateways may knock only while there is an invitation.
@@ -189,7 +220,10 @@ fn watch_invitations(core: &Arc<Core>) {
 }
 
 fn open_until(core: &Core) -> Option<Instant> {
-    core.invitations.lock().unwrap_or_else(PoisonError::into_inner).open_until(clock::now())
+    core.invitations
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .open_until(clock::now())
 }
 
 async fn accept_invite(core: &Core, request: &AcceptInvite) -> Result<Paired, Refusal> {
@@ -199,7 +233,9 @@ async fn accept_invite(core: &Core, request: &AcceptInvite) -> Result<Paired, Re
         .parse()
         .map_err(|error: pairing::InvalidCode| Refusal::new(RefusalKind::Invalid, error.to_string()))?;
     let unavailable = |message: String| Refusal::new(RefusalKind::Unavailable, message);
-    let address = super::links::resolve_address(&code.address).await.map_err(unavailable)?;
+    let address = super::links::resolve_address(&code.address)
+        .await
+        .map_err(unavailable)?;
     let connection = core
         .transport
         .dial_to_pair(address, code.fingerprint)
@@ -234,7 +270,10 @@ async fn pair_by_fingerprint(core: &Core, request: PairByFingerprint) -> Result<
         .parse::<PeerAddress>()
         .map_err(|error| Refusal::new(RefusalKind::Invalid, format!("{}: {error}", request.address)))?;
     if request.fingerprint == core.identity.fingerprint() {
-        return Err(Refusal::new(RefusalKind::Invalid, "that is the fingerprint of this gateway itself"));
+        return Err(Refusal::new(
+            RefusalKind::Invalid,
+            "that is the fingerprint of this gateway itself",
+        ));
     }
     let paired = pairing::trust_by_fingerprint(&core.trust, &request.peer, request.fingerprint, Some(address))
         .await
@@ -248,7 +287,10 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
     if let Some(open) = core.registry.open().iter().find(|entry| entry.peer == peer) {
         return Err(Refusal::new(
             RefusalKind::Conflict,
-            format!("{peer} takes part in migration {} of {}: let it end, cancel it or resolve it first", open.migration, open.vm),
+            format!(
+                "{peer} takes part in migration {} of {}: let it end, cancel it or resolve it first",
+                open.migration, open.vm
+            ),
         ));
     }
     let trust = Arc::clone(&core.trust);
@@ -258,7 +300,10 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
         .expect("removing trust does not panic")
         .map_err(|error| Refusal::new(RefusalKind::Internal, error.to_string()))?;
     if removed.is_none() {
-        return Err(Refusal::new(RefusalKind::NotFound, format!("{peer} is not paired; longhaul peers shows who is")));
+        return Err(Refusal::new(
+            RefusalKind::NotFound,
+            format!("{peer} is not paired; longhaul peers shows who is"),
+        ));
     }
     core.anchors.remove(peer);
     let reason = "the gateways are not paired any more";
@@ -280,7 +325,10 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
                     let seen = seen.entry(name).or_default();
                     if !seen.connected {
                         metrics.connected();
-                        *seen = Seen { connected: true, ..Seen::default() };
+                        *seen = Seen {
+                            connected: true,
+                            ..Seen::default()
+                        };
                     }
                     let measures = link.measures();
                     add(&metrics, &seen.measures, &measures);
@@ -309,8 +357,14 @@ struct Seen {
 
 fn add(metrics: &PeerMetrics, before: &LinkMeasures, now: &LinkMeasures) {
     for (before, now) in [(&before.control, &now.control), (&before.bulk, &now.bulk)] {
-        metrics.add_wan_bytes(Direction::Out, now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent));
-        metrics.add_wan_bytes(Direction::In, now.wire_bytes_received.saturating_sub(before.wire_bytes_received));
+        metrics.add_wan_bytes(
+            Direction::Out,
+            now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent),
+        );
+        metrics.add_wan_bytes(
+            Direction::In,
+            now.wire_bytes_received.saturating_sub(before.wire_bytes_received),
+        );
         metrics.add_packets(
             now.sent_packets.saturating_sub(before.sent_packets),
             now.lost_packets.saturating_sub(before.lost_packets),

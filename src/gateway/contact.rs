@@ -8,8 +8,8 @@ use tokio::task::AbortHandle;
 
 use super::channel::{Channel, ChannelError, ChannelSender};
 use super::links::{Link, LinkError, Links};
-use crate::proto::page::MigrationId;
-use crate::proto::wire::message::Held;
+use crate::proto::page::{JournalId, MigrationId};
+use crate::proto::wire::message::{Held, Reply};
 use crate::proto::wire::{Request, SessionMessage};
 
 /// First and longest pause between attempts to reach the peer.
@@ -29,6 +29,8 @@ pub(crate) enum ContactEvent {
     Message { channel: u64, message: SessionMessage },
     /// The channel of this number is gone.
     Lost { channel: u64, reason: String },
+    /// The source has been asked and does not drive the migration any more; its journal is this one.
+    GivenUp { journal: JournalId },
 }
 
 /// The sending half of the current channel, if there is one.
@@ -43,13 +45,20 @@ pub(crate) struct Contact {
 
 impl Contact {
     pub(crate) fn new(events: mpsc::Sender<ContactEvent>) -> Self {
-        Self { events, sender: None, channel: 0, reader: None, search: None }
+        Self {
+            events,
+            sender: None,
+            channel: 0,
+            reader: None,
+            search: None,
+        }
     }
 
     /// Uses this channel from now on; what an older one still delivers is not heard any more.
     pub(crate) fn adopt(&mut self, channel: Channel) {
         let Channel { sender, receiver } = channel;
         self.drop_channel();
+        self.stop_search();
         self.channel += 1;
         self.sender = Some(sender);
         let number = self.channel;
@@ -58,9 +67,18 @@ impl Contact {
         let task = tokio::spawn(async move {
             loop {
                 let event = match receiver.receive::<SessionMessage>().await {
-                    Ok(Some(message)) => ContactEvent::Message { channel: number, message },
-                    Ok(None) => ContactEvent::Lost { channel: number, reason: "the peer ended the channel".to_owned() },
-                    Err(error) => ContactEvent::Lost { channel: number, reason: error.to_string() },
+                    Ok(Some(message)) => ContactEvent::Message {
+                        channel: number,
+                        message,
+                    },
+                    Ok(None) => ContactEvent::Lost {
+                        channel: number,
+                        reason: "the peer ended the channel".to_owned(),
+                    },
+                    Err(error) => ContactEvent::Lost {
+                        channel: number,
+                        reason: error.to_string(),
+                    },
                 };
                 let lost = matches!(event, ContactEvent::Lost { .. });
                 if events.send(event).await.is_err() || lost {
@@ -90,7 +108,14 @@ impl Contact {
             self.drop_channel();
             // The queue may be full of messages of the same channel; the driver reads them first.
             let events = self.events.clone();
-            tokio::spawn(async move { events.send(ContactEvent::Lost { channel, reason: error.to_string() }).await });
+            tokio::spawn(async move {
+                events
+                    .send(ContactEvent::Lost {
+                        channel,
+                        reason: error.to_string(),
+                    })
+                    .await
+            });
         }
     }
 
@@ -109,18 +134,22 @@ impl Contact {
         self.stop_search();
         let events = self.events.clone();
         let task = tokio::spawn(async move {
-            let mut pause = RETRY_FIRST;
-            loop {
-                match attach(&links, &peer, migration, epoch).await {
-                    Ok(made) => {
-                        let _ = events.send(made).await;
-                        return;
-                    }
-                    Err(error) => tracing::debug!(%migration, peer, "no contact: {error}"),
-                }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_LONGEST);
-            }
+            let attempt = || attach(&links, &peer, migration, epoch);
+            let made = repeat(&links, &peer, migration, attempt).await;
+            let _ = events.send(made).await;
+        });
+        self.search = Some(task.abort_handle());
+    }
+
+    /// Asks a source that has gone, until there is a channel again, whether it still drives the migration. Where it does not,
+    /// that comes as [`ContactEvent::GivenUp`].
+    pub(crate) fn enquire(&mut self, links: Arc<Links>, peer: String, migration: MigrationId) {
+        self.stop_search();
+        let events = self.events.clone();
+        let task = tokio::spawn(async move {
+            let attempt = || ask(&links, &peer, migration);
+            let given_up = repeat(&links, &peer, migration, attempt).await;
+            let _ = events.send(given_up).await;
         });
         self.search = Some(task.abort_handle());
     }
@@ -136,6 +165,37 @@ impl Drop for Contact {
     fn drop(&mut self) {
         self.drop_channel();
         self.stop_search();
+    }
+}
+
+/// Attempts until one succeeds. Each has its time: a peer that was away when an attempt began is called anew rather than
+/// waited for, since QUIC doubles the pauses between its calls.
+async fn repeat<F: Future<Output = Result<ContactEvent, AttachError>>>(
+    links: &Links,
+    peer: &str,
+    migration: MigrationId,
+    attempt: impl Fn() -> F,
+) -> ContactEvent {
+    let mut pause = RETRY_FIRST;
+    loop {
+        match tokio::time::timeout(links.patience(peer), attempt()).await {
+            Ok(Ok(event)) => return event,
+            Ok(Err(error)) => tracing::debug!(%migration, peer, "no contact: {error}"),
+            Err(_) => tracing::debug!(%migration, peer, "no contact: no answer in time"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LONGEST);
+    }
+}
+
+async fn ask(links: &Links, peer: &str, migration: MigrationId) -> Result<ContactEvent, AttachError> {
+    let link = links.link(peer).await?;
+    match Channel::ask(link.control(), &Request::Drives { migration }).await? {
+        Reply::Drives(false) => Ok(ContactEvent::GivenUp {
+            journal: link.peer_journal(),
+        }),
+        Reply::Drives(true) => Err(AttachError::StillDriven),
+        _ => Err(ChannelError::Closed.into()),
     }
 }
 
@@ -162,4 +222,6 @@ enum AttachError {
     Channel(#[from] ChannelError),
     #[error("the peer refused: {reason}")]
     Refused { reason: String },
+    #[error("the peer still drives the migration")]
+    StillDriven,
 }

@@ -12,7 +12,9 @@ use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::precopy::{Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample};
+use crate::proto::precopy::{
+    Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
+};
 use crate::proto::reduce::DictionaryLimits;
 use crate::shaper::Shaper;
 
@@ -154,13 +156,20 @@ impl Copying {
             now,
             round,
             remaining_bytes: ram.remaining_bytes,
-            dirty_rate: ByteRate(ram.dirty_pages_per_second.saturating_mul(crate::proto::page::PAGE_SIZE as u64)),
+            dirty_rate: ByteRate(
+                ram.dirty_pages_per_second
+                    .saturating_mul(crate::proto::page::PAGE_SIZE as u64),
+            ),
             goodput,
             reduction_ratio: self.ratio.pessimistic(),
         };
         let decision = self.policy.decide(&sample);
-        let outlook =
-            self.tracker.update(&sample, self.memory_bytes, self.policy.allowed_transfer(), self.policy.is_stuck());
+        let outlook = self.tracker.update(
+            &sample,
+            self.memory_bytes,
+            self.policy.allowed_transfer(),
+            self.policy.is_stuck(),
+        );
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
@@ -257,8 +266,10 @@ impl Copying {
 
     fn count(&mut self) {
         let before = std::mem::replace(&mut self.counted, self.totals);
-        self.metrics.add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
-        self.metrics.add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
+        self.metrics
+            .add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
+        self.metrics
+            .add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
     }
 
     pub(crate) fn pages(&self) -> Pages {
@@ -301,7 +312,10 @@ impl Copying {
     fn path_rate(&self, link: &Link) -> ByteRate {
         let promised = link.goodput().or_else(|| self.goodput.best()).unwrap_or(UNKNOWN_RATE);
         // A third above what is measured leaves room to find that more goes.
-        let rate = self.path.rate().map_or(promised, |rate| ByteRate(rate.0 / 3 * 4).min(promised));
+        let rate = self
+            .path
+            .rate()
+            .map_or(promised, |rate| ByteRate(rate.0 / 3 * 4).min(promised));
         let rate = self.cap.map_or(rate, |cap| cap.min(rate));
         ByteRate(rate.0.max(LEAST_BACKLOG))
     }
@@ -310,7 +324,10 @@ impl Copying {
         let far = |before: f64, now: f64| (now - before).abs() > before * WORTH_SETTING;
         let changed = self.applied.is_none_or(|applied| {
             applied.downtime_limit != settings.downtime_limit
-                || far(applied.switchover_bandwidth.0 as f64, settings.switchover_bandwidth.0 as f64)
+                || far(
+                    applied.switchover_bandwidth.0 as f64,
+                    settings.switchover_bandwidth.0 as f64,
+                )
         });
         changed.then(|| {
             self.applied = Some(settings);

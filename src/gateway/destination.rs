@@ -9,14 +9,17 @@ use tokio::sync::{mpsc, watch};
 use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
-use super::inbound::{Inbound, Progress, Shelf};
-use super::registry::{Entry, ResolveOrder};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::inbound::{Inbound, Progress, Shelf};
+use super::launches;
+use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction};
+use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationEvent, DestinationState, Effect, JournalRecord, RecordKind, Role, StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
+    StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -69,6 +72,8 @@ pub(crate) struct DestinationDriver {
     counted: Counted,
     stream_ended: bool,
     tail_released: bool,
+    /// There was contact with the source, and it was lost.
+    was_left: bool,
 }
 
 /// What the metrics have been told of the stream.
@@ -121,6 +126,7 @@ impl DestinationDriver {
             counted: Counted::default(),
             stream_ended: false,
             tail_released: false,
+            was_left: false,
         }
     }
 
@@ -153,10 +159,14 @@ impl DestinationDriver {
     }
 
     fn is_over(&self) -> bool {
-        if matches!(self.machine.state(), DestinationState::Settled(_) | DestinationState::JournalLost) {
-            return true;
+        match self.machine.state() {
+            DestinationState::Settled(_) | DestinationState::JournalLost => return true,
+            // Asked about a migration that was never here, and then not even that.
+            DestinationState::New if self.was_left => return true,
+            _ => {}
         }
-        self.decided_at.is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
+        self.decided_at
+            .is_some_and(|at| super::clock::now().saturating_duration_since(at) > LINGER)
     }
 
     /// The verdict frees the VM for its next migration, whether or not the source has heard of it.
@@ -167,29 +177,21 @@ impl DestinationDriver {
         }
         self.decided_at = Some(super::clock::now());
         self.entry.set_advice(None);
-        match verdict {
-            Verdict::Running => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "the VM is here");
-                if let Some(vmm) = &mut self.vmm {
-                    vmm.settle().await;
-                }
-            }
-            Verdict::Aborted(reason) => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "aborted: {reason}");
-            }
-            Verdict::Reverted => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "given back to the source");
-            }
+        let (outcome, reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
+        tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %outcome, "{reason}");
+        if verdict == Verdict::Running
+            && let Some(vmm) = &mut self.vmm
+        {
+            vmm.settle().await;
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
         if let Some(active) = self.active.take() {
-            active.ended(match verdict {
-                Verdict::Running => Outcome::Completed,
-                Verdict::Aborted(_) | Verdict::Reverted => Outcome::Failed,
-            });
+            active.ended(outcome);
         }
-        self.entry.finish(None, super::clock::now());
+        let now = super::clock::now();
+        self.entry
+            .finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {
@@ -201,7 +203,10 @@ impl DestinationDriver {
             }
             Err(step) => {
                 tracing::warn!(migration = %self.entry.migration, "{step}");
-                Err(format!("the migration of {} does not need a decision: {step}", self.entry.vm))
+                Err(format!(
+                    "the migration of {} does not need a decision: {step}",
+                    self.entry.vm
+                ))
             }
         };
         if resolved && let Some(order) = self.waiting_order.take() {
@@ -258,11 +263,21 @@ impl DestinationDriver {
             peer: self.entry.peer.clone(),
             peer_journal: self.source_journal,
             vm: self.entry.vm.clone(),
-            context: self.vmm.as_ref().map(|vmm| VmContext::to_bytes(vmm.context())).unwrap_or_default(),
+            context: self
+                .vmm
+                .as_ref()
+                .map(|vmm| VmContext::to_bytes(vmm.context()))
+                .unwrap_or_default(),
             unix_ms: super::clock::unix_ms(),
         };
+        let names_vmm = record.kind == RecordKind::Prepared;
         let event = match self.core.journal.append(record).await {
-            Ok(()) => DestinationEvent::Recorded,
+            Ok(()) => {
+                if names_vmm {
+                    launches::end(&self.core, self.entry.migration);
+                }
+                DestinationEvent::Recorded
+            }
             Err(error) => {
                 self.fail(error.to_string()).await;
                 DestinationEvent::JournalFailed
@@ -279,10 +294,14 @@ impl DestinationDriver {
         let stream = vmm.receive(&path).await?;
         let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder));
         self.progress = Some(inbound.progress());
-        self.core.inbound.insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
+        self.core
+            .inbound
+            .insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
         self.inbound = Some(inbound);
         self.entry.set_phase(Phase::Precopy);
-        self.contact.send(&SessionMessage::Accepted { held: Held::default() }).await;
+        self.contact
+            .send(&SessionMessage::Accepted { held: Held::default() })
+            .await;
         Ok(())
     }
 
@@ -294,7 +313,10 @@ impl DestinationDriver {
         let event = match outcome {
             ContinueOutcome::Running => DestinationEvent::Continued,
             ContinueOutcome::Refused(reason) => {
-                self.fail(format!("the destination's hypervisor refused to start the VM: {reason}")).await;
+                self.fail(format!(
+                    "the destination's hypervisor refused to start the VM: {reason}"
+                ))
+                .await;
                 DestinationEvent::ContinueFailed
             }
             ContinueOutcome::Paused => DestinationEvent::VmmPaused,
@@ -364,24 +386,38 @@ impl DestinationDriver {
     async fn acknowledge(&mut self) {
         self.count();
         if let Some(inbound) = &self.inbound {
-            let ack = SessionMessage::Ack { held: inbound.decoded(), vmm_bytes: inbound.vmm_bytes() };
+            let ack = SessionMessage::Ack {
+                held: inbound.decoded(),
+                vmm_bytes: inbound.vmm_bytes(),
+                queued_bytes: inbound.queued_bytes(),
+            };
             self.contact.send(&ack).await;
         }
     }
 
     async fn on_progress(&mut self) {
-        let Some(progress) = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone()) else { return };
+        let Some(progress) = self
+            .progress
+            .as_mut()
+            .map(|progress| progress.borrow_and_update().clone())
+        else {
+            return;
+        };
         if let Some((summary, _)) = progress.restored
             && !self.stream_ended
         {
             self.stream_ended = true;
             self.acknowledge().await;
-            self.feed(&DestinationEvent::StreamEnded(StreamSum { digest: summary.digest, length: summary.bytes }));
+            self.feed(&DestinationEvent::StreamEnded(StreamSum {
+                digest: summary.digest,
+                length: summary.bytes,
+            }));
         }
         if let Some(reason) = progress.failed {
             self.progress = None;
             if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
-                self.fail("the destination's hypervisor died while it loaded the VM".to_owned()).await;
+                self.fail("the destination's hypervisor died while it loaded the VM".to_owned())
+                    .await;
                 self.feed(&DestinationEvent::VmmDead);
             } else {
                 self.fail(reason).await;
@@ -404,23 +440,55 @@ impl DestinationDriver {
             ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
                 self.contact.drop_channel();
                 self.last_contact = super::clock::now();
+                self.was_left = true;
                 if self.machine.verdict().is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
                 }
+                // It is the source that comes back. One that has forgotten the migration does not, and would be waited for.
+                self.contact.enquire(
+                    Arc::clone(&self.core.links),
+                    self.entry.peer.clone(),
+                    self.entry.migration,
+                );
             }
-            ContactEvent::Made { .. } | ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+            ContactEvent::GivenUp { journal } if !self.contact.is_made() => self.on_given_up(journal),
+            ContactEvent::Made { .. }
+            | ContactEvent::Message { .. }
+            | ContactEvent::Lost { .. }
+            | ContactEvent::GivenUp { .. } => {}
         }
     }
 
+    /// The source has nothing open of this migration: it has given it up, or knows the verdict. What it would say, had it found
+    /// us, is said for it.
+    fn on_given_up(&mut self, journal: JournalId) {
+        let event = match self.machine.state() {
+            _ if journal != self.source_journal => DestinationEvent::Contact { journal },
+            DestinationState::Decided(_) => DestinationEvent::Received(Message::Settled),
+            DestinationState::Preparing { .. }
+            | DestinationState::Receiving { .. }
+            | DestinationState::Loading { .. } => DestinationEvent::Received(Message::Cancel),
+            _ => return,
+        };
+        tracing::info!(migration = %self.entry.migration, peer = self.entry.peer, "the source does not drive it any more");
+        self.feed(&event);
+    }
+
     async fn on_attachment(&mut self, attachment: Attachment) {
-        let Attachment { mut channel, epoch, peer_journal } = attachment;
+        let Attachment {
+            mut channel,
+            epoch,
+            peer_journal,
+        } = attachment;
         self.last_contact = super::clock::now();
         let held = match (epoch, &self.inbound) {
             (Some(epoch), Some(inbound)) => match inbound.resume(epoch) {
                 Ok(held) => held,
                 Err(error) => {
                     tracing::warn!(migration = %self.entry.migration, "{error}");
-                    let refused = SessionMessage::Refused { reason: error.to_string() };
+                    let refused = SessionMessage::Refused {
+                        reason: error.to_string(),
+                    };
                     let _ = channel.sender.send(&refused).await;
                     return;
                 }
@@ -438,10 +506,7 @@ impl DestinationDriver {
     async fn look(&mut self) {
         let now = super::clock::now();
         let receiving = matches!(self.machine.state(), DestinationState::Receiving { .. });
-        if receiving
-            && !self.contact.is_made()
-            && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE
-        {
+        if receiving && !self.contact.is_made() && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE {
             self.feed(&DestinationEvent::TimedOut);
             return;
         }
@@ -455,7 +520,8 @@ impl DestinationDriver {
             LoadState::Loaded => DestinationEvent::VmmPaused,
             LoadState::Running => DestinationEvent::VmmRunning,
             LoadState::Failed(reason) => {
-                self.fail(format!("the destination's hypervisor could not load the VM: {reason}")).await;
+                self.fail(format!("the destination's hypervisor could not load the VM: {reason}"))
+                    .await;
                 DestinationEvent::LoadFailed
             }
             LoadState::Dead(reason) => {
@@ -470,5 +536,18 @@ impl DestinationDriver {
     async fn fail(&mut self, reason: String) {
         tracing::warn!(migration = %self.entry.migration, vm = self.entry.vm, "{reason}");
         self.contact.send(&SessionMessage::Failed { reason }).await;
+    }
+}
+
+/// What a verdict means to whoever looks from this end, and the sentence that says it.
+pub(super) fn outcome_of(verdict: Verdict, vm: &str, site: &str) -> (Outcome, String) {
+    match verdict {
+        Verdict::Running => (Outcome::Completed, format!("{vm} is at {site}")),
+        Verdict::Aborted(reason @ AbortReason::Cancelled) => (Outcome::Cancelled, reason.to_string()),
+        Verdict::Aborted(reason) => (Outcome::Failed, reason.to_string()),
+        Verdict::Reverted => (
+            Outcome::Failed,
+            format!("{vm} could not be started at {site} and was given back"),
+        ),
     }
 }

@@ -8,9 +8,7 @@ use tokio::net::UnixStream;
 use super::vm_context::VmContext;
 use crate::config::Vm;
 use crate::hypervisor::process::Process;
-use crate::hypervisor::qemu::{
-    DestinationError, DestinationVm, Launch, LaunchTemplate, LaunchValues, Loaded, RunState, VmInventory,
-};
+use crate::hypervisor::qemu::{DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory};
 use crate::proto::ownership::VmmFact;
 
 /// Time for a hypervisor that was started to answer.
@@ -70,19 +68,32 @@ impl DestinationVmm {
     /// A sentence for both operators.
     pub(crate) async fn start(config: &Vm, socket: &Path, log: PathBuf) -> Result<Self, String> {
         let vm = match &config.command {
-            Some(command) => {
-                let template = LaunchTemplate::parse(command.clone()).map_err(|error| error.to_string())?;
-                let values =
-                    LaunchValues::new(&config.name, &config.qmp, socket).map_err(|error| error.to_string())?;
-                let launch = Launch { template, values, log: log.clone(), ready_within: READY_WITHIN };
+            Some(template) => {
+                let template = template.clone();
+                let values = LaunchValues::new(&config.name, &config.qmp, socket).map_err(|error| error.to_string())?;
+                let launch = Launch {
+                    template,
+                    values,
+                    log: log.clone(),
+                    ready_within: READY_WITHIN,
+                };
                 DestinationVm::launch(&launch).await
             }
             None => DestinationVm::connect(&config.qmp, DEADLINE).await,
         };
         let vm = vm.map_err(|error| error.to_string())?;
-        let context =
-            VmContext { qmp: config.qmp.clone(), process: Some(vm.identity().clone()), leave_after_success: false };
-        Ok(Self { context, log, launched: config.command.is_some(), vm: Some(vm), loaded: None })
+        let context = VmContext {
+            qmp: config.qmp.clone(),
+            process: Some(vm.identity().clone()),
+            leave_after_success: false,
+        };
+        Ok(Self {
+            context,
+            log,
+            launched: config.command.is_some(),
+            vm: Some(vm),
+            loaded: None,
+        })
     }
 
     /// Whether a migration could begin, without starting anything.
@@ -92,9 +103,7 @@ impl DestinationVmm {
     pub(crate) async fn could_start(config: &Vm) -> Result<(), String> {
         let answers = DestinationVm::connect(&config.qmp, DEADLINE).await;
         match (&config.command, answers) {
-            (Some(command), Err(_)) => {
-                LaunchTemplate::parse(command.clone()).map(drop).map_err(|error| error.to_string())
-            }
+            (Some(_), Err(_)) => Ok(()),
             (Some(_), Ok(_)) => Err(format!(
                 "a hypervisor answers on {} already: {} may run there",
                 config.qmp.display(),
@@ -114,7 +123,13 @@ impl DestinationVmm {
 
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
     pub(crate) async fn find(context: VmContext, log: PathBuf) -> (Self, VmmFact) {
-        let mut vmm = Self { context, log, launched: true, vm: None, loaded: None };
+        let mut vmm = Self {
+            context,
+            log,
+            launched: true,
+            vm: None,
+            loaded: None,
+        };
         let fact = if vmm.is_dead() {
             VmmFact::Dead
         } else {
@@ -199,7 +214,9 @@ impl DestinationVmm {
                     LoadState::Loading | LoadState::Failed(_) | LoadState::Unknown => return ContinueOutcome::Paused,
                 }
             }
-            let (Some(vm), Some(loaded)) = (&self.vm, &self.loaded) else { continue };
+            let (Some(vm), Some(loaded)) = (&self.vm, &self.loaded) else {
+                continue;
+            };
             return match vm.cont(loaded, DEADLINE).await {
                 Ok(()) => ContinueOutcome::Running,
                 Err(DestinationError::ContRefused(error)) => ContinueOutcome::Refused(error.to_string()),
@@ -243,9 +260,7 @@ impl DestinationVmm {
             }
             let killed = match (&self.vm, self.context.process.as_ref().map(Process::reattach)) {
                 (Some(vm), _) => vm.kill(KILL_DEADLINE).await.map_err(|error| error.to_string()),
-                (None, Some(Ok(Some(process)))) => {
-                    process.kill(KILL_DEADLINE).await.map_err(|error| error.to_string())
-                }
+                (None, Some(Ok(Some(process)))) => process.kill(KILL_DEADLINE).await.map_err(|error| error.to_string()),
                 (None, Some(Err(error))) => Err(error.to_string()),
                 (None, Some(Ok(None)) | None) => Ok(()),
             };

@@ -20,7 +20,7 @@ use crate::proto::wire::message::Held;
 use crate::store::spill::SpillShelf;
 
 /// Restored frames between decoder and writer.
-const RESTORED_AHEAD: usize = 8;
+const RESTORED_AHEAD: usize = 4;
 
 /// A shelf and the memory that is reserved for it.
 #[derive(Debug)]
@@ -66,6 +66,10 @@ struct Shared {
     acknowledge: Notify,
     stopped: AtomicBool,
     vmm_bytes: AtomicU64,
+    /// Bytes of the frames that arrived, also again.
+    frame_bytes: AtomicU64,
+    /// Bytes of the frames that are restored and not yet given to the vmm.
+    writing_bytes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -79,11 +83,16 @@ impl Inbound {
     /// Starts decoder and writer towards the vmm's socket.
     pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder<Shelf>) -> Self {
         let shared = Arc::new(Shared {
-            session: Mutex::new(Receiving { session: DestinationSession::new(window_bytes), decoded: 0 }),
+            session: Mutex::new(Receiving {
+                session: DestinationSession::new(window_bytes),
+                decoded: 0,
+            }),
             arrived: Condvar::new(),
             acknowledge: Notify::new(),
             stopped: AtomicBool::new(false),
             vmm_bytes: AtomicU64::new(0),
+            frame_bytes: AtomicU64::new(0),
+            writing_bytes: AtomicU64::new(0),
         });
         let (progress, outcome) = watch::channel(Progress::default());
         let (release, released) = oneshot::channel();
@@ -111,7 +120,11 @@ impl Inbound {
                 }
             }
         });
-        Self { shared, release: Mutex::new(Some(release)), outcome }
+        Self {
+            shared,
+            release: Mutex::new(Some(release)),
+            outcome,
+        }
     }
 
     /// Sorts a frame in.
@@ -119,9 +132,9 @@ impl Inbound {
     /// # Errors
     /// [`SessionError`]: [`SessionError::OldEpoch`] is harmless, anything else breaks the agreement.
     pub(crate) fn receive(&self, frame: Frame) -> Result<(), SessionError> {
-        let mut receiving = self.shared.receiving();
-        receiving.session.receive(frame)?;
-        drop(receiving);
+        let bytes = frame.lane_bytes();
+        self.shared.receiving().session.receive(frame)?;
+        self.shared.frame_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.arrived.notify_one();
         Ok(())
     }
@@ -141,7 +154,15 @@ impl Inbound {
 
     /// What the decoder has; frames that only wait for it are not in it.
     pub(crate) fn decoded(&self) -> Held {
-        Held { next: self.shared.receiving().decoded, beyond: Vec::new() }
+        Held {
+            next: self.shared.receiving().decoded,
+            beyond: Vec::new(),
+        }
+    }
+
+    /// Bytes of frames that wait for the decoder or, restored, for the vmm.
+    pub(crate) fn queued_bytes(&self) -> u64 {
+        self.shared.receiving().session.ready_bytes() + self.shared.writing_bytes.load(Ordering::Relaxed)
     }
 
     /// How far the stream has come; changes wake the receiver.
@@ -169,6 +190,10 @@ impl Inbound {
         self.shared.vmm_bytes.load(Ordering::Relaxed)
     }
 
+    /// Bytes of frames that arrived, also those that arrived again after a cut.
+    pub(crate) fn frame_bytes(&self) -> u64 {
+        self.shared.frame_bytes.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Inbound {
@@ -201,15 +226,31 @@ impl Shared {
     }
 }
 
+/// A frame on its way from the decoder to the writer.
+struct Restored {
+    bytes: Bytes,
+    held: bool,
+    lane_bytes: u64,
+}
+
 /// The decoder's thread. The summary, where the stream was restored to its end.
 fn decode(
     shared: &Shared,
     mut decoder: Decoder<Shelf>,
-    restored: &mpsc::Sender<(Bytes, bool)>,
+    restored: &mpsc::Sender<Restored>,
 ) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
     while let Some(frame) = shared.next_frame()? {
         let bytes = decoder.restore(&frame)?;
-        if restored.blocking_send((bytes, frame.header.held)).is_err() {
+        let lane_bytes = frame.lane_bytes();
+        shared.writing_bytes.fetch_add(lane_bytes, Ordering::Relaxed);
+        if restored
+            .blocking_send(Restored {
+                bytes,
+                held: frame.header.held,
+                lane_bytes,
+            })
+            .is_err()
+        {
             return Ok(None);
         }
         shared.receiving().decoded = frame.header.sequence + 1;
@@ -225,11 +266,17 @@ fn decode(
 async fn write(
     shared: &Shared,
     mut output: VmmOutput<UnixStream>,
-    mut restored: mpsc::Receiver<(Bytes, bool)>,
+    mut restored: mpsc::Receiver<Restored>,
     released: oneshot::Receiver<()>,
 ) -> std::io::Result<bool> {
-    while let Some((bytes, held)) = restored.recv().await {
+    while let Some(Restored {
+        bytes,
+        held,
+        lane_bytes,
+    }) = restored.recv().await
+    {
         output.write(bytes, held).await?;
+        shared.writing_bytes.fetch_sub(lane_bytes, Ordering::Relaxed);
         shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
     }
     if shared.stopped.load(Ordering::Acquire) || released.await.is_err() {

@@ -68,7 +68,10 @@ impl JournalHandle {
     /// The disk is full, or the journal in doubt: nothing may begin.
     pub(crate) async fn reserve(&self) -> Result<(), Arc<JournalError>> {
         let (reply, answer) = oneshot::channel();
-        self.work.send(Work::Reserve(reply)).await.expect("the journal's thread lives as long as a handle");
+        self.work
+            .send(Work::Reserve(reply))
+            .await
+            .expect("the journal's thread lives as long as a handle");
         answer.await.expect("the journal's thread answers")
     }
 

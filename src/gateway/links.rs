@@ -31,8 +31,11 @@ pub(crate) struct Links {
     transport: Arc<Transport>,
     trust: Arc<TrustStore>,
     hello: Hello,
-    links: Mutex<HashMap<String, Arc<Mutex<Option<Arc<Link>>>>>>,
+    links: Mutex<HashMap<String, Arc<Slot>>>,
 }
+
+/// Where a peer's link is kept; held while it is dialled, so that nobody dials twice.
+type Slot = Mutex<Option<Arc<Link>>>;
 
 /// A link with what both sides agreed on it.
 #[derive(Debug)]
@@ -53,7 +56,13 @@ impl Links {
         limits: Limits,
     ) -> Self {
         let hello = Hello::new(config.site.clone(), journal, limits);
-        Self { config, transport, trust, hello, links: Mutex::default() }
+        Self {
+            config,
+            transport,
+            trust,
+            hello,
+            links: Mutex::default(),
+        }
     }
 
     /// What this gateway says first.
@@ -83,6 +92,16 @@ impl Links {
         slot.as_ref().filter(|link| link.is_alive()).cloned()
     }
 
+    /// How long to wait for a link and one answer on it: eight trips there and back, with time for a lost packet.
+    pub(crate) fn patience(&self, peer: &str) -> Duration {
+        let rtt = self
+            .config
+            .peer(peer)
+            .and_then(|peer| peer.rtt)
+            .unwrap_or(self.config.link.rtt);
+        Duration::from_secs(2) + rtt * 8
+    }
+
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let target = self.target(peer).await?;
         let name = || peer.to_owned();
@@ -99,16 +118,37 @@ impl Links {
             match reply {
                 Reply::Hello(hello) => Ok((link, hello)),
                 Reply::Refused(reason) => Err(LinkError::Refused { peer: name(), reason }),
-                _ => Err(LinkError::Channel { peer: name(), source: ChannelError::Closed }),
+                _ => Err(LinkError::Channel {
+                    peer: name(),
+                    source: ChannelError::Closed,
+                }),
             }
         };
         let (link, hello) = tokio::time::timeout(HELLO_DEADLINE, attempt)
             .await
-            .map_err(|_| LinkError::Silent { peer: name(), seconds: HELLO_DEADLINE.as_secs() })??;
-        let agreement = self.hello.agree(&hello).map_err(|source| LinkError::Hello { peer: name(), source })?;
-        tracing::info!(peer, site = hello.site, software = hello.software, version = agreement.version, "linked");
+            .map_err(|_| LinkError::Silent {
+                peer: name(),
+                seconds: HELLO_DEADLINE.as_secs(),
+            })??;
+        let agreement = self
+            .hello
+            .agree(&hello)
+            .map_err(|source| LinkError::Hello { peer: name(), source })?;
+        tracing::info!(
+            peer,
+            site = hello.site,
+            software = hello.software,
+            version = agreement.version,
+            "linked"
+        );
         let shaper = admitted(link.goodput()).map(|rate| Arc::new(Shaper::new(rate)));
-        Ok(Link { link, peer: hello, agreement, shaper, capacity })
+        Ok(Link {
+            link,
+            peer: hello,
+            agreement,
+            shaper,
+            capacity,
+        })
     }
 
     async fn target(&self, peer: &str) -> Result<PeerTarget, LinkError> {
@@ -127,7 +167,10 @@ impl Links {
             .ok_or_else(|| LinkError::NoAddress { peer: peer.to_owned() })?;
         let control_address = resolve_address(&address)
             .await
-            .map_err(|reason| LinkError::NoSuchHost { peer: peer.to_owned(), reason })?;
+            .map_err(|reason| LinkError::NoSuchHost {
+                peer: peer.to_owned(),
+                reason,
+            })?;
         Ok(PeerTarget {
             name: peer.to_owned(),
             control_address,
@@ -207,7 +250,8 @@ impl Link {
     /// One connection broke: the other is of no use without it, and whoever waits on it must notice.
     pub(crate) fn close_broken(&self, reason: &str) {
         tracing::debug!("a link is given up: {reason}");
-        self.link.close(CloseCode::Replaced, "the other connection of the link is lost");
+        self.link
+            .close(CloseCode::Replaced, "the other connection of the link is lost");
     }
 }
 
@@ -237,7 +281,9 @@ pub(crate) enum LinkError {
         peer: String,
     },
     /// In the configuration, but not trusted.
-    #[error("{peer} is configured but not paired: run longhaul pair --invite at one site and longhaul pair CODE at the other")]
+    #[error(
+        "{peer} is configured but not paired: run longhaul pair --invite at one site and longhaul pair CODE at the other"
+    )]
     NotPaired {
         /// The name.
         peer: String,

@@ -3,8 +3,8 @@
 //! Half of the budget is for what is on the way (windows of sessions and of QUIC, at both ends), the other half for the pages
 //! that dictionaries keep in memory. A migration that finds too little left is refused before anything moves.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::proto::page::{ByteRate, PAGE_SIZE};
@@ -36,7 +36,10 @@ pub(crate) struct Reservation {
 
 impl MemoryBudget {
     pub(crate) fn new(total: u64) -> Self {
-        Self { total, left: Arc::new(AtomicU64::new(total / 2)) }
+        Self {
+            total,
+            left: Arc::new(AtomicU64::new(total / 2)),
+        }
     }
 
     /// What this gateway can hold for one migration on a link of this rate and RTT: a window of 4 BDP, since a lost packet is
@@ -61,9 +64,11 @@ impl MemoryBudget {
                     .then_some(left - bytes)
             })
             .ok()
-            .map(|_| Reservation { bytes: reserved, left: Arc::clone(&self.left) })
+            .map(|_| Reservation {
+                bytes: reserved,
+                left: Arc::clone(&self.left),
+            })
     }
-
 }
 
 impl Reservation {
@@ -98,7 +103,11 @@ mod tests {
 
     #[test]
     fn a_gigabit_at_150_ms_gets_four_bdp_unless_the_budget_is_small() {
-        let limits = |budget| MemoryBudget::new(budget).limits(None, Duration::from_millis(150)).window_bytes;
+        let limits = |budget| {
+            MemoryBudget::new(budget)
+                .limits(None, Duration::from_millis(150))
+                .window_bytes
+        };
         assert_eq!(limits(1 << 30), 75_000_000);
         assert_eq!(limits(512 << 20), 64 << 20);
         assert_eq!(limits(1 << 20), MIN_WINDOW);

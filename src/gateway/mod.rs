@@ -20,8 +20,10 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
+mod history;
 mod inbound;
 mod journal;
+pub(crate) mod launches;
 pub(crate) mod links;
 mod memory;
 mod offer;
@@ -46,6 +48,7 @@ use self::destination::Attachment;
 use self::directory::Directory;
 use self::inbound::Inbound;
 use self::journal::JournalHandle;
+use self::launches::LOG_EXTENSION;
 use self::links::Links;
 use self::memory::MemoryBudget;
 use self::pairing::exchange::Invitations;
@@ -101,6 +104,7 @@ pub async fn run(
         .await
         .expect("opening a journal does not panic")?;
     let open = journal.open_migrations();
+    let ended = history::reports(journal.records(), &config.site);
     let journal = JournalHandle::spawn(journal);
     remove_left_over_sockets(&config);
 
@@ -122,8 +126,13 @@ pub async fn run(
         ..TransportSettings::new(config.listen)
     };
     let transport = Arc::new(Transport::bind(settings, Arc::clone(&identity), Arc::clone(&anchors))?);
-    let links =
-        Links::new(Arc::clone(&config), Arc::clone(&transport), Arc::clone(&trust), journal.id(), limits);
+    let links = Links::new(
+        Arc::clone(&config),
+        Arc::clone(&transport),
+        Arc::clone(&trust),
+        journal.id(),
+        limits,
+    );
     let core = Arc::new(Core {
         config,
         links: Arc::new(links),
@@ -141,6 +150,11 @@ pub async fn run(
         draining: drain.clone(),
     });
 
+    launches::end_unrecorded(&core).await;
+    launches::remove_silent_logs(&core).await;
+    for (role, report) in ended {
+        core.registry.remember(report, role, clock::now());
+    }
     recovery::recover_all(&core, open).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
@@ -154,7 +168,9 @@ pub async fn run(
     drain.cancelled().await;
     core.metrics.set_ready(false);
     core.wait_for_open_migrations().await;
-    core.transport.shutdown(CloseCode::Draining, "the gateway is being stopped").await;
+    core.transport
+        .shutdown(CloseCode::Draining, "the gateway is being stopped")
+        .await;
     for task in serving {
         task.abort();
     }
@@ -173,9 +189,15 @@ async fn accept_peers(core: Arc<Core>) {
                 tokio::spawn(accept::bulk(core, peer, incoming.connection));
             }
             (ConnectionKind::Pairing, _) => {
-                tokio::spawn(commands::answer_pairing(core, incoming.connection, incoming.fingerprint));
+                tokio::spawn(commands::answer_pairing(
+                    core,
+                    incoming.connection,
+                    incoming.fingerprint,
+                ));
             }
-            (_, None) => incoming.connection.close_with(CloseCode::Unpaired, "the gateways are not paired"),
+            (_, None) => incoming
+                .connection
+                .close_with(CloseCode::Unpaired, "the gateways are not paired"),
         }
     }
 }
@@ -192,10 +214,16 @@ impl Core {
         self.config.state_dir.join(format!("{}.{SOCKET_EXTENSION}", &id[..12]))
     }
 
-    /// Where a vmm that this gateway starts writes its output: one file for each VM of the configuration, however often it comes,
-    /// since the process and its output outlive the migration.
-    pub(crate) fn vmm_log(&self, vm: &str) -> PathBuf {
-        self.config.state_dir.join(format!("vmm-{vm}.log"))
+    /// Where a vmm that this gateway starts writes its output.
+    pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
+        self.config.state_dir.join(format!("vmm-{migration}.{LOG_EXTENSION}"))
+    }
+
+    /// Says, while it exists, that a vmm is being started for a migration that the journal does not know yet.
+    pub(crate) fn launch_marker(&self, migration: MigrationId) -> PathBuf {
+        self.config
+            .state_dir
+            .join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
@@ -214,7 +242,9 @@ impl Core {
 
 /// Sockets of streams that an earlier process left: nobody will ever connect to them.
 fn remove_left_over_sockets(config: &Config) {
-    let Ok(entries) = std::fs::read_dir(&config.state_dir) else { return };
+    let Ok(entries) = std::fs::read_dir(&config.state_dir) else {
+        return;
+    };
     for entry in entries.flatten() {
         let path = entry.path();
         if path.extension().is_some_and(|extension| extension == SOCKET_EXTENSION) {

@@ -8,9 +8,11 @@ use super::Core;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
-use crate::api::{Phase, Role};
+use super::launches;
+use crate::api::{Outcome, Phase, Role};
 use crate::config::Vm;
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
+use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
@@ -36,13 +38,19 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
         return Err(format!("the gateway at {site} is being stopped and takes no VMs"));
     }
     let vm = core.config.vm(&offer.vm).ok_or_else(|| {
-        format!("{site} has no [[vm]] section for {}: add one with `qmp` and `command` to its configuration", offer.vm)
+        format!(
+            "{site} has no [[vm]] section for {}: add one with `qmp` and `command` to its configuration",
+            offer.vm
+        )
     })?;
     let inventory: VmInventory = serde_json::from_str(&offer.inventory)
         .map_err(|error| format!("the description of {} cannot be read: {error}", offer.vm))?;
     inventory.check_limits().map_err(|error| error.to_string())?;
     if let Some(open) = core.registry.open_for_vm(&offer.vm) {
-        return Err(format!("{site} is busy with migration {} of {}", open.migration, offer.vm));
+        return Err(format!(
+            "{site} is busy with migration {} of {}",
+            open.migration, offer.vm
+        ));
     }
     DictionaryLimits::new(0, offer.regions).map_err(|error| error.to_string())?;
     Ok((vm, inventory))
@@ -82,9 +90,13 @@ async fn accept(
     let dictionary = if offer.reduce {
         let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
         let memory = core.memory.reserve_pages(slots).ok_or_else(|| {
-            format!("{} has no memory left for another migration: wait, or raise memory_budget", core.config.site)
+            format!(
+                "{} has no memory left for another migration: wait, or raise memory_budget",
+                core.config.site
+            )
         })?;
-        let shelf = SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
+        let shelf =
+            SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
         Some((limits, super::inbound::Shelf { shelf, _memory: memory }))
     } else {
         None
@@ -92,12 +104,20 @@ async fn accept(
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
-        .map_err(|open| format!("{} is busy with migration {} of {}", core.config.site, open.migration, offer.vm))?;
+        .map_err(|open| {
+            format!(
+                "{} is busy with migration {} of {}",
+                core.config.site, open.migration, offer.vm
+            )
+        })?;
     let started = start_vm(core, vm, offer, &source).await;
     let vmm = match started {
         Ok(started) => started,
         Err(reason) => {
-            entry.finish(None, super::clock::now());
+            launches::end(core, offer.migration);
+            let now = super::clock::now();
+            let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
+            entry.finish(Some(report), now);
             return Err(reason);
         }
     };
@@ -127,14 +147,11 @@ async fn accept(
 }
 
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
-async fn start_vm(
-    core: &Core,
-    vm: &Vm,
-    offer: &Offer,
-    source: &VmInventory,
-) -> Result<DestinationVmm, String> {
+async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
-    let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(&vm.name)).await?;
+    launches::remove_silent_logs(core).await;
+    launches::begin(core, offer.migration)?;
+    let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {
         Ok(inventory) => compare(source, &inventory),
         Err(reason) => {
@@ -142,8 +159,9 @@ async fn start_vm(
             return Err(reason);
         }
     };
-    let (fatal, odd): (Vec<_>, Vec<_>) =
-        mismatches.into_iter().partition(|mismatch| mismatch.severity == Severity::Refuse);
+    let (fatal, odd): (Vec<_>, Vec<_>) = mismatches
+        .into_iter()
+        .partition(|mismatch| mismatch.severity == Severity::Refuse);
     for mismatch in odd {
         tracing::warn!(migration = %offer.migration, vm = offer.vm, "{}", mismatch.sentence);
     }

@@ -19,6 +19,7 @@ use crate::proto::reduce::PageCounts;
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
+use crate::transport::{LaneError, send_lane};
 
 /// Most bytes that are read from a vmm at once; one batch of the encoder.
 const READ_BYTES: usize = 256 << 10;
@@ -61,6 +62,7 @@ struct Shared {
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
+    queued_at_peer: AtomicU64,
     sent_bytes: AtomicU64,
 }
 
@@ -82,6 +84,7 @@ impl Outbound {
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
+            queued_at_peer: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
@@ -106,7 +109,7 @@ impl Outbound {
     ///
     /// # Errors
     /// The connection's, as text for the operator.
-    pub(crate) async fn send(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), SendError> {
+    pub(crate) async fn send(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
         let shared = &self.shared;
         loop {
             if shared.stopped.load(Ordering::Acquire) {
@@ -125,10 +128,7 @@ impl Outbound {
             for shaper in shapers {
                 shaper.admit(bytes).await;
             }
-            let mut lane = connection.open_uni().await?;
-            lane.write_all_chunks(&mut [frame.encode_header(), frame.payload]).await?;
-            // Finishing can only fail where the peer has stopped the lane, and then the connection is on its way down.
-            let _ = lane.finish();
+            send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.to_read.notify_one();
         }
@@ -163,11 +163,19 @@ impl Outbound {
 
     /// Bytes that may wait unsent before the vmm is made to wait.
     pub(crate) fn set_backlog_limit(&self, bytes: u64) {
-        self.shared.backlog_limit.store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
+        self.shared
+            .backlog_limit
+            .store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that have been taken from the vmm and not been given to QUIC.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement.
+    pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
+        self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
+        self.shared.to_read.notify_one();
+    }
+
+    /// Bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
     pub(crate) fn backlog_bytes(&self) -> u64 {
         self.shared.backlog()
     }
@@ -186,7 +194,10 @@ impl Outbound {
     /// Frame bytes that the far decoder has acknowledged.
     pub(crate) fn acknowledged_bytes(&self) -> u64 {
         let outstanding = self.shared.session().outstanding_bytes();
-        self.shared.sent_bytes.load(Ordering::Relaxed).saturating_sub(outstanding)
+        self.shared
+            .sent_bytes
+            .load(Ordering::Relaxed)
+            .saturating_sub(outstanding)
     }
 
     /// Bytes so far.
@@ -216,7 +227,9 @@ impl Shared {
     }
 
     fn backlog(&self) -> u64 {
-        self.session().unsent_bytes() + self.encoding_bytes.load(Ordering::Relaxed)
+        self.session().unsent_bytes()
+            + self.encoding_bytes.load(Ordering::Relaxed)
+            + self.queued_at_peer.load(Ordering::Relaxed)
     }
 }
 
@@ -293,15 +306,4 @@ impl Shared {
         drop(session);
         self.to_send.notify_one();
     }
-}
-
-/// Frames cannot be sent over this connection any more.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SendError {
-    /// The connection is lost.
-    #[error("the connection to the peer is lost: {0}")]
-    Connection(#[from] quinn::ConnectionError),
-    /// The peer refused a lane.
-    #[error("the peer refused a lane: {0}")]
-    Lane(#[from] quinn::WriteError),
 }

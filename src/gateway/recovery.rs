@@ -8,15 +8,16 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::Core;
-use super::destination_vmm::DestinationVmm;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
+use super::destination_vmm::DestinationVmm;
+use super::registry::Entry;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
 use super::vm_context::VmContext;
 use crate::api::{self, Phase};
 use crate::migrate;
 use crate::proto::ownership::{
-    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, VmmFact,
+    Destination, DestinationTerms, JournalRecord, RecordKind, Role, Source, Standing, VmmFact,
 };
 use crate::proto::page::MigrationId;
 
@@ -50,16 +51,35 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
     tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
     let (entry, orders) = core
         .registry
-        .add(migration, &first.vm, &first.peer, api::Role::Source, super::clock::now())
-        .map_err(|open| format!("{} is open twice in the journal: {} and {migration}", first.vm, open.migration))?;
+        .add(
+            migration,
+            &first.vm,
+            &first.peer,
+            api::Role::Source,
+            super::clock::now(),
+        )
+        .map_err(|open| {
+            format!(
+                "{} is open twice in the journal: {} and {migration}",
+                first.vm, open.migration
+            )
+        })?;
     entry.set_phase(Phase::Committing);
     let peer_journal = first.peer_journal;
-    let start = SourceStart { vmm, machine, effects, peer_journal, copying: None };
+    let start = SourceStart {
+        vmm,
+        machine,
+        effects,
+        peer_journal,
+        copying: None,
+    };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);
     driver.look_for_peer();
     let core = Arc::clone(core);
     tokio::spawn(async move {
-        let end = driver.run(None).await;
+        let mut end = driver.run(None).await;
+        let restarted = "this gateway was restarted in the middle of it";
+        end.reason.get_or_insert_with(|| restarted.to_owned());
         migrate::finish(&core, &entry, end, None);
     });
     Ok(())
@@ -78,7 +98,7 @@ async fn destination(
     let context = newest_context(records);
     let (vmm, fact) = match context {
         Some(context) => {
-            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(&first.vm)).await;
+            let (vmm, fact) = DestinationVmm::find(context, core.vmm_log(migration)).await;
             (Some(vmm), fact)
         }
         None => (None, VmmFact::Dead),
@@ -86,14 +106,20 @@ async fn destination(
     let own_journal = core.journal.id();
     let (machine, effects) = Destination::recover(records, own_journal, fact).map_err(|error| error.to_string())?;
     tracing::info!(%migration, vm = first.vm, peer = first.peer, state = machine.state().name(), ?fact, "recovering");
-    start_destination(core, migration, &first.peer, &first.vm, DestinationStart {
-        machine,
-        effects,
-        vmm,
-        source_journal: first.peer_journal,
-        decoder: None,
-        window_bytes: 0,
-    })
+    start_destination(
+        core,
+        migration,
+        &first.peer,
+        &first.vm,
+        DestinationStart {
+            machine,
+            effects,
+            vmm,
+            source_journal: first.peer_journal,
+            decoder: None,
+            window_bytes: 0,
+        },
+    )
 }
 
 /// A driver for a migration that a source asks about and no driver serves: from the journal, or, where that knows nothing,
@@ -119,14 +145,35 @@ pub(crate) async fn answer_for(
         source_journal: attachment.peer_journal,
         barriers: 0,
     });
-    start_destination(core, migration, peer, "", DestinationStart {
-        machine,
-        effects: Vec::new(),
-        vmm: None,
-        source_journal: attachment.peer_journal,
-        decoder: None,
-        window_bytes: 0,
-    })
+    start_destination(
+        core,
+        migration,
+        peer,
+        "",
+        DestinationStart {
+            machine,
+            effects: Vec::new(),
+            vmm: None,
+            source_journal: attachment.peer_journal,
+            decoder: None,
+            window_bytes: 0,
+        },
+    )
+}
+
+/// Whether a migration to `peer` is still under way at its source, which is here. One of which nothing is known is over: a source
+/// records that it begins before it lets its vmm begin, and an entry is there before the destination is asked at all.
+pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> bool {
+    let is_entry = |entry: &Entry| entry.role == api::Role::Source && entry.peer == peer && !entry.has_ended();
+    if core.registry.get(migration).is_some_and(|entry| is_entry(&entry)) {
+        return true;
+    }
+    let records = core.journal.records_of(migration).await;
+    let mut records = records
+        .iter()
+        .filter(|record| record.role == Role::Source && record.peer == peer)
+        .peekable();
+    records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
 fn start_destination(
@@ -151,5 +198,8 @@ fn start_destination(
 }
 
 fn newest_context(records: &[JournalRecord]) -> Option<VmContext> {
-    records.iter().rev().find_map(|record| VmContext::from_bytes(&record.context))
+    records
+        .iter()
+        .rev()
+        .find_map(|record| VmContext::from_bytes(&record.context))
 }

@@ -91,6 +91,15 @@ impl Registry {
         Self::push(&mut self.entries(), migration, vm, peer, role, now)
     }
 
+    /// An entry for a migration that was over before this process began.
+    pub(crate) fn remember(&self, report: Report, role: Role, now: Instant) {
+        let seconds = report.total_seconds;
+        let mut entries = self.entries();
+        let (entry, _) = Self::push(&mut entries, report.migration, &report.vm, &report.peer, role, now);
+        entry.finish(Some(report), now);
+        entry.state().ended_after = Some(seconds);
+    }
+
     fn push(
         entries: &mut VecDeque<Arc<Entry>>,
         migration: MigrationId,
@@ -99,6 +108,8 @@ impl Registry {
         role: Role,
         now: Instant,
     ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        // What is known of its past gives way to what is going on: a peer has asked once more.
+        entries.retain(|entry| entry.migration != migration || entry.role != role || !entry.has_ended());
         let (resolutions, orders) = mpsc::channel(1);
         let entry = Arc::new(Entry {
             migration,
@@ -122,12 +133,20 @@ impl Registry {
 
     /// The migration of this name.
     pub(crate) fn get(&self, migration: MigrationId) -> Option<Arc<Entry>> {
-        self.entries().iter().rev().find(|entry| entry.migration == migration).cloned()
+        self.entries()
+            .iter()
+            .rev()
+            .find(|entry| entry.migration == migration)
+            .cloned()
     }
 
     /// The newest migration of a VM that is not over.
     pub(crate) fn open_for_vm(&self, vm: &str) -> Option<Arc<Entry>> {
-        self.entries().iter().rev().find(|entry| entry.vm == vm && !entry.has_ended()).cloned()
+        self.entries()
+            .iter()
+            .rev()
+            .find(|entry| entry.vm == vm && !entry.has_ended())
+            .cloned()
     }
 
     /// The newest first.
@@ -137,7 +156,11 @@ impl Registry {
 
     /// Those that are not over.
     pub(crate) fn open(&self) -> Vec<Arc<Entry>> {
-        self.entries().iter().filter(|entry| !entry.has_ended()).cloned().collect()
+        self.entries()
+            .iter()
+            .filter(|entry| !entry.has_ended())
+            .cloned()
+            .collect()
     }
 
     fn entries(&self) -> MutexGuard<'_, VecDeque<Arc<Entry>>> {
@@ -164,7 +187,9 @@ impl Entry {
     /// A sentence that the operator should read.
     pub(crate) fn notice(&self, text: &str) {
         tracing::warn!(migration = %self.migration, vm = self.vm, "{text}");
-        self.state().watchers.retain(|watcher| watcher.try_send(Event::Notice(text.to_owned())).is_ok());
+        self.state()
+            .watchers
+            .retain(|watcher| watcher.try_send(Event::Notice(text.to_owned())).is_ok());
     }
 
     /// A person has to act; shown until the migration goes on.
@@ -244,7 +269,10 @@ impl Entry {
     pub(crate) async fn resolve(&self, resolution: ownership::Resolution) -> Result<String, String> {
         let (reply, answer) = oneshot::channel();
         let over = || format!("the migration of {} is over: there is nothing to resolve", self.vm);
-        self.resolutions.send(ResolveOrder { resolution, reply }).await.map_err(|_| over())?;
+        self.resolutions
+            .send(ResolveOrder { resolution, reply })
+            .await
+            .map_err(|_| over())?;
         answer.await.map_err(|_| over())?
     }
 

@@ -34,6 +34,9 @@ use crate::shaper::Shaper;
 /// How long pre-copy waits for the peer to come back before it is given up; the VM runs on all the while.
 const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 
+/// The same once the guest stands still: it is let go on soon, since it could not be handed over.
+const LONGEST_PAUSED_SILENCE: Duration = Duration::from_secs(2);
+
 /// Between looks at the vmm while the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -301,7 +304,9 @@ impl SourceDriver {
         let Some(copying) = &mut self.copying else {
             return Err("this gateway has no stream for the migration".to_owned());
         };
-        let Some(link) = self.link.clone() else { return Err("the connection to the peer is lost".to_owned()) };
+        let Some(link) = self.link.clone() else {
+            return Err("the connection to the peer is lost".to_owned());
+        };
         let path = self.core.stream_socket(self.entry.migration);
         let socket = StreamSocket::bind(path).map_err(|error| format!("no socket for the vmm's stream: {error}"))?;
         let accept = async {
@@ -318,8 +323,12 @@ impl SourceDriver {
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
         copying.begin_stream(super::clock::now());
         let window_bytes = link.agreement().limits.window_bytes;
-        let (outbound, end) =
-            Outbound::start(stream, self.entry.migration, window_bytes, Encoder::new(copying.dictionary()));
+        let (outbound, end) = Outbound::start(
+            stream,
+            self.entry.migration,
+            window_bytes,
+            Encoder::new(copying.dictionary()),
+        );
         let shaper = copying.shaper();
         self.stream = Some(Stream {
             outbound: Arc::new(outbound),
@@ -426,7 +435,10 @@ impl SourceDriver {
     fn on_stream_end(&mut self, ended: StreamEnd) {
         match ended {
             StreamEnd::Eof(summary, pages) => {
-                let sum = StreamSum { digest: summary.digest, length: summary.bytes };
+                let sum = StreamSum {
+                    digest: summary.digest,
+                    length: summary.bytes,
+                };
                 if let Some(stream) = &mut self.stream {
                     stream.sum = Some(sum);
                 }
@@ -449,7 +461,9 @@ impl SourceDriver {
             ContactEvent::Made { link, channel, held } => {
                 self.lost_contact = None;
                 self.contact.adopt(channel);
-                self.feed(&SourceEvent::Contact { journal: link.peer_journal() });
+                self.feed(&SourceEvent::Contact {
+                    journal: link.peer_journal(),
+                });
                 let resumed = self.stream.as_ref().map(|stream| {
                     let epoch = stream.outbound.epoch() + 1;
                     stream.outbound.resume(epoch, &held)
@@ -479,15 +493,20 @@ impl SourceDriver {
                     self.look_for_peer();
                 }
             }
-            ContactEvent::Message { .. } | ContactEvent::Lost { .. } => {}
+            ContactEvent::Message { .. } | ContactEvent::Lost { .. } | ContactEvent::GivenUp { .. } => {}
         }
     }
 
     async fn on_message(&mut self, message: SessionMessage) {
         match message {
-            SessionMessage::Ack { held, vmm_bytes } => {
+            SessionMessage::Ack {
+                held,
+                vmm_bytes,
+                queued_bytes,
+            } => {
                 if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
                     copying.delivered(vmm_bytes);
+                    stream.outbound.set_queued_at_peer(queued_bytes);
                     if let Err(error) = stream.outbound.on_ack(&held) {
                         self.fail(error.to_string());
                         self.feed(&SourceEvent::Cancel);
@@ -539,12 +558,20 @@ impl SourceDriver {
     async fn look(&mut self) {
         let now = super::clock::now();
         if let Some(since) = self.lost_contact {
-            let before_permit = matches!(self.machine.state(), SourceState::Copying(_) | SourceState::Starting { .. });
-            if before_permit && now.saturating_duration_since(since) > LONGEST_SILENCE {
+            let before_permit = matches!(
+                self.machine.state(),
+                SourceState::Copying(_) | SourceState::Starting { .. }
+            );
+            let longest = if self.stopped_at.is_some() {
+                LONGEST_PAUSED_SILENCE
+            } else {
+                LONGEST_SILENCE
+            };
+            if before_permit && now.saturating_duration_since(since) > longest {
                 self.fail(format!(
                     "the peer {} could not be reached for {} s",
                     self.entry.peer,
-                    LONGEST_SILENCE.as_secs()
+                    longest.as_secs()
                 ));
                 self.feed(&SourceEvent::Cancel);
                 return;
@@ -567,7 +594,10 @@ impl SourceDriver {
         };
         if matches!(progress.status, MigrationStatus::Failed | MigrationStatus::Cancelled) {
             let why = progress.error.as_deref().unwrap_or("it gave no reason");
-            self.fail(format!("the source's hypervisor ended the migration ({}): {why}", progress.status));
+            self.fail(format!(
+                "the source's hypervisor ended the migration ({}): {why}",
+                progress.status
+            ));
             self.feed(&SourceEvent::MigrateFailed);
             return;
         }

@@ -54,12 +54,24 @@ impl SourceVmm {
     /// A vmm that was just connected to.
     pub(crate) fn new(vm: SourceVm, context: VmContext) -> Self {
         let events = Some(vm.events());
-        Self { context, was_running: vm.was_running(), vm: Some(vm), events, frozen: None }
+        Self {
+            context,
+            was_running: vm.was_running(),
+            vm: Some(vm),
+            events,
+            frozen: None,
+        }
     }
 
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
     pub(crate) async fn find(context: VmContext, was_running: bool) -> (Self, VmmFact) {
-        let mut vmm = Self { context, was_running, vm: None, events: None, frozen: None };
+        let mut vmm = Self {
+            context,
+            was_running,
+            vm: None,
+            events: None,
+            frozen: None,
+        };
         let fact = vmm.look().await;
         (vmm, fact)
     }
@@ -109,7 +121,9 @@ impl SourceVmm {
                 .context
                 .process
                 .as_ref()
-                .ok_or_else(|| SourceError::AnotherProcess { path: self.context.qmp.display().to_string() })?;
+                .ok_or_else(|| SourceError::AnotherProcess {
+                    path: self.context.qmp.display().to_string(),
+                })?;
             let vm = SourceVm::reattach(&self.context.qmp, identity, self.was_running, None, DEADLINE).await?;
             self.events = Some(vm.events());
             self.vm = Some(vm);
@@ -119,7 +133,9 @@ impl SourceVmm {
 
     /// What it reports next; never, where it is not connected. Cancel-safe.
     pub(crate) async fn next_event(&mut self) -> VmEvent {
-        let Some(events) = &mut self.events else { return std::future::pending().await };
+        let Some(events) = &mut self.events else {
+            return std::future::pending().await;
+        };
         match events.next().await {
             Ok(event) => match event.name.as_str() {
                 "STOP" => VmEvent::Stopped,

@@ -25,7 +25,10 @@ impl VmContext {
         let mut bytes = serde_json::to_vec(self).expect("a context is plain data");
         if bytes.len() > JournalRecord::MAX_CONTEXT {
             // Only an absurdly long socket path gets here, and configuration refuses those; the process still leads to the vmm.
-            let short = Self { qmp: PathBuf::new(), ..self.clone() };
+            let short = Self {
+                qmp: PathBuf::new(),
+                ..self.clone()
+            };
             bytes = serde_json::to_vec(&short).expect("a context is plain data");
         }
         bytes

@@ -28,7 +28,13 @@ pub(crate) struct VmmOutput<W> {
 
 impl<W: AsyncWrite + Unpin> VmmOutput<W> {
     pub(crate) fn new(vmm: W) -> Self {
-        Self { vmm, queue: VecDeque::new(), queued: 0, device_state: false, written: 0 }
+        Self {
+            vmm,
+            queue: VecDeque::new(),
+            queued: 0,
+            device_state: false,
+            written: 0,
+        }
     }
 
     /// Appends bytes and writes what need not be held. `device_state`: from these bytes on everything is held.

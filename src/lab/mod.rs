@@ -1,11 +1,12 @@
 //! The lab: real guests on an emulated link, measured from outside.
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`demo`] moves it to
-//! and fro beside plain QEMU. The link itself is made by `netem-scripts/link`.
+//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. The link itself is made by `netem-scripts/link`.
 
 pub mod demo;
 pub mod guest;
 pub mod heartbeat;
+pub mod kill;
 pub mod link;
 pub mod monitor;
 pub mod process;
@@ -16,12 +17,15 @@ use clap::{Args, Subcommand};
 
 pub use self::demo::DemoArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
+pub use self::kill::KillArgs;
 
 /// `longhaul lab …`: measurements and demonstrations on this machine.
 #[derive(Clone, Debug, Subcommand)]
 pub enum LabCommand {
     /// Moves a Linux guest across an emulated link and back, beside plain QEMU, and reports.
     Demo(Box<DemoArgs>),
+    /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
+    Kill(Box<KillArgs>),
     /// Prints the QEMU command line of the lab's guest, one argument a line.
     Guest(GuestArgs),
 }
@@ -31,6 +35,7 @@ impl LabCommand {
     pub async fn run(self) -> u8 {
         match self {
             Self::Demo(args) => demo::run(*args).await,
+            Self::Kill(args) => kill::run(*args).await,
             Self::Guest(args) => args.run(),
         }
     }

@@ -29,12 +29,11 @@ impl Process {
         };
         let out = std::fs::File::create(log).map_err(failed)?;
         let errors = out.try_clone().map_err(failed)?;
-        // A lab that is killed cannot clean up; then the kernel ends what it started.
         let mut words: Vec<&str> = match namespace {
             Some(namespace) => vec!["ip", "netns", "exec", namespace],
             None => vec![],
         };
-        words.extend(["setpriv", "--pdeathsig", "KILL", "--"]);
+        words.extend(WITH_ITS_PARENT);
         words.extend(argv.iter().map(String::as_str));
         let child = Command::new(words[0])
             .args(&words[1..])
@@ -69,6 +68,19 @@ impl Process {
         }
     }
 
+    /// Its process id, as long as it has not been waited for.
+    pub(super) fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits until the process has ended.
+    pub(super) async fn wait(&mut self) -> Result<ExitStatus, ProcessError> {
+        self.child.wait().await.map_err(|source| ProcessError::Unstarted {
+            name: self.name.clone(),
+            source,
+        })
+    }
+
     /// The last lines that the process said.
     pub(super) fn said(&self) -> String {
         last_lines(&self.log)
@@ -97,16 +109,17 @@ pub(super) async fn run(argv: &[&str]) -> Result<String, ProcessError> {
 
 /// Runs `argv` on the host to its end, whatever that is. It is killed where the caller gives up waiting.
 pub(super) async fn output(argv: &[&str]) -> Result<std::process::Output, ProcessError> {
-    let (program, arguments) = argv.split_first().expect("a command names a program");
-    Command::new(program)
-        .args(arguments)
+    let name = argv.first().copied().unwrap_or_default();
+    Command::new(WITH_ITS_PARENT[0])
+        .args(&WITH_ITS_PARENT[1..])
+        .args(argv)
         .stdin(Stdio::null())
         .process_group(0)
         .kill_on_drop(true)
         .output()
         .await
         .map_err(|source| ProcessError::Unstarted {
-            name: (*program).to_owned(),
+            name: name.to_owned(),
             source,
         })
 }
@@ -144,6 +157,9 @@ fn last_lines(log: &Path) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
 }
+
+/// A lab that is killed cannot clean up; then the kernel ends what it started.
+const WITH_ITS_PARENT: [&str; 4] = ["setpriv", "--pdeathsig", "KILL", "--"];
 
 const LAST_LINES: usize = 20;
 

@@ -163,10 +163,15 @@ impl FromStr for ByteRate {
 
     fn from_str(text: &str) -> Result<Self, InvalidRate> {
         let lower = text.trim().to_ascii_lowercase();
-        let (number, size) = [("gbit", 1_000_000_000.0), ("mbit", 1_000_000.0), ("kbit", 1_000.0), ("bit", 1.0)]
-            .iter()
-            .find_map(|(unit, size)| lower.strip_suffix(unit).map(|number| (number.trim(), *size)))
-            .ok_or(InvalidRate)?;
+        let (number, size) = [
+            ("gbit", 1_000_000_000.0),
+            ("mbit", 1_000_000.0),
+            ("kbit", 1_000.0),
+            ("bit", 1.0),
+        ]
+        .iter()
+        .find_map(|(unit, size)| lower.strip_suffix(unit).map(|number| (number.trim(), *size)))
+        .ok_or(InvalidRate)?;
         let value: f64 = number.parse().map_err(|_| InvalidRate)?;
         let bytes = value * size / 8.0;
         if !bytes.is_finite() || !(1.0..1e15).contains(&bytes) {
@@ -185,10 +190,12 @@ pub struct InvalidRate;
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     use fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 /// The bytes that exactly `2 * N` hexadecimal digits stand for.
@@ -217,7 +224,10 @@ mod tests {
     #[test]
     fn a_rate_is_read_as_tc_writes_it_and_shown_the_same_way() {
         for text in ["1gbit", "800mbit", "2.5gbit", "64kbit"] {
-            assert_eq!(text.parse::<ByteRate>().map(|rate| rate.to_string()), Ok(text.to_owned()));
+            assert_eq!(
+                text.parse::<ByteRate>().map(|rate| rate.to_string()),
+                Ok(text.to_owned())
+            );
         }
         for bad in ["", "800", "mbit", "-1mbit", "nanmbit", "1e99gbit"] {
             assert_eq!(bad.parse::<ByteRate>(), Err(InvalidRate), "{bad}");

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use aws_lc_rs::hmac;
 use quinn::congestion::ControllerFactory;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, Runtime, TokioRuntime};
+use quinn_proto::HashedConnectionIdGenerator;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -131,19 +133,21 @@ impl Transport {
             None => port_after(settings.control_address).ok_or(BindError::NoPortForBulk)?,
         };
         let invitation = Arc::new(AtomicBool::new(false));
-        let listen = |address, kinds: &[ConnectionKind]| {
+        let listen = |address, purpose, kinds: &[ConnectionKind]| {
+            let resets = resettable(&identity, purpose);
             let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
                 .map_err(BindError::Tls)?;
-            listen(&settings, address, tls).map_err(|source| match source.kind() {
+            listen(&settings, address, tls, resets).map_err(|source| match source.kind() {
                 io::ErrorKind::AddrInUse => BindError::InUse { address },
                 _ => BindError::Io { address, source },
             })
         };
         let control = listen(
             settings.control_address,
+            "control",
             &[ConnectionKind::Control, ConnectionKind::Pairing],
         )?;
-        let bulk = listen(bulk_address, &[ConnectionKind::Bulk])?;
+        let bulk = listen(bulk_address, "bulk", &[ConnectionKind::Bulk])?;
 
         let link = Arc::new(SharedBucket::new(settings.link));
         let renewal = tokio::spawn(renew(Arc::downgrade(&identity)));
@@ -367,7 +371,7 @@ impl Shared {
             endpoint,
             socket,
             window,
-        } = endpoint(local, &tuning, None).map_err(DialCause::Socket)?;
+        } = endpoint(local, &tuning, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(DialCause::Address)?;
@@ -415,7 +419,25 @@ fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactor
     }
 }
 
-fn listen(settings: &TransportSettings, address: SocketAddr, tls: ServerTls) -> io::Result<Listener> {
+/// An endpoint that ends the connections of the process before it, at their first packet (RFC 9000, 10.3): peers need not wait
+/// for their idle timeout to learn of a restart. A secret for each socket, since a token that one of them gives away must not
+/// end a connection of the other (21.11).
+fn resettable(identity: &Identity, purpose: &str) -> EndpointConfig {
+    let ids = identity.derived_secret(&format!("connection ids of {purpose}"));
+    let (id_key, _) = ids.split_first_chunk().expect("the secret is longer than a number");
+    let id_key = u64::from_le_bytes(*id_key);
+    let tokens = identity.derived_secret(&format!("reset tokens of {purpose}"));
+    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &tokens)));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    config
+}
+
+fn listen(
+    settings: &TransportSettings,
+    address: SocketAddr,
+    tls: ServerTls,
+    resets: EndpointConfig,
+) -> io::Result<Listener> {
     let tuning = Tuning::derive(
         settings.link,
         settings.rtt,
@@ -431,14 +453,19 @@ fn listen(settings: &TransportSettings, address: SocketAddr, tls: ServerTls) -> 
         .max_incoming(MAX_HANDSHAKES)
         .incoming_buffer_size(64 * 1024)
         .incoming_buffer_size_total(1024 * 1024);
-    endpoint(address, &tuning, Some(config))
+    endpoint(address, &tuning, Some(config), resets)
 }
 
-fn endpoint(address: SocketAddr, tuning: &Tuning, server: Option<quinn::ServerConfig>) -> io::Result<Listener> {
+fn endpoint(
+    address: SocketAddr,
+    tuning: &Tuning,
+    server: Option<quinn::ServerConfig>,
+    config: EndpointConfig,
+) -> io::Result<Listener> {
     let socket = udp::bind(address, tuning.receive_buffer, tuning.send_buffer)?;
     let runtime = Arc::new(TokioRuntime);
     let socket = PacedSocket::new(runtime.wrap_udp_socket(socket)?);
-    let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), server, socket.clone(), runtime)?;
+    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket.clone(), runtime)?;
     Ok(Listener {
         endpoint,
         socket,

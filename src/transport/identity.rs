@@ -128,6 +128,14 @@ impl Identity {
         Ok(true)
     }
 
+    /// A secret of this site for one purpose, the same at every start.
+    pub(super) fn derived_secret(&self, purpose: &str) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("longhaul 2026-11 transport secret of a site");
+        hasher.update(&self.key.serialize_der());
+        hasher.update(purpose.as_bytes());
+        *hasher.finalize().as_bytes()
+    }
+
     /// Key and certificate as handshakes show them.
     pub(super) fn certified(&self) -> Arc<CertifiedKey> {
         self.current.load().certified.clone()

@@ -5,7 +5,7 @@ use quinn::{Connection, ConnectionError, ReadToEndError, RecvStream, SendStream,
 
 use super::link::CloseCode;
 
-/// Sends `data` on a lane of its own and returns once QUIC holds all of it (not: once the peer does). Waits while the
+/// Sends `chunks`, one behind the other, on a lane of its own and returns once QUIC holds all of it (not: once the peer does). Waits while the
 /// connection's window or the peer's limit on lanes is used up. The bytes are shared, not copied.
 ///
 /// Keep lanes at or below [`LANE_BYTES`](super::tuning::LANE_BYTES). Lanes leave in the order in which they are sent, but arrive
@@ -14,10 +14,10 @@ use super::link::CloseCode;
 ///
 /// # Errors
 /// [`LaneError`] where the connection is lost, or the peer stopped the lane.
-pub async fn send_lane(connection: &Connection, data: Bytes) -> Result<SendStream, LaneError> {
+pub async fn send_lane(connection: &Connection, chunks: &mut [Bytes]) -> Result<SendStream, LaneError> {
     let mut lane = Unfinished(Some(connection.open_uni().await.map_err(LaneError::Connection)?));
     let stream = lane.0.as_mut().expect("the stream is taken out only below");
-    stream.write_chunk(data).await.map_err(|error| match error {
+    stream.write_all_chunks(chunks).await.map_err(|error| match error {
         WriteError::ConnectionLost(error) => LaneError::Connection(error),
         _ => LaneError::Stopped,
     })?;

@@ -270,12 +270,12 @@ impl Site {
         let names = entries
             .flatten()
             .map(|entry| entry.file_name().to_string_lossy().into_owned());
-        let durable = |name: &str| {
-            // What a hypervisor says here is kept as long as it runs, and until the next one of that VM.
-            let log_of = name.strip_prefix("vmm-").and_then(|rest| rest.strip_suffix(".log"));
-            DURABLE.contains(&name) || log_of.is_some_and(|vm| self.plan.vms.contains_key(vm))
-        };
-        names.filter(|name| !durable(name)).collect()
+        let (logs, others): (Vec<String>, Vec<String>) = names
+            .filter(|name| !DURABLE.contains(&name.as_str()))
+            .partition(|name| name.starts_with("vmm-") && name.ends_with(".log"));
+        // What a hypervisor says is kept for as long as it runs.
+        let running = self.vms().map(|vm| self.hypervisors(vm).len()).sum();
+        others.into_iter().chain(logs.into_iter().skip(running)).collect()
     }
 
     /// Kills the gateway and everything that the test started here.

@@ -40,8 +40,8 @@ pub struct WritableDisk {
 pub enum Refusal {
     /// Its content would stay behind.
     #[error(
-        "The disk {name} ({file}) is writable and not shared between the sites. If both sites see the same storage, set \
-         shared_disks = true for this VM."
+        "The disk {name} ({file}) is writable and not shared between the sites. If both sites reach the same storage under the same \
+         name, set disks = \"shared\" for this VM."
     )]
     WritableDisk {
         /// Backend name, or path or id of the device.

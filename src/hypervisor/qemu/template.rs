@@ -40,6 +40,14 @@ pub enum TemplateError {
     /// Without it the process could not be talked to.
     #[error("The command does not contain {{qmp}}, so its QEMU could not be controlled.")]
     NoMonitor,
+    /// It would receive, or boot, before the gateway says so.
+    #[error(
+        "The command does not contain \"-incoming\", \"defer\", so the gateway could not decide when the VM is received."
+    )]
+    NotDeferred,
+    /// It would run the VM as soon as it is loaded.
+    #[error("The command does not contain \"-S\", so the VM would start before the gateways have agreed that it may.")]
+    NotPaused,
     /// A VM name that could be taken for something else.
     #[error(
         "The VM name {0:?} cannot be used in a command: it must have 1 to 64 letters, digits, '.', '_' or '-', and begin \
@@ -58,29 +66,39 @@ impl LaunchTemplate {
     /// Checks an operator's command: the program and its arguments.
     ///
     /// # Errors
-    /// The first mistake.
-    pub fn parse(arguments: Vec<String>) -> Result<LaunchTemplate, TemplateError> {
-        let program = arguments.first().ok_or(TemplateError::Empty)?;
+    /// Every mistake.
+    pub fn parse(arguments: Vec<String>) -> Result<LaunchTemplate, Vec<TemplateError>> {
+        let Some(program) = arguments.first() else {
+            return Err(vec![TemplateError::Empty]);
+        };
+        let mut mistakes = Vec::new();
         if program.is_empty() || program.starts_with('-') || program.contains(['{', '}']) {
-            return Err(TemplateError::Program(program.clone()));
+            mistakes.push(TemplateError::Program(program.clone()));
         }
         if arguments.iter().any(|argument| argument.contains('\0')) {
-            return Err(TemplateError::ZeroByte);
+            mistakes.push(TemplateError::ZeroByte);
         }
         let mut has_monitor = false;
-        for argument in &arguments {
-            for piece in pieces(argument) {
-                match piece {
-                    Piece::Placeholder("qmp") => has_monitor = true,
-                    Piece::Placeholder("vm" | "migration") | Piece::Text(_) => {}
-                    Piece::Placeholder(other) => return Err(TemplateError::UnknownPlaceholder(other.to_owned())),
-                }
+        for piece in arguments.iter().flat_map(|argument| pieces(argument)) {
+            match piece {
+                Piece::Placeholder("qmp") => has_monitor = true,
+                Piece::Placeholder("vm" | "migration") | Piece::Text(_) => {}
+                Piece::Placeholder(other) => mistakes.push(TemplateError::UnknownPlaceholder(other.to_owned())),
             }
         }
-        if has_monitor {
+        if !has_monitor {
+            mistakes.push(TemplateError::NoMonitor);
+        }
+        if !arguments.windows(2).any(|pair| pair == ["-incoming", "defer"]) {
+            mistakes.push(TemplateError::NotDeferred);
+        }
+        if !arguments.iter().any(|argument| argument == "-S") {
+            mistakes.push(TemplateError::NotPaused);
+        }
+        if mistakes.is_empty() {
             Ok(LaunchTemplate { arguments })
         } else {
-            Err(TemplateError::NoMonitor)
+            Err(mistakes)
         }
     }
 
@@ -179,8 +197,10 @@ const VM_NAME_LIMIT: usize = 64;
 mod tests {
     use super::*;
 
-    fn template(arguments: &[&str]) -> Result<LaunchTemplate, TemplateError> {
-        LaunchTemplate::parse(arguments.iter().map(|&argument| argument.to_owned()).collect())
+    /// A command of these words, and of the words that each command needs.
+    fn template(arguments: &[&str]) -> Result<LaunchTemplate, Vec<TemplateError>> {
+        let words = arguments.iter().chain(&["-incoming", "defer", "-S"]);
+        LaunchTemplate::parse(words.map(|&word| word.to_owned()).collect())
     }
 
     fn values() -> LaunchValues {
@@ -213,27 +233,38 @@ mod tests {
             "{db-1}",
             "{",
             "x{Y}",
+            "-incoming",
+            "defer",
+            "-S",
         ];
         assert_eq!(filled, wanted);
     }
 
     #[test]
-    fn mistakes_in_a_template_are_named() {
-        assert_eq!(template(&[]), Err(TemplateError::Empty));
-        assert_eq!(template(&["{vm}", "{qmp}"]), Err(TemplateError::Program("{vm}".into())));
+    fn every_mistake_in_a_template_is_named() {
+        let one = |mistake: TemplateError| Err(vec![mistake]);
+        assert_eq!(LaunchTemplate::parse(vec![]), one(TemplateError::Empty));
+        assert_eq!(template(&["{vm}", "{qmp}"]), one(TemplateError::Program("{vm}".into())));
+        assert_eq!(template(&["", "{qmp}"]), one(TemplateError::Program(String::new())));
         assert_eq!(
             template(&["--wait", "{qmp}"]),
-            Err(TemplateError::Program("--wait".into()))
+            one(TemplateError::Program("--wait".into()))
         );
-        assert_eq!(
-            template(&["qemu", "{qpm}"]),
-            Err(TemplateError::UnknownPlaceholder("qpm".into()))
-        );
-        assert_eq!(template(&["qemu", "{vm}"]), Err(TemplateError::NoMonitor));
-        assert_eq!(template(&["qemu", "{qmp}\0"]), Err(TemplateError::ZeroByte));
+        assert_eq!(template(&["qemu", "{vm}"]), one(TemplateError::NoMonitor));
+        assert_eq!(template(&["qemu", "{qmp}\0"]), one(TemplateError::ZeroByte));
+        let words = ["-x", "{qpm}", "{id}", "-incoming", "tcp:0:1", "defer"];
+        let all = LaunchTemplate::parse(words.map(str::to_owned).to_vec()).unwrap_err();
+        let wanted = [
+            TemplateError::Program("-x".into()),
+            TemplateError::UnknownPlaceholder("qpm".into()),
+            TemplateError::UnknownPlaceholder("id".into()),
+            TemplateError::NoMonitor,
+            TemplateError::NotDeferred,
+            TemplateError::NotPaused,
+        ];
+        assert_eq!(all, wanted);
         assert!(
-            template(&["qemu", "{qpm}"])
-                .unwrap_err()
+            all[1]
                 .to_string()
                 .contains("contains {qpm}; the placeholders are {qmp}")
         );

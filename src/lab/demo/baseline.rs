@@ -94,6 +94,7 @@ pub(super) async fn measure(
         wire_bytes: None,
         downtime_seconds: None,
         reason: None,
+        link_fault: None,
     };
     for namespace in [&a.namespace, &b.namespace] {
         if let Err(error) = tune(namespace, engine).await {
@@ -172,7 +173,9 @@ impl Move<'_> {
             found.downtime_seconds = Some(crossing("A to B", last, first)?.downtime.as_secs_f64());
             found.total_seconds = Some(first.at.saturating_duration_since(begun.into_std()).as_secs_f64());
         }
-        found.wire_bytes = Some(self.link.carried().await?.wire_bytes.saturating_sub(bytes_before));
+        let carried = self.link.carried().await?;
+        found.wire_bytes = Some(carried.wire_bytes.saturating_sub(bytes_before));
+        found.link_fault = carried.fault;
         if outcome == Outcome::Completed {
             prove(&mut at_destination, proof).await?;
         }

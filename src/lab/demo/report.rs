@@ -18,7 +18,7 @@ pub(super) struct Report {
     pub(super) baselines: Vec<Baseline>,
     /// The guest's own word.
     pub(super) guest: Proof,
-    /// Why the emulated link was not what its profile says, so that the figures are not to be used; absent where it was.
+    /// As that of a baseline, for the legs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) link_fault: Option<String>,
     /// Why the run ended early; absent where it did not.
@@ -71,6 +71,9 @@ pub(super) struct Baseline {
     /// Why it failed or is unavailable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) reason: Option<String>,
+    /// Why the emulated link was not what its profile says, so that these figures are not to be used; absent where it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) link_fault: Option<String>,
 }
 
 /// What the guest said of its own memory.
@@ -129,6 +132,7 @@ impl Report {
             ]);
         }
         write!(f, "\n{table}")?;
+        write_fault(f, "longhaul", self.link_fault.as_deref())?;
         let Some(floor) = self.floor_downtime_seconds else {
             return Ok(());
         };
@@ -183,6 +187,7 @@ impl Report {
             if let Some(reason) = &baseline.reason {
                 writeln!(f, "{}: {reason}", baseline.engine)?;
             }
+            write_fault(f, baseline.engine, baseline.link_fault.as_deref())?;
         }
         Ok(())
     }
@@ -197,9 +202,6 @@ impl fmt::Display for Report {
         if !self.baselines.is_empty() {
             self.write_baselines(f)?;
         }
-        if let Some(fault) = &self.link_fault {
-            writeln!(f, "\nThese figures are not to be used: {fault}")?;
-        }
         if let Some(problem) = &self.problem {
             writeln!(f, "\nThe run ended early: {problem}")?;
         }
@@ -209,6 +211,13 @@ impl fmt::Display for Report {
             "NOT PROVEN INTACT"
         };
         write!(f, "\nGuest: {verdict}, {} pages checked.", self.guest.pages_checked)
+    }
+}
+
+fn write_fault(f: &mut fmt::Formatter<'_>, engine: &str, fault: Option<&str>) -> fmt::Result {
+    match fault {
+        Some(fault) => writeln!(f, "The figures of {engine} are not to be used: {fault}."),
+        None => Ok(()),
     }
 }
 
@@ -309,6 +318,7 @@ mod tests {
             wire_bytes: Some(31_000_000),
             downtime_seconds: None,
             reason: None,
+            link_fault: None,
         };
         Report {
             profile: "intercontinental".to_owned(),

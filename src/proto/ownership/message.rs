@@ -188,13 +188,13 @@ pub enum Doubt {
     /// COMMIT, no RUNNING, and the vmm is dead.
     #[error(
         "the destination was allowed to start the VM and its vmm is dead, so the VM may or may not have run here; if the \
-         source's copy may go on from where it was paused, run longhaul resolve --peer-owns here"
+         source's copy may go on from where it was paused, run longhaul resolve --lost-here here"
     )]
     MayHaveRun,
     /// After a restart, `cont` of the destination vmm returned an error: an earlier one may have succeeded.
     #[error(
         "the destination vmm holds the VM paused and refuses to continue it; continue it by hand, or give the VM back with \
-         longhaul resolve --peer-owns"
+         longhaul resolve --lost-here"
     )]
     CannotContinue,
     /// The VM is the source's again and does not start.
@@ -239,6 +239,6 @@ impl Resolution {
 pub enum Claim {
     /// `--peer-is-fenced`: the VM does not run at the other side and cannot. It is this side's.
     PeerIsFenced,
-    /// `--peer-owns`: the VM is the other side's. This side must never run it.
+    /// `--runs-at-peer` and `--lost-here`: the VM is the other side's. This side must never run it.
     PeerOwns,
 }

@@ -29,7 +29,11 @@ impl GoodputMeter {
             return;
         }
         self.marks.push_back((now, acknowledged_bytes));
-        while self.marks.front().is_some_and(|&(at, _)| now.saturating_duration_since(at) > Self::MEMORY) {
+        while self
+            .marks
+            .front()
+            .is_some_and(|&(at, _)| now.saturating_duration_since(at) > Self::MEMORY)
+        {
             self.marks.pop_front();
         }
     }
@@ -92,7 +96,7 @@ impl PathMeter {
 /// Vmm bytes per frame byte, of late and pessimistic: the worst of the last [`Self::WINDOWS`] windows.
 ///
 /// Hot pages reduce worst and are what the last round is made of.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RatioMeter {
     windows: VecDeque<f64>,
     began: Totals,
@@ -112,7 +116,8 @@ impl RatioMeter {
             return;
         }
         let wire_bytes = totals.wire_bytes.saturating_sub(self.began.wire_bytes).max(1);
-        self.windows.push_back((vmm_bytes as f64 / wire_bytes as f64).min(Self::HIGHEST));
+        self.windows
+            .push_back((vmm_bytes as f64 / wire_bytes as f64).min(Self::HIGHEST));
         if self.windows.len() > Self::WINDOWS {
             self.windows.pop_front();
         }
@@ -126,13 +131,8 @@ impl RatioMeter {
     }
 }
 
-impl Default for RatioMeter {
-    fn default() -> Self {
-        Self { windows: VecDeque::new(), began: Totals::default() }
-    }
-}
-
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
 mod tests {
     use super::*;
 
@@ -181,7 +181,11 @@ mod tests {
         let start = Instant::now();
         let mut meter = PathMeter::default();
         for step in 0..40u32 {
-            meter.observe(start + Duration::from_millis(100) * step, u64::from(step), step % 2 == 0);
+            meter.observe(
+                start + Duration::from_millis(100) * step,
+                u64::from(step),
+                step % 2 == 0,
+            );
         }
         assert_eq!(meter.rate(), None);
     }

@@ -12,8 +12,8 @@ pub mod outlook;
 pub mod policy;
 pub mod rounds;
 
-pub use estimate::{GoodputMeter, PathMeter, RatioMeter};
 pub use budget::{Budget, BudgetError, FixedCosts};
+pub use estimate::{GoodputMeter, PathMeter, RatioMeter};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};
 pub use policy::{Decision, Policy, Sample};

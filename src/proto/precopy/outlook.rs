@@ -53,13 +53,21 @@ impl ProgressTracker {
             })
         });
         self.last_eta = eta;
-        Outlook { percent: self.percent, eta, note }
+        Outlook {
+            percent: self.percent,
+            eta,
+            note,
+        }
     }
 
     /// The VM runs at the destination.
     pub fn finish(&mut self) -> Outlook {
         self.percent = 100.0;
-        Outlook { percent: 100.0, eta: Some(Duration::ZERO), note: None }
+        Outlook {
+            percent: 100.0,
+            eta: Some(Duration::ZERO),
+            note: None,
+        }
     }
 
     /// Each round leaves what the guest wrote during it: with q = dirty rate / rate < 1 the rounds form a geometric series that
@@ -82,11 +90,15 @@ impl ProgressTracker {
             );
             return (None, Some(note));
         }
-        (Some(Duration::from_secs_f64((remaining / (rate - dirty) as f64).min(1e7))), None)
+        (
+            Some(Duration::from_secs_f64((remaining / (rate - dirty) as f64).min(1e7))),
+            None,
+        )
     }
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
 mod tests {
     use std::time::Instant;
 
@@ -109,7 +121,12 @@ mod tests {
     #[test]
     fn a_guest_that_writes_faster_than_the_link_has_no_eta_and_a_reason() {
         let mut tracker = ProgressTracker::default();
-        let outlook = tracker.update(&sample(3, 500_000_000, 120_000_000), 1 << 30, Duration::from_millis(20), true);
+        let outlook = tracker.update(
+            &sample(3, 500_000_000, 120_000_000),
+            1 << 30,
+            Duration::from_millis(20),
+            true,
+        );
         assert_eq!(outlook.eta, None);
         assert!(outlook.note.unwrap().starts_with("not converging"));
     }
@@ -118,7 +135,12 @@ mod tests {
     fn an_eta_that_grows_says_why() {
         let mut tracker = ProgressTracker::default();
         let allowed = Duration::from_millis(20);
-        assert_eq!(tracker.update(&sample(2, 100_000_000, 1_000_000), 1 << 30, allowed, false).note, None);
+        assert_eq!(
+            tracker
+                .update(&sample(2, 100_000_000, 1_000_000), 1 << 30, allowed, false)
+                .note,
+            None
+        );
         let grown = tracker.update(&sample(3, 900_000_000, 50_000_000), 1 << 30, allowed, false);
         assert!(grown.note.unwrap().contains("the guest writes 50.0 MB/s"));
     }

@@ -90,7 +90,9 @@ impl Policy {
     pub fn decide(&mut self, sample: &Sample) -> Decision {
         self.watch_for_a_stall(sample);
         if self.deadline.is_some_and(|deadline| sample.now >= deadline) {
-            return Decision::GiveUp { reason: self.why_not_in_time(sample) };
+            return Decision::GiveUp {
+                reason: self.why_not_in_time(sample),
+            };
         }
         Decision::Continue(self.settings(sample.goodput, sample.reduction_ratio))
     }
@@ -175,6 +177,7 @@ fn megabytes(bytes: u64) -> f64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
 mod tests {
     use proptest::prelude::*;
 
@@ -219,14 +222,20 @@ mod tests {
 
     #[test]
     fn a_guest_that_oscillates_is_not_taken_for_one_that_converges() {
-        assert_eq!(allowance_after(|round| if round % 2 == 0 { 50_000_000 } else { 70_000_000 }, 40), budget().transfer);
+        assert_eq!(
+            allowance_after(|round| if round % 2 == 0 { 50_000_000 } else { 70_000_000 }, 40),
+            budget().transfer
+        );
     }
 
     #[test]
     fn at_the_deadline_the_policy_gives_up_and_says_why() {
         let start = Instant::now();
         let mut policy = Policy::new(start, budget(), Some(start + MS(1000)));
-        assert!(matches!(policy.decide(&sample(start + MS(999), 1, 1 << 30)), Decision::Continue(_)));
+        assert!(matches!(
+            policy.decide(&sample(start + MS(999), 1, 1 << 30)),
+            Decision::Continue(_)
+        ));
         let mut late = sample(start + MS(1000), 1, 1 << 30);
         late.dirty_rate = ByteRate(900_000_000);
         match policy.decide(&late) {

@@ -107,6 +107,7 @@ impl Rounds {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
 mod tests {
     use super::*;
 
@@ -115,11 +116,17 @@ mod tests {
         let start = Instant::now();
         let mut rounds = Rounds::new(start);
         let at = |seconds| start + Duration::from_secs(seconds);
-        let totals = |vmm_bytes| Totals { vmm_bytes, wire_bytes: vmm_bytes / 2 };
+        let totals = |vmm_bytes| Totals {
+            vmm_bytes,
+            wire_bytes: vmm_bytes / 2,
+        };
         assert_eq!(rounds.observe(at(0), 1, totals(0), 900), None);
         assert_eq!(rounds.observe(at(1), 1, totals(500), 400), None);
         let first = rounds.observe(at(4), 2, totals(1000), 80).unwrap();
-        assert_eq!((first.number, first.vmm_bytes, first.wire_bytes, first.remaining_bytes), (1, 1000, 500, 900));
+        assert_eq!(
+            (first.number, first.vmm_bytes, first.wire_bytes, first.remaining_bytes),
+            (1, 1000, 500, 900)
+        );
         assert_eq!(first.duration, Duration::from_secs(4));
         let last = rounds.finish(at(5), totals(1100)).unwrap();
         assert_eq!((last.number, last.vmm_bytes), (2, 100));

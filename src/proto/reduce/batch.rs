@@ -1,11 +1,10 @@
 //! Cutting a stretch of a vmm stream into batches within the limits.
 
 use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
-use crate::proto::vmm_stream::{PageRecord, Record};
+use crate::proto::vmm_stream::{MAX_BLOCK_NAME, PageKind, PageRecord, Record, write_page_header};
 
 use super::digest::digest_many;
-use super::ops::BLOCK_LIMIT;
-use super::page_header::{MAX_BLOCK_NAME, PAGE_NUMBER_LIMIT, PageKind, page_header_len, write_page_header};
+use super::ops::{BLOCK_LIMIT, PAGE_NUMBER_LIMIT};
 use super::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS};
 
 /// A stretch of a vmm stream that one payload carries: at most [`MAX_BATCH_BYTES`] and [`MAX_BATCH_RECORDS`].
@@ -121,13 +120,13 @@ impl<'a> Iterator for Batches<'a> {
             };
             let Some(name) = self
                 .name_of(record)
-                .filter(|name| stream_len(record, kind, name) <= left)
+                .filter(|name| kind.record_len(record, name) <= left)
             else {
                 // Where the next record starts is unknown.
                 self.records = [].iter();
                 continue;
             };
-            let record_len = stream_len(record, kind, name);
+            let record_len = kind.record_len(record, name);
             if len + record_len > MAX_BATCH_BYTES {
                 break;
             }
@@ -175,10 +174,6 @@ impl<'a> Batches<'a> {
         let body = at + self.header.len();
         self.bytes[at..body] == self.header && (kind == PageKind::Page || self.bytes[body] == 0)
     }
-}
-
-fn stream_len(record: PageRecord, kind: PageKind, name: &[u8]) -> usize {
-    page_header_len(record, name) + kind.body_len()
 }
 
 /// Adds bytes that are carried as they are, to the piece before where that is such bytes too.

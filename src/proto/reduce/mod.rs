@@ -24,7 +24,6 @@ mod group;
 mod index;
 mod ops;
 mod packing;
-mod page_header;
 mod payload;
 mod reducer;
 mod restorer;

@@ -29,12 +29,14 @@
 use crate::proto::page::PageAddress;
 use crate::proto::vmm_stream::PageRecord;
 
-use super::page_header::PAGE_NUMBER_LIMIT;
 use super::payload::PayloadError;
 use super::{MAX_BATCH_RECORDS, varint};
 
 /// Block numbers are below this. QEMU guests have some tens.
 pub(super) const BLOCK_LIMIT: u16 = 1024;
+
+/// Page numbers are below this: their address fits the header of a page record.
+pub(super) const PAGE_NUMBER_LIMIT: u64 = 1 << 52;
 
 /// How the pages of a run are carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,12 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::proto::page::{PAGE_SIZE, PageAddress};
-use crate::proto::vmm_stream::PageRecord;
+use crate::proto::vmm_stream::{PageKind, PageRecord, write_page_header};
 
 use super::dictionary::{DictionaryLimits, SlotRing};
 use super::group::{self, Codec, GROUP_BYTES, GroupError};
 use super::ops::{Op, OpReader, PageOp, Run};
-use super::page_header::{PageKind, page_header_len, write_page_header};
 use super::payload::{Head, PayloadError};
 use super::sent::SentPages;
 use super::shelf::{PageShelf, ShelfError};
@@ -229,7 +228,7 @@ impl<S: PageShelf> Pages<'_, S> {
                 at,
                 continues: run.first.continues || index > 0,
             };
-            output.need(page_header_len(record, name) + kind.body_len())?;
+            output.need(kind.record_len(record, name))?;
             write_page_header(record, kind, name, output.out);
             match run.op {
                 PageOp::Zero => {

@@ -21,7 +21,12 @@ impl<S: PageShelf> Decoder<S> {
     #[must_use]
     pub fn new(dictionary: Option<(DictionaryLimits, S)>) -> Self {
         let restorer = dictionary.map(|(limits, shelf)| Restorer::new(limits, shelf));
-        Self { hasher: blake3::Hasher::new(), bytes: 0, restorer, pages: PageCounts::default() }
+        Self {
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+            restorer,
+            pages: PageCounts::default(),
+        }
     }
 
     /// The stream bytes that the next frame in sequence stands for.
@@ -40,7 +45,10 @@ impl<S: PageShelf> Decoder<S> {
             }
         };
         if bytes.len() != frame.header.stream_bytes as usize {
-            return Err(DecodeError::WrongLength { stated: frame.header.stream_bytes, restored: bytes.len() });
+            return Err(DecodeError::WrongLength {
+                stated: frame.header.stream_bytes,
+                restored: bytes.len(),
+            });
         }
         self.hasher.update(&bytes);
         self.bytes += bytes.len() as u64;
@@ -50,7 +58,10 @@ impl<S: PageShelf> Decoder<S> {
     /// Digest and length of everything so far.
     #[must_use]
     pub fn summary(&self) -> StreamSummary {
-        StreamSummary { digest: StreamDigest(*self.hasher.finalize().as_bytes()), bytes: self.bytes }
+        StreamSummary {
+            digest: StreamDigest(*self.hasher.finalize().as_bytes()),
+            bytes: self.bytes,
+        }
     }
 
     /// Pages so far, by how they came.

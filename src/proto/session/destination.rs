@@ -40,7 +40,10 @@ impl DestinationSession {
     pub fn receive(&mut self, frame: Frame) -> Result<(), SessionError> {
         let sequence = frame.header.sequence;
         if frame.header.epoch != self.epoch {
-            return Err(SessionError::OldEpoch { found: frame.header.epoch, current: self.epoch });
+            return Err(SessionError::OldEpoch {
+                found: frame.header.epoch,
+                current: self.epoch,
+            });
         }
         if self.end.is_some_and(|end| sequence >= end) {
             return Err(SessionError::BeyondTheEnd { sequence });
@@ -71,7 +74,9 @@ impl DestinationSession {
     /// # Errors
     /// [`SessionError::OutOfStep`] where the frame does not continue the stream.
     pub fn poll_frame(&mut self) -> Result<Option<Frame>, SessionError> {
-        let Some(frame) = self.waiting.remove(&self.next) else { return Ok(None) };
+        let Some(frame) = self.waiting.remove(&self.next) else {
+            return Ok(None);
+        };
         self.waiting_bytes -= frame.lane_bytes();
         if frame.header.stream_offset != self.stream_offset {
             return Err(SessionError::OutOfStep {
@@ -91,7 +96,10 @@ impl DestinationSession {
     /// [`SessionError::StaleEpoch`] unless `epoch` is newer.
     pub fn resume(&mut self, epoch: u32) -> Result<Held, SessionError> {
         if epoch <= self.epoch {
-            return Err(SessionError::StaleEpoch { found: epoch, current: self.epoch });
+            return Err(SessionError::StaleEpoch {
+                found: epoch,
+                current: self.epoch,
+            });
         }
         self.epoch = epoch;
         Ok(self.held())
@@ -107,13 +115,27 @@ impl DestinationSession {
                 _ => beyond.push((sequence, sequence + 1)),
             }
         }
-        Held { next: self.next, beyond }
+        Held {
+            next: self.next,
+            beyond,
+        }
     }
 
     /// The first frame that was not yet taken by [`poll_frame`](Self::poll_frame).
     #[must_use]
     pub fn next_sequence(&self) -> u64 {
         self.next
+    }
+
+    /// Bytes of frames that have arrived in order and are not yet taken.
+    #[must_use]
+    pub fn ready_bytes(&self) -> u64 {
+        let in_order = self
+            .waiting
+            .iter()
+            .zip(self.next..)
+            .take_while(|((sequence, _), next)| *sequence == next);
+        in_order.map(|((_, frame), _)| frame.lane_bytes()).sum()
     }
 
     /// Bytes that wait out of order.
@@ -143,7 +165,12 @@ mod tests {
 
     fn encoded(payload: Vec<u8>) -> EncodedFrame {
         let stream_bytes = u32::try_from(payload.len()).unwrap();
-        EncodedFrame { kind: FrameKind::Plain, payload: payload.into(), stream_bytes, held: false }
+        EncodedFrame {
+            kind: FrameKind::Plain,
+            payload: payload.into(),
+            stream_bytes,
+            held: false,
+        }
     }
 
     fn frame(sequence: u64, last: bool) -> Frame {
@@ -158,8 +185,14 @@ mod tests {
     fn a_frame_of_an_older_incarnation_is_refused() {
         let mut session = DestinationSession::new(1 << 20);
         session.resume(1).unwrap();
-        assert_eq!(session.receive(frame(0, false)), Err(SessionError::OldEpoch { found: 0, current: 1 }));
-        assert_eq!(session.resume(1), Err(SessionError::StaleEpoch { found: 1, current: 1 }));
+        assert_eq!(
+            session.receive(frame(0, false)),
+            Err(SessionError::OldEpoch { found: 0, current: 1 })
+        );
+        assert_eq!(
+            session.resume(1),
+            Err(SessionError::StaleEpoch { found: 1, current: 1 })
+        );
     }
 
     #[test]
@@ -168,25 +201,43 @@ mod tests {
         let mut session = DestinationSession::new(2 * bytes);
         session.receive(frame(1, false)).unwrap();
         session.receive(frame(2, false)).unwrap();
-        assert!(matches!(session.receive(frame(3, false)), Err(SessionError::WindowExceeded { .. })));
+        assert!(matches!(
+            session.receive(frame(3, false)),
+            Err(SessionError::WindowExceeded { .. })
+        ));
     }
 
     #[test]
     fn nothing_lies_beyond_the_last_frame() {
         let mut session = DestinationSession::new(1 << 20);
         session.receive(frame(2, true)).unwrap();
-        assert_eq!(session.receive(frame(3, false)), Err(SessionError::BeyondTheEnd { sequence: 3 }));
+        assert_eq!(
+            session.receive(frame(3, false)),
+            Err(SessionError::BeyondTheEnd { sequence: 3 })
+        );
         let mut session = DestinationSession::new(1 << 20);
         session.receive(frame(3, false)).unwrap();
-        assert_eq!(session.receive(frame(2, true)), Err(SessionError::BeyondTheEnd { sequence: 2 }));
+        assert_eq!(
+            session.receive(frame(2, true)),
+            Err(SessionError::BeyondTheEnd { sequence: 2 })
+        );
     }
 
     #[test]
     fn an_acknowledgement_of_what_was_never_sent_is_refused() {
         let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
         source.push(encoded(b"ab".to_vec()), false);
-        let held = Held { next: 1, beyond: Vec::new() };
-        assert_eq!(source.on_ack(&held), Err(SessionError::AckBeyondSent { acknowledged: 1, sent: 0 }));
+        let held = Held {
+            next: 1,
+            beyond: Vec::new(),
+        };
+        assert_eq!(
+            source.on_ack(&held),
+            Err(SessionError::AckBeyondSent {
+                acknowledged: 1,
+                sent: 0
+            })
+        );
         assert!(source.poll_transmit().is_some());
         assert_eq!(source.on_ack(&held), Ok(()));
     }

@@ -73,7 +73,12 @@ impl Encoder {
             block_names: Vec::new(),
             pages: PageCounts::default(),
         });
-        Self { hasher: blake3::Hasher::new(), bytes: 0, reduction, held: false }
+        Self {
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+            reduction,
+            held: false,
+        }
     }
 
     /// Takes the next bytes of the stream and appends the frames they make. Up to a header and a page stay pending until more
@@ -92,9 +97,18 @@ impl Encoder {
         if let Some(reduction) = &mut self.reduction {
             reduction.feed(&[], true, &mut self.held, frames);
         }
-        frames.push(EncodedFrame { held: true, ..plain(&[]) });
-        let summary = StreamSummary { digest: StreamDigest(*self.hasher.finalize().as_bytes()), bytes: self.bytes };
-        (summary, self.reduction.map(|reduction| reduction.pages).unwrap_or_default())
+        frames.push(EncodedFrame {
+            held: true,
+            ..plain(&[])
+        });
+        let summary = StreamSummary {
+            digest: StreamDigest(*self.hasher.finalize().as_bytes()),
+            bytes: self.bytes,
+        };
+        (
+            summary,
+            self.reduction.map(|reduction| reduction.pages).unwrap_or_default(),
+        )
     }
 }
 

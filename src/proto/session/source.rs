@@ -78,9 +78,15 @@ impl SourceSession {
             stream_bytes: encoded.stream_bytes,
         };
         self.stream_offset += u64::from(encoded.stream_bytes);
-        let frame = Frame { header, payload: encoded.payload };
+        let frame = Frame {
+            header,
+            payload: encoded.payload,
+        };
         self.unsent_bytes += frame.lane_bytes();
-        self.kept.push_back(Kept { frame, sent: Sent::Never });
+        self.kept.push_back(Kept {
+            frame,
+            sent: Sent::Never,
+        });
     }
 
     /// The next frame for a lane, in sequence, or `None` while there is none or the window is full.
@@ -111,7 +117,10 @@ impl SourceSession {
     pub fn on_ack(&mut self, held: &Held) -> Result<(), SessionError> {
         let end = self.acknowledged + self.kept.iter().take_while(|kept| kept.sent != Sent::Never).count() as u64;
         if held.next > end {
-            return Err(SessionError::AckBeyondSent { acknowledged: held.next, sent: end });
+            return Err(SessionError::AckBeyondSent {
+                acknowledged: held.next,
+                sent: end,
+            });
         }
         while self.acknowledged < held.next {
             let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
@@ -132,7 +141,10 @@ impl SourceSession {
     /// [`SessionError::StaleEpoch`] unless `epoch` is newer; [`SessionError::AckBeyondSent`].
     pub fn resume(&mut self, epoch: u32, held: &Held) -> Result<(), SessionError> {
         if epoch <= self.epoch {
-            return Err(SessionError::StaleEpoch { found: epoch, current: self.epoch });
+            return Err(SessionError::StaleEpoch {
+                found: epoch,
+                current: self.epoch,
+            });
         }
         self.on_ack(held)?;
         self.epoch = epoch;

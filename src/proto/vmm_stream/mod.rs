@@ -39,19 +39,15 @@ impl Record {
     /// in it counts as empty; the parser makes no such record.
     #[must_use]
     pub fn stream_len(&self, blocks: &[RamBlock]) -> usize {
-        let (record, content) = match self {
+        let (record, kind) = match self {
             Self::Bytes { len } => return *len,
-            Self::Page(record) => (record, PAGE_SIZE),
-            Self::Zero(record) => (record, 1),
+            Self::Page(record) => (record, PageKind::Page),
+            Self::Zero(record) => (record, PageKind::Zero),
         };
-        let name = if record.continues {
-            0
-        } else {
-            1 + blocks
-                .get(usize::from(record.at.block))
-                .map_or(0, |block| block.name.len())
-        };
-        WORD + name + content
+        let name = blocks
+            .get(usize::from(record.at.block))
+            .map_or(&[][..], |block| &block.name);
+        kind.record_len(*record, name)
     }
 }
 
@@ -72,6 +68,21 @@ pub enum PageKind {
     Page,
     /// One zero byte: [`Record::Zero`].
     Zero,
+}
+
+impl PageKind {
+    /// Bytes of a whole record: the header that [`write_page_header`] writes for a name of at most [`MAX_BLOCK_NAME`] bytes,
+    /// and what follows it.
+    #[must_use]
+    #[inline]
+    pub fn record_len(self, record: PageRecord, block_name: &[u8]) -> usize {
+        let name = if record.continues { 0 } else { 1 + block_name.len() };
+        let content = match self {
+            Self::Page => PAGE_SIZE,
+            Self::Zero => 1,
+        };
+        WORD + name + content
+    }
 }
 
 /// Appends the canonical header of a page record to `out`: what stands in the stream before the content of a

@@ -82,8 +82,14 @@ impl Frame {
     #[must_use]
     pub fn encode_header(&self) -> Bytes {
         let header = &self.header;
-        assert!(self.payload.len() <= MAX_PAYLOAD, "a payload is cut before it is framed");
-        assert!(header.stream_bytes as usize <= MAX_RAW, "a batch is cut before it is framed");
+        assert!(
+            self.payload.len() <= MAX_PAYLOAD,
+            "a payload is cut before it is framed"
+        );
+        assert!(
+            header.stream_bytes as usize <= MAX_RAW,
+            "a batch is cut before it is framed"
+        );
         let mut out = BytesMut::with_capacity(HEADER_LEN);
         out.put_u8(MAGIC);
         out.put_u8(FRAME_VERSION);
@@ -134,13 +140,22 @@ impl Frame {
         let sequence = lane.get_u64_le();
         let stream_offset = lane.get_u64_le();
         if payload_len > MAX_PAYLOAD || stream_bytes as usize > MAX_RAW {
-            return Err(FrameError::TooLarge { payload_len, stream_bytes });
+            return Err(FrameError::TooLarge {
+                payload_len,
+                stream_bytes,
+            });
         }
         if payload_len != lane.len() {
-            return Err(FrameError::WrongLength { stated: payload_len, found: lane.len() });
+            return Err(FrameError::WrongLength {
+                stated: payload_len,
+                found: lane.len(),
+            });
         }
         if kind == FrameKind::Plain && stream_bytes as usize != payload_len {
-            return Err(FrameError::WrongLength { stated: stream_bytes as usize, found: payload_len });
+            return Err(FrameError::WrongLength {
+                stated: stream_bytes as usize,
+                found: payload_len,
+            });
         }
         if stream_offset.checked_add(u64::from(stream_bytes)).is_none() {
             return Err(FrameError::BeyondTheStream { stream_offset });
@@ -159,7 +174,6 @@ impl Frame {
             payload: lane,
         })
     }
-
 }
 
 /// A lane does not hold a frame.
@@ -264,7 +278,10 @@ mod tests {
             assert!(Frame::decode(whole.slice(..len)).is_err(), "{len}");
         }
         let longer = [whole.as_ref(), b"x"].concat();
-        assert_eq!(Frame::decode(longer.into()), Err(FrameError::WrongLength { stated: 3, found: 4 }));
+        assert_eq!(
+            Frame::decode(longer.into()),
+            Err(FrameError::WrongLength { stated: 3, found: 4 })
+        );
     }
 
     proptest! {

@@ -76,7 +76,9 @@ impl Hello {
             dictionary_pages: self.limits.dictionary_pages.min(peer.limits.dictionary_pages),
         };
         if limits.window_bytes < MIN_WINDOW {
-            return Err(HelloError::WindowTooSmall { window_bytes: limits.window_bytes });
+            return Err(HelloError::WindowTooSmall {
+                window_bytes: limits.window_bytes,
+            });
         }
         Ok(Agreement { version, limits })
     }
@@ -109,7 +111,10 @@ mod tests {
     use super::*;
 
     fn hello(oldest: u16, newest: u16, window: u64) -> Hello {
-        let limits = Limits { window_bytes: window, dictionary_pages: 7 };
+        let limits = Limits {
+            window_bytes: window,
+            dictionary_pages: 7,
+        };
         Hello {
             oldest_version: oldest,
             newest_version: newest,

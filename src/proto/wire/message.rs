@@ -6,6 +6,8 @@
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
 //!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
+//! channel:  destination                              source
+//!           Drives                                  ─▶ Reply::Drives
 //! ```
 //!
 //! A message is a 32-bit little-endian length and that many bytes in postcard's encoding (version 1 of its wire format). Each
@@ -41,6 +43,11 @@ pub enum Request {
     },
     /// Measures the way there and back; the answer is the same number.
     Ping(u64),
+    /// A destination that has heard nothing for a while: does the source still drive this migration?
+    Drives {
+        /// The migration.
+        migration: MigrationId,
+    },
 }
 
 /// Answer to a request that opens no session.
@@ -54,6 +61,8 @@ pub enum Reply {
     Refused(String),
     /// The number of the ping.
     Pong(u64),
+    /// No: it has nothing open of that name, so there is no PERMIT that the destination has not answered, and there will be none.
+    Drives(bool),
 }
 
 /// A migration, as the source describes it.
@@ -94,6 +103,9 @@ pub enum SessionMessage {
         held: Held,
         /// Stream bytes that the destination's vmm has taken.
         vmm_bytes: u64,
+        /// Bytes of frames that have arrived in order and wait for the decoder or the vmm: a queue like the source's own, and
+        /// counted with it.
+        queued_bytes: u64,
     },
     /// Destination: this migration cannot succeed any more; the source stays where it is.
     Failed {
@@ -148,7 +160,9 @@ pub fn encode<M: Serialize>(message: &M) -> Result<Bytes, MessageError> {
 /// # Errors
 /// [`MessageError`] where the bytes are not a message of this version.
 pub fn decode<M: DeserializeOwned>(received: &mut BytesMut) -> Result<Option<M>, MessageError> {
-    let Some(prefix) = received.get(..4) else { return Ok(None) };
+    let Some(prefix) = received.get(..4) else {
+        return Ok(None);
+    };
     let len = u32::from_le_bytes(prefix.try_into().expect("four bytes were taken")) as usize;
     if len > MAX_MESSAGE {
         return Err(MessageError::TooLong { len });
@@ -190,8 +204,17 @@ mod tests {
     #[test]
     fn messages_survive_any_slicing_of_the_channel() {
         let messages = [
-            SessionMessage::Ack { held: Held { next: 7, beyond: vec![(9, 12)] }, vmm_bytes: 1 << 40 },
-            SessionMessage::Refused { reason: "no room".into() },
+            SessionMessage::Ack {
+                held: Held {
+                    next: 7,
+                    beyond: vec![(9, 12)],
+                },
+                vmm_bytes: 1 << 40,
+                queued_bytes: 9,
+            },
+            SessionMessage::Refused {
+                reason: "no room".into(),
+            },
             SessionMessage::Loaded,
         ];
         let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message).unwrap()).collect();

@@ -33,9 +33,8 @@ pub enum JournalError {
     },
     /// Bytes that were acknowledged have changed.
     #[error(
-        "the ownership journal {} is damaged at byte {offset}; restore the file from a copy, or, if there is none, see with \
-         longhaul journal show what is readable, make sure where each VM runs, and move the file away: the peers will then \
-         treat its migrations as in doubt",
+        "the ownership journal {} is damaged at byte {offset}; make sure where each of its VMs runs, and move the file away: the \
+         peers will then treat its migrations as in doubt",
         path.display()
     )]
     Damaged {

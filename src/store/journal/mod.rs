@@ -10,6 +10,7 @@
 
 mod block;
 mod error;
+mod follow;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -24,6 +25,7 @@ use crate::proto::ownership::{JournalRecord, RecordKind, Resolution, Role, Stand
 use crate::proto::page::{JournalId, MigrationId};
 
 pub use error::JournalError;
+pub use follow::Follower;
 
 use block::{BLOCK_BYTES, BadHeader, Block, Header, Slot};
 

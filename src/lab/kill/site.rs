@@ -1,0 +1,206 @@
+//! One site of a case: its gateway, which is killed and started again, and where its QEMU's sockets are.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::case::Place;
+use super::{KillError, VM};
+use crate::api::Client;
+use crate::lab::guest::{GuestFiles, Launch, Start};
+use crate::lab::process::{Process, run};
+
+/// A place where a gateway and at most one QEMU run.
+#[derive(Clone, Debug)]
+pub(super) struct Site {
+    pub(super) place: Place,
+    /// The network namespace of its processes; `None`: the host's.
+    pub(super) namespace: Option<String>,
+    /// Where its gateway listens.
+    pub(super) listen: SocketAddr,
+    /// Its QEMU's sockets and files.
+    pub(super) files: GuestFiles,
+    /// A second monitor of its QEMU, which is the lab's own.
+    pub(super) watch: PathBuf,
+    /// Everything of the site is in here.
+    pub(super) directory: PathBuf,
+}
+
+/// What both gateways are told about the link.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct LinkSection {
+    pub(super) rate: String,
+    pub(super) rtt: String,
+}
+
+impl Site {
+    /// A site that has its own directory below `parent`, and no process yet.
+    pub(super) fn new(
+        parent: &Path,
+        place: Place,
+        namespace: Option<String>,
+        listen: SocketAddr,
+    ) -> Result<Self, KillError> {
+        let directory = parent.join(place.to_string().to_lowercase());
+        std::fs::create_dir(&directory).map_err(|source| KillError::file(&directory, source))?;
+        Ok(Self {
+            place,
+            namespace,
+            listen,
+            files: GuestFiles::named(&directory, "vm"),
+            watch: directory.join("vm.watch"),
+            directory,
+        })
+    }
+
+    /// Boots the guest here.
+    pub(super) fn boot(&self, launch: &Launch) -> Result<Process, KillError> {
+        let log = self.directory.join("qemu.log");
+        let argv = self.qemu(launch, &self.files, Start::Boot);
+        Ok(Process::spawn("QEMU at A", self.namespace.as_deref(), &argv, &log)?)
+    }
+
+    /// Writes the configuration of the gateway, whose peer is `other`.
+    pub(super) fn configure(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<(), KillError> {
+        // The gateway fills in its own QMP socket.
+        let files = GuestFiles {
+            qmp: "{qmp}".into(),
+            ..self.files.clone()
+        };
+        let config = Gateway {
+            site: self.place.site(),
+            state_dir: self.state(),
+            listen: self.listen,
+            link,
+            metrics: Metrics { listen: "off" },
+            log: Log { level: "debug" },
+            peer: [Peer {
+                name: other.place.site(),
+                address: other.listen,
+            }],
+            vm: [Vm {
+                name: VM,
+                qmp: &self.files.qmp,
+                command: self.qemu(launch, &files, Start::ReceivePaused),
+            }],
+        };
+        let text = toml::to_string(&config).map_err(KillError::Configuration)?;
+        let file = self.config();
+        std::fs::write(&file, text).map_err(|source| KillError::file(&file, source))
+    }
+
+    /// Starts the gateway for the `time`th time and waits until it answers on its control socket.
+    pub(super) async fn start_gateway(&self, longhaul: &str, time: u32) -> Result<Process, KillError> {
+        let argv = [longhaul, "gateway", "--config", &self.config().display().to_string()].map(str::to_owned);
+        let log = self.directory.join(format!("gateway-{time}.log"));
+        let name = format!("the gateway of {}", self.place);
+        let mut gateway = Process::spawn(&name, self.namespace.as_deref(), &argv, &log)?;
+        let deadline = tokio::time::Instant::now() + GATEWAY_START;
+        let client = self.api();
+        while client.identity().await.is_err() {
+            gateway.check()?;
+            if tokio::time::Instant::now() > deadline {
+                return Err(KillError::GatewayMute {
+                    place: self.place.to_string(),
+                    said: gateway.said(),
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(gateway)
+    }
+
+    /// The command line of a client of this site's gateway.
+    pub(super) fn client(&self, longhaul: &str, arguments: &[&str]) -> Vec<String> {
+        let socket = self.control_socket().display().to_string();
+        std::iter::once(longhaul)
+            .chain(arguments.iter().copied())
+            .chain(["--socket", &socket])
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// A client of this site's gateway in this process.
+    pub(super) fn api(&self) -> Client {
+        Client::new(&self.control_socket())
+    }
+
+    /// Makes this site's gateway and that of `other` trust each other.
+    pub(super) async fn pair(&self, longhaul: &str, other: &Self) -> Result<(), KillError> {
+        let address = self.listen.to_string();
+        let invite = self.client(longhaul, &["pair", "--invite", "--address", &address]);
+        let code = run(&words(&invite)).await?;
+        let accept = other.client(longhaul, &["pair", code.trim()]);
+        run(&words(&accept)).await?;
+        Ok(())
+    }
+
+    pub(super) fn journal(&self) -> PathBuf {
+        self.state().join("journal")
+    }
+
+    fn qemu(&self, launch: &Launch, files: &GuestFiles, start: Start) -> Vec<String> {
+        let mut argv = launch.command(files, start);
+        let watch = format!("unix:{},server=on,wait=off", self.watch.display());
+        argv.extend(["-qmp".to_owned(), watch]);
+        argv
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.join("gateway.toml")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.state().join("control.sock")
+    }
+}
+
+/// A command line as the functions that run one take it.
+pub(super) fn words(argv: &[String]) -> Vec<&str> {
+    argv.iter().map(String::as_str).collect()
+}
+
+/// The configuration file of a gateway, as far as a case needs it.
+#[derive(Serialize)]
+struct Gateway<'a> {
+    site: &'a str,
+    state_dir: PathBuf,
+    listen: SocketAddr,
+    link: &'a LinkSection,
+    metrics: Metrics,
+    log: Log,
+    peer: [Peer<'a>; 1],
+    vm: [Vm<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct Metrics {
+    listen: &'static str,
+}
+
+#[derive(Serialize)]
+struct Log {
+    level: &'static str,
+}
+
+#[derive(Serialize)]
+struct Peer<'a> {
+    name: &'a str,
+    address: SocketAddr,
+}
+
+#[derive(Serialize)]
+struct Vm<'a> {
+    name: &'a str,
+    qmp: &'a Path,
+    command: Vec<String>,
+}
+
+/// A gateway makes its keys at its first start.
+const GATEWAY_START: Duration = Duration::from_secs(20);
