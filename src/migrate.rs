@@ -16,6 +16,7 @@ use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, Start
 use crate::config::{AfterSuccess, Disks, Vm};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
+use crate::gateway::launches;
 use crate::gateway::links::Link;
 use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
@@ -125,6 +126,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
             driver.adopt(link, channel);
             let end = driver.run(Some(SourceEvent::Begin)).await;
             finish(&core, &entry, end, Some(forecast));
+            launches::remove_silent_logs(&core).await;
         }
         Err(reason) => {
             let outcome = if entry.cancel.is_cancelled() {

@@ -15,7 +15,7 @@ use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
-use crate::metrics::ActiveMigration;
+use crate::metrics::{ActiveMigration, Direction};
 use crate::migrate;
 use crate::proto::ownership::{
     AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
@@ -69,10 +69,18 @@ pub(crate) struct DestinationDriver {
     last_contact: Instant,
     decided_at: Option<Instant>,
     active: Option<ActiveMigration>,
+    counted: Counted,
     stream_ended: bool,
     tail_released: bool,
     /// There was contact with the source, and it was lost.
     was_left: bool,
+}
+
+/// What the metrics have been told of the stream.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    vmm_bytes: u64,
+    frame_bytes: u64,
 }
 
 /// What a driver begins with.
@@ -120,6 +128,7 @@ impl DestinationDriver {
             last_contact: super::clock::now(),
             decided_at: None,
             active,
+            counted: Counted::default(),
             stream_ended: false,
             tail_released: false,
             was_left: false,
@@ -324,7 +333,17 @@ impl DestinationDriver {
         self.feed(&event);
     }
 
+    /// Tells the metrics what has been added to the stream.
+    fn count(&mut self) {
+        let (Some(inbound), Some(active)) = (&self.inbound, &self.active) else { return };
+        let now = Counted { vmm_bytes: inbound.vmm_bytes(), frame_bytes: inbound.frame_bytes() };
+        active.add_vmm_bytes(Direction::Out, now.vmm_bytes.saturating_sub(self.counted.vmm_bytes));
+        active.add_frame_bytes(Direction::In, now.frame_bytes.saturating_sub(self.counted.frame_bytes));
+        self.counted = now;
+    }
+
     fn stop_stream(&mut self) {
+        self.count();
         // The tail was given to the vmm by now, or must never be.
         if let Some(inbound) = self.inbound.take() {
             inbound.stop();
@@ -373,6 +392,7 @@ impl DestinationDriver {
     }
 
     async fn acknowledge(&mut self) {
+        self.count();
         if let Some(inbound) = &self.inbound {
             let ack = SessionMessage::Ack {
                 held: inbound.decoded(),

@@ -66,6 +66,8 @@ struct Shared {
     acknowledge: Notify,
     stopped: AtomicBool,
     vmm_bytes: AtomicU64,
+    /// Bytes of the frames that arrived, also again.
+    frame_bytes: AtomicU64,
     /// Bytes of the frames that are restored and not yet given to the vmm.
     writing_bytes: AtomicU64,
 }
@@ -89,6 +91,7 @@ impl Inbound {
             acknowledge: Notify::new(),
             stopped: AtomicBool::new(false),
             vmm_bytes: AtomicU64::new(0),
+            frame_bytes: AtomicU64::new(0),
             writing_bytes: AtomicU64::new(0),
         });
         let (progress, outcome) = watch::channel(Progress::default());
@@ -129,9 +132,9 @@ impl Inbound {
     /// # Errors
     /// [`SessionError`]: [`SessionError::OldEpoch`] is harmless, anything else breaks the agreement.
     pub(crate) fn receive(&self, frame: Frame) -> Result<(), SessionError> {
-        let mut receiving = self.shared.receiving();
-        receiving.session.receive(frame)?;
-        drop(receiving);
+        let bytes = frame.lane_bytes();
+        self.shared.receiving().session.receive(frame)?;
+        self.shared.frame_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.arrived.notify_one();
         Ok(())
     }
@@ -185,6 +188,11 @@ impl Inbound {
     /// Bytes that the vmm has taken.
     pub(crate) fn vmm_bytes(&self) -> u64 {
         self.shared.vmm_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of frames that arrived, also those that arrived again after a cut.
+    pub(crate) fn frame_bytes(&self) -> u64 {
+        self.shared.frame_bytes.load(Ordering::Relaxed)
     }
 }
 
@@ -275,6 +283,8 @@ async fn write(
         return Ok(false);
     }
     output.release().await?;
+    shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
+    output.end().await?;
     Ok(true)
 }
 

@@ -14,6 +14,8 @@ use crate::proto::page::MigrationId;
 
 pub(crate) const MARKER_EXTENSION: &str = "launching";
 
+pub(crate) const LOG_EXTENSION: &str = "log";
+
 /// Time for a process to end after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -34,7 +36,7 @@ pub(crate) fn end(core: &Core, migration: MigrationId) {
 
 /// Ends what an earlier gateway started and did not record.
 pub(crate) async fn end_unrecorded(core: &Core) {
-    for (migration, marker) in markers(&core.config.state_dir) {
+    for (migration, marker) in files_of(&core.config.state_dir, MARKER_EXTENSION) {
         let records = core.journal.records_of(migration).await;
         let log = core.vmm_log(migration);
         if !records.iter().any(|record| record.role == Role::Destination) {
@@ -50,16 +52,33 @@ pub(crate) async fn end_unrecorded(core: &Core) {
     }
 }
 
-fn markers(state_dir: &Path) -> Vec<(MigrationId, PathBuf)> {
+/// Removes the logs of vmms that have ended: what they said has been told. A vmm writes to its log for as long as it lives, long
+/// after the migration that started it.
+pub(crate) async fn remove_silent_logs(core: &Core) {
+    let state_dir = core.config.state_dir.clone();
+    let named = |extension| files_of(&state_dir, extension);
+    let starting: Vec<MigrationId> = named(MARKER_EXTENSION).into_iter().map(|(migration, _)| migration).collect();
+    let open: Vec<MigrationId> = core.registry.open().iter().map(|entry| entry.migration).collect();
+    let mut logs = named(LOG_EXTENSION);
+    logs.retain(|(migration, _)| !starting.contains(migration) && !open.contains(migration));
+    let removed = tokio::task::spawn_blocking(move || {
+        for (_, log) in logs {
+            if writers_of(&log).is_empty() {
+                let _ = std::fs::remove_file(log);
+            }
+        }
+    });
+    removed.await.expect("looking at processes does not panic");
+}
+
+/// The files `vmm-MIGRATION.EXTENSION`.
+fn files_of(state_dir: &Path, extension: &str) -> Vec<(MigrationId, PathBuf)> {
     let entries = std::fs::read_dir(state_dir).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
             let path = entry.path();
             let name = path.file_name()?.to_str()?;
-            let migration = name
-                .strip_prefix("vmm-")?
-                .strip_suffix(MARKER_EXTENSION)?
-                .strip_suffix('.')?;
+            let migration = name.strip_prefix("vmm-")?.strip_suffix(extension)?.strip_suffix('.')?;
             Some((migration.parse().ok()?, path))
         })
         .collect()
@@ -114,7 +133,7 @@ mod tests {
         ] {
             std::fs::write(directory.path().join(name), "").unwrap();
         }
-        let found: Vec<_> = markers(directory.path())
+        let found: Vec<_> = files_of(directory.path(), MARKER_EXTENSION)
             .into_iter()
             .map(|(migration, _)| migration)
             .collect();

@@ -23,7 +23,7 @@ mod directory;
 mod history;
 mod inbound;
 mod journal;
-mod launches;
+pub(crate) mod launches;
 pub(crate) mod links;
 mod memory;
 mod offer;
@@ -48,6 +48,7 @@ use self::destination::Attachment;
 use self::directory::Directory;
 use self::inbound::Inbound;
 use self::journal::JournalHandle;
+use self::launches::LOG_EXTENSION;
 use self::links::Links;
 use self::memory::MemoryBudget;
 use self::pairing::exchange::Invitations;
@@ -151,6 +152,7 @@ pub async fn run(
     });
 
     launches::end_unrecorded(&core).await;
+    launches::remove_silent_logs(&core).await;
     for (role, report) in ended {
         core.registry.remember(report, role, clock::now());
     }
@@ -216,7 +218,7 @@ impl Core {
 
     /// Where a vmm that this gateway starts writes its output.
     pub(crate) fn vmm_log(&self, migration: MigrationId) -> PathBuf {
-        self.config.state_dir.join(format!("vmm-{migration}.log"))
+        self.config.state_dir.join(format!("vmm-{migration}.{LOG_EXTENSION}"))
     }
 
     /// Says, while it exists, that a vmm is being started for a migration that the journal does not know yet.

@@ -149,6 +149,7 @@ async fn accept(
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
 async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
+    launches::remove_silent_logs(core).await;
     launches::begin(core, offer.migration)?;
     let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {

@@ -49,13 +49,20 @@ impl<W: AsyncWrite + Unpin> VmmOutput<W> {
         self.drain_to(keep).await
     }
 
-    /// Ownership has moved: writes everything and ends the stream.
+    /// Ownership has moved: writes everything that was held.
     ///
     /// # Errors
     /// The vmm does not read any more.
-    pub(crate) async fn release(mut self) -> std::io::Result<()> {
+    pub(crate) async fn release(&mut self) -> std::io::Result<()> {
         self.drain_to(0).await?;
-        self.vmm.flush().await?;
+        self.vmm.flush().await
+    }
+
+    /// Nothing follows what was released.
+    ///
+    /// # Errors
+    /// The vmm does not read any more.
+    pub(crate) async fn end(mut self) -> std::io::Result<()> {
         self.vmm.shutdown().await
     }
 
