@@ -335,8 +335,13 @@ impl DestinationDriver {
 
     /// Tells the metrics what has been added to the stream.
     fn count(&mut self) {
-        let (Some(inbound), Some(active)) = (&self.inbound, &self.active) else { return };
-        let now = Counted { vmm_bytes: inbound.vmm_bytes(), frame_bytes: inbound.frame_bytes() };
+        let (Some(inbound), Some(active)) = (&self.inbound, &self.active) else {
+            return;
+        };
+        let now = Counted {
+            vmm_bytes: inbound.vmm_bytes(),
+            frame_bytes: inbound.frame_bytes(),
+        };
         active.add_vmm_bytes(Direction::Out, now.vmm_bytes.saturating_sub(self.counted.vmm_bytes));
         active.add_frame_bytes(Direction::In, now.frame_bytes.saturating_sub(self.counted.frame_bytes));
         self.counted = now;

@@ -57,7 +57,10 @@ pub(crate) async fn end_unrecorded(core: &Core) {
 pub(crate) async fn remove_silent_logs(core: &Core) {
     let state_dir = core.config.state_dir.clone();
     let named = |extension| files_of(&state_dir, extension);
-    let starting: Vec<MigrationId> = named(MARKER_EXTENSION).into_iter().map(|(migration, _)| migration).collect();
+    let starting: Vec<MigrationId> = named(MARKER_EXTENSION)
+        .into_iter()
+        .map(|(migration, _)| migration)
+        .collect();
     let open: Vec<MigrationId> = core.registry.open().iter().map(|entry| entry.migration).collect();
     let mut logs = named(LOG_EXTENSION);
     logs.retain(|(migration, _)| !starting.contains(migration) && !open.contains(migration));

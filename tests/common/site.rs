@@ -151,7 +151,10 @@ impl Site {
     /// `longhaul ARGS`, for this site's gateway.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Self::program();
-        command.args(args).arg("--socket").arg(self.plan.state_dir.join("control.sock"));
+        command
+            .args(args)
+            .arg("--socket")
+            .arg(self.plan.state_dir.join("control.sock"));
         command
     }
 

@@ -123,7 +123,11 @@ impl Site {
         self.launch_command(command.collect())
     }
 
-    pub(crate) fn launch_command(&self, command: Vec<String>) -> Launch {
+    /// A command of which a template demands that it waits for a migration; a shell takes what is added for its parameters.
+    pub(crate) fn launch_command(&self, mut command: Vec<String>) -> Launch {
+        if !command.iter().any(|argument| argument == "-incoming") {
+            command.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+        }
         Launch {
             template: LaunchTemplate::parse(command).unwrap(),
             values: LaunchValues::new("vm", &self.path("destination"), &self.path("stream")).unwrap(),
