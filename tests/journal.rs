@@ -536,7 +536,7 @@ fn a_follower_sees_each_record_once_and_not_one_that_is_half_written() {
 
     let whole = fs::read(&path).unwrap();
     let mut torn = whole.clone();
-    let block = BLOCK as usize;
+    let block = BLOCK;
     // The first bytes of the next record, as a reader may find them while it is written.
     torn.copy_within(block..block + 100, 3 * block);
     fs::write(&path, &torn).unwrap();
