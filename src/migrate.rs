@@ -22,7 +22,7 @@ use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
-use crate::gateway::{Core, clock};
+use crate::gateway::{Core, clock, history};
 use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
@@ -499,10 +499,12 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     let outcome = match end.outcome {
         Outcome::RunsAtDestination => api::Outcome::Completed,
         Outcome::RunsAtSource if end.cancelled => api::Outcome::Cancelled,
-        Outcome::RunsAtSource | Outcome::VmmDied => api::Outcome::Failed,
+        Outcome::RunsAtSource => api::Outcome::Failed,
+        Outcome::VmmDied => api::Outcome::VmDied,
     };
     let reason = match (outcome, end.reason) {
         (api::Outcome::Completed, _) => format!("{} runs at {}", entry.vm, entry.peer),
+        (api::Outcome::VmDied, _) => history::vm_died(&entry.vm),
         (_, Some(reason)) => reason,
         (_, None) => "the migration was undone".to_owned(),
     };

@@ -245,16 +245,19 @@ pub enum Outcome {
     Refused,
     /// Where the VM may run is not known; it is paused until a person decides.
     InDoubt,
+    /// The hypervisor at the source died before the destination owned the VM: it runs nowhere until a person starts it.
+    VmDied,
 }
 
 impl Outcome {
     /// Every outcome.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Completed,
         Self::Failed,
         Self::Cancelled,
         Self::Refused,
         Self::InDoubt,
+        Self::VmDied,
     ];
 
     /// Its word in JSON, metrics and reports.
@@ -266,6 +269,7 @@ impl Outcome {
             Self::Cancelled => "cancelled",
             Self::Refused => "refused",
             Self::InDoubt => "in_doubt",
+            Self::VmDied => "vm_died",
         }
     }
 
@@ -276,7 +280,7 @@ impl Outcome {
             Self::Completed => Where::Destination,
             Self::Failed | Self::Cancelled => Where::Source,
             Self::Refused => Where::Untouched,
-            Self::InDoubt => Where::Unknown,
+            Self::InDoubt | Self::VmDied => Where::Unknown,
         }
     }
 }
@@ -297,7 +301,7 @@ pub enum Where {
     Source,
     /// Where it was; nothing was touched.
     Untouched,
-    /// Unknown or paused; a person has to decide.
+    /// Unknown, paused or nowhere; a person has to decide.
     Unknown,
 }
 

@@ -14,6 +14,7 @@ pub(super) fn text(report: &Report) -> String {
         Outcome::Cancelled => format!("{vm} is at the source: cancelled after {total}: {reason}"),
         Outcome::Refused => format!("{vm} was not touched: {reason}"),
         Outcome::InDoubt => format!("{vm} needs you: where it may run is not known after {total}: {reason}"),
+        Outcome::VmDied => format!("{vm} needs you: it runs nowhere after {total}: {reason}"),
     };
     if let Some(downtime) = report.downtime_seconds {
         let _ = write!(text, ", downtime {}", seconds(downtime));

@@ -58,11 +58,15 @@ fn at_source(records: &[&JournalRecord], first: &JournalRecord) -> Option<(api::
             let reason = format!("it was given up before {vm} was handed over to {peer}");
             (api::Outcome::Failed, reason)
         }
-        (Outcome::VmmDied, _) => (
-            api::Outcome::Failed,
-            "the hypervisor's process at the source died".to_owned(),
-        ),
+        (Outcome::VmmDied, _) => (api::Outcome::VmDied, vm_died(vm)),
     })
+}
+
+/// What is to be done about a VM whose hypervisor died under way.
+pub(crate) fn vm_died(vm: &str) -> String {
+    format!(
+        "the hypervisor of {vm} at the source died, and the destination has not got the whole VM: start {vm} at the source"
+    )
 }
 
 fn at_destination(records: &[&JournalRecord], first: &JournalRecord, site: &str) -> Option<(api::Outcome, String)> {

@@ -20,7 +20,7 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
-mod history;
+pub(crate) mod history;
 mod inbound;
 mod journal;
 pub(crate) mod launches;

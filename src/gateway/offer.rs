@@ -65,6 +65,7 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
             tracing::info!(migration = %offer.migration, vm, peer, "receiving");
             driver.run(Some(DestinationEvent::Begin)).await;
             core.drivers.remove(offer.migration);
+            launches::remove_silent_logs(&core).await;
             return;
         }
         Err(reason) => reason,
@@ -72,6 +73,7 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
     tracing::info!(migration = %offer.migration, vm = offer.vm, peer, "refused: {refusal}");
     let _ = channel.sender.send(&SessionMessage::Refused { reason: refusal }).await;
     channel.sender.finish();
+    launches::remove_silent_logs(&core).await;
 }
 
 async fn accept(
@@ -149,7 +151,6 @@ async fn accept(
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
 async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
-    launches::remove_silent_logs(core).await;
     launches::begin(core, offer.migration)?;
     let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {

@@ -45,7 +45,7 @@ pub struct Metrics {
     downtime: Histogram,
     queues: [Gauge; 6],
     shaper_wait: Seconds,
-    migrations: [[Counter; 5]; 2],
+    migrations: [[Counter; Outcome::ALL.len()]; 2],
     active: [Gauge; 2],
     in_doubt: Gauge,
     phases: [Seconds; 7],

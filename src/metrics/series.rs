@@ -160,7 +160,7 @@ pub(super) const MIGRATIONS: Series = counter(
         ROLE,
         (
             "outcome",
-            Values::Closed(&["completed", "failed", "cancelled", "refused", "in_doubt"]),
+            Values::Closed(&["completed", "failed", "cancelled", "refused", "in_doubt", "vm_died"]),
         ),
     ],
     "Migrations that have ended, by which end this gateway was and how they ended",

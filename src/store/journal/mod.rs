@@ -17,6 +17,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags};
 use rustix::io::Errno;
@@ -38,6 +39,10 @@ const BLOCKS_PER_MIGRATION: u64 = 8;
 
 /// Finished migrations that compaction keeps, the latest ones: for `longhaul list`, and for late questions of peers.
 pub const FINISHED_KEPT: usize = 1024;
+
+/// How often a lock that is held is tried again, and how long after.
+const LOCK_TRIES: u32 = 25;
+const BETWEEN_LOCK_TRIES: Duration = Duration::from_millis(10);
 
 /// An open journal. Dropping it lets the next gateway open it.
 #[derive(Debug)]
@@ -498,15 +503,32 @@ fn check_sizes(record: &JournalRecord) -> Result<(), JournalError> {
     Ok(())
 }
 
+/// Takes the file for this process.
+///
+/// A gateway that has ended may leave a child that is just being started: until it executes its program it shares the lock.
+/// So a lock that is held is tried for a moment longer before it is believed.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "on a thread of the journal's own, a quarter of a second at the most"
+)]
 fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
-    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(()),
-        Err(Errno::WOULDBLOCK) => Err(JournalError::Locked { path: path.to_owned() }),
-        Err(error) => Err(JournalError::Io {
-            path: path.to_owned(),
-            action: "locked",
-            source: error.into(),
-        }),
+    let mut tries = LOCK_TRIES;
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if tries > 0 => {
+                tries -= 1;
+                std::thread::sleep(BETWEEN_LOCK_TRIES);
+            }
+            Err(Errno::WOULDBLOCK) => return Err(JournalError::Locked { path: path.to_owned() }),
+            Err(error) => {
+                return Err(JournalError::Io {
+                    path: path.to_owned(),
+                    action: "locked",
+                    source: error.into(),
+                });
+            }
+        }
     }
 }
 

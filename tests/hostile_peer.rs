@@ -1,0 +1,532 @@
+//! A paired peer that does not keep to the protocol. It is authenticated, not trusted: what it sends costs it the connection or
+//! the migration, and the gateway nothing.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "tests read the clock, and fail by panicking"
+)]
+
+mod common;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use common::guest::Machine;
+use common::{Rig, Site, need, qemu, until};
+use longhaul::hypervisor::qemu::SourceVm;
+use longhaul::proto::ownership::{AbortReason, Doubt, Message, Permit, StreamSum};
+use longhaul::proto::page::{JournalId, MigrationId, StreamDigest};
+use longhaul::proto::reduce::DictionaryLimits;
+use longhaul::proto::session::{EncodedFrame, Encoder};
+use longhaul::proto::wire::frame::FrameHeader;
+use longhaul::proto::wire::message::{self, MAX_MESSAGE, Offer, Reply};
+use longhaul::proto::wire::{Frame, FrameKind, Hello, Limits, MAX_PAYLOAD, Request, SessionMessage};
+use longhaul::transport::{
+    CloseCode, Identity, PeerConnection, PeerLink, PeerTarget, Transport, TransportSettings, TrustAnchors, send_lane,
+};
+use quinn::{ConnectionError, RecvStream, SendStream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+const RTT: Duration = Duration::from_millis(10);
+const REGIONS: u32 = 80;
+const JOURNAL: JournalId = JournalId([0x11; 16]);
+
+/// A site that consists of a transport alone and says what a test wants it to.
+struct Stranger {
+    transport: Transport,
+    target: PeerTarget,
+    _state_dir: tempfile::TempDir,
+}
+
+impl Stranger {
+    /// Paired with the gateway of `site`, both ways, by fingerprints.
+    fn paired_with(site: &Site) -> Self {
+        let state_dir = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_create(state_dir.path(), SystemTime::now()).unwrap();
+        let trust = Arc::new(TrustAnchors::default());
+        let mut settings = TransportSettings::new("127.0.0.1:0".parse().unwrap());
+        settings.rtt = RTT;
+        let transport = Transport::bind(settings, Arc::clone(&identity), Arc::clone(&trust)).unwrap();
+        let own = identity.fingerprint().to_string();
+        let address = transport.control_address().to_string();
+        let paired = site.run(&["pair", "--peer", "a", "--fingerprint", &own, "--address", &address]);
+        assert_eq!(paired.code, Some(0), "{paired:?}");
+        let theirs = site.run(&["fingerprint"]).stdout.trim().to_owned();
+        let fingerprint = theirs.parse().unwrap_or_else(|error| panic!("{error}: {theirs}"));
+        trust.insert(fingerprint, "b");
+        let target = PeerTarget {
+            name: "b".to_owned(),
+            control_address: format!("127.0.0.1:{}", site.port()).parse().unwrap(),
+            bulk_address: None,
+            fingerprint,
+            rate: None,
+            rtt: RTT,
+        };
+        Self {
+            transport,
+            target,
+            _state_dir: state_dir,
+        }
+    }
+
+    async fn dial(&self) -> PeerLink {
+        soon(self.transport.dial(&self.target)).await.unwrap()
+    }
+
+    /// A link on which both have said hello.
+    async fn link(&self, journal: JournalId) -> PeerLink {
+        let link = self.dial().await;
+        let limits = Limits {
+            window_bytes: 8 << 20,
+            dictionary_pages: 1 << 16,
+        };
+        let mut channel = Channel::open(&link.control, &Request::Hello(Hello::new("a".into(), journal, limits))).await;
+        match channel.receive().await {
+            Some(Reply::Hello(_)) => link,
+            other => panic!("no hello: {other:?}"),
+        }
+    }
+}
+
+/// Waits for what must happen, and fails if it does not.
+#[track_caller]
+fn soon<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let done = tokio::time::timeout(Duration::from_secs(60), future).await;
+        done.unwrap_or_else(|_| panic!("nothing happened at {caller}"))
+    }
+}
+
+struct Channel {
+    sender: SendStream,
+    receiver: RecvStream,
+    received: BytesMut,
+}
+
+impl Channel {
+    async fn open<M: Serialize>(connection: &PeerConnection, first: &M) -> Self {
+        let (sender, receiver) = soon(connection.open_bi()).await.unwrap();
+        let mut channel = Self {
+            sender,
+            receiver,
+            received: BytesMut::new(),
+        };
+        channel.send(first).await;
+        channel
+    }
+
+    async fn send<M: Serialize>(&mut self, message: &M) {
+        self.sender.write_all(&message::encode(message).unwrap()).await.unwrap();
+    }
+
+    /// The next message; `None` where the gateway has ended the channel.
+    async fn receive<M: DeserializeOwned>(&mut self) -> Option<M> {
+        loop {
+            if let Some(message) = message::decode(&mut self.received).unwrap() {
+                return Some(message);
+            }
+            let chunk = soon(self.receiver.read_chunk(MAX_MESSAGE, true)).await.ok()??;
+            self.received.extend_from_slice(&chunk.bytes);
+        }
+    }
+
+    /// Everything up to the first message about who owns the VM.
+    async fn ownership(&mut self) -> Option<Message> {
+        loop {
+            match self.receive().await? {
+                SessionMessage::Ownership(message) => return Some(message),
+                _ => continue,
+            }
+        }
+    }
+}
+
+/// A gateway that receives, a hypervisor whose VM is offered to it, and a stranger that offers.
+struct Scene {
+    rig: Rig,
+    stranger: Stranger,
+    inventory: String,
+}
+
+impl Scene {
+    async fn set() -> Self {
+        let mut rig = Rig::apart(&[("vm", Machine::firmware())], |_, b| {
+            b.memory_budget = "64mib".to_owned();
+        });
+        rig.b.start();
+        rig.a.boot("vm");
+        let qmp = rig.a.plan().vm("vm").qmp.clone();
+        let vm = SourceVm::connect(&qmp, Duration::from_secs(30)).await.unwrap();
+        let inventory = serde_json::to_string(&vm.inventory().await.unwrap()).unwrap();
+        let stranger = Stranger::paired_with(&rig.b);
+        Self {
+            rig,
+            stranger,
+            inventory,
+        }
+    }
+
+    fn offer(&self, number: u8) -> Offer {
+        Offer {
+            migration: MigrationId([number; 16]),
+            vm: "vm".to_owned(),
+            inventory: self.inventory.clone(),
+            was_running: true,
+            reduce: true,
+            dictionary_pages: 1 << 14,
+            regions: REGIONS,
+        }
+    }
+
+    /// A migration that the gateway waits for.
+    async fn open(&self, number: u8) -> (PeerLink, Channel) {
+        let link = self.stranger.link(JOURNAL).await;
+        let mut channel = Channel::open(&link.control, &Request::Open(self.offer(number))).await;
+        match channel.receive().await {
+            Some(SessionMessage::Accepted { .. }) => (link, channel),
+            other => panic!("the offer was not taken: {other:?}"),
+        }
+    }
+
+    /// Nothing of a migration is left at B, and its gateway serves.
+    #[track_caller]
+    fn assert_clean(&self) {
+        until("no hypervisor is left at b", || self.rig.b.hypervisors("vm").is_empty());
+        until("nothing but durable files at b", || self.rig.b.leftovers().is_empty());
+        assert_eq!(self.rig.b.run(&["list"]).code, Some(0));
+    }
+}
+
+fn header(number: u8) -> FrameHeader {
+    FrameHeader {
+        kind: FrameKind::Plain,
+        last: false,
+        held: false,
+        migration: MigrationId([number; 16]),
+        epoch: 0,
+        sequence: 0,
+        stream_offset: 0,
+        stream_bytes: 4,
+    }
+}
+
+async fn send(link: &PeerLink, lane: Bytes) {
+    soon(send_lane(&link.bulk, &mut [lane])).await.unwrap();
+}
+
+fn lane(header: FrameHeader, payload: &[u8]) -> Bytes {
+    let frame = Frame {
+        header,
+        payload: Bytes::copy_from_slice(payload),
+    };
+    [frame.encode_header(), frame.payload].concat().into()
+}
+
+async fn assert_closed(connection: &PeerConnection) {
+    match soon(connection.closed()).await {
+        ConnectionError::ApplicationClosed(close) => {
+            assert_eq!(close.error_code, CloseCode::Protocol.into(), "{close:?}");
+        }
+        // Where the machine is busy, a reset hides the reason that came before it.
+        ConnectionError::Reset => {}
+        other => panic!("closed by {other}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_are_no_message_cost_the_connection_and_nothing_else() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let too_long = (MAX_MESSAGE as u32 + 1).to_le_bytes().to_vec();
+    let malformed = [&6_u32.to_le_bytes()[..], b"\xff\xff\xff\xff\xff\xff"].concat();
+    let cut_short = [&100_u32.to_le_bytes()[..], b"only this"].concat();
+    for bytes in [too_long, malformed, cut_short] {
+        let link = stranger.dial().await;
+        let (mut sender, _receiver) = soon(link.control.open_bi()).await.unwrap();
+        sender.write_all(&bytes).await.unwrap();
+        let _ = sender.finish();
+        assert_closed(&link.control).await;
+    }
+    drop(stranger.link(JOURNAL).await);
+    assert_eq!(rig.b.run(&["list"]).code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_out_of_turn_are_refused_in_words() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let link = stranger.dial().await;
+    let mut channel = Channel::open(&link.control, &Request::Ping(7)).await;
+    assert!(matches!(channel.receive().await, Some(Reply::Refused(reason)) if reason.contains("hello")));
+
+    // A version that does not exist yet, and limits that cannot carry a frame.
+    let limits = |window_bytes| Limits {
+        window_bytes,
+        dictionary_pages: 0,
+    };
+    let mut future = Hello::new("a".into(), JOURNAL, limits(64 << 20));
+    (future.oldest_version, future.newest_version) = (7000, 7001);
+    for (hello, word) in [
+        (future, "upgrade"),
+        (Hello::new("a".into(), JOURNAL, limits(1)), "memory_budget"),
+    ] {
+        let link = stranger.dial().await;
+        let mut channel = Channel::open(&link.control, &Request::Hello(hello)).await;
+        match channel.receive().await {
+            Some(Reply::Refused(reason)) => assert!(reason.contains(word), "{reason}"),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    let link = stranger.link(JOURNAL).await;
+    let again = Request::Hello(Hello::new("a".into(), JOURNAL, limits(64 << 20)));
+    let mut channel = Channel::open(&link.control, &again).await;
+    assert!(matches!(channel.receive().await, Some(Reply::Refused(reason)) if reason.contains("twice")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn offers_that_cannot_be_are_refused_and_start_nothing() {
+    need!(qemu());
+    let scene = Scene::set().await;
+    let link = scene.stranger.link(JOURNAL).await;
+    let good = scene.offer(1);
+    let offers = [
+        Offer {
+            vm: "vm\0\n".to_owned(),
+            ..good.clone()
+        },
+        Offer {
+            inventory: "{}".to_owned(),
+            ..good.clone()
+        },
+        Offer {
+            inventory: format!("[{}]", "[".repeat(100_000)),
+            ..good.clone()
+        },
+        Offer {
+            regions: u32::MAX,
+            ..good.clone()
+        },
+    ];
+    for offer in offers {
+        for request in [Request::Open(offer.clone()), Request::Check(offer.clone())] {
+            let is_check = matches!(request, Request::Check(_));
+            let mut channel = Channel::open(&link.control, &request).await;
+            if is_check {
+                match channel.receive().await {
+                    Some(Reply::Checked(against)) => assert!(!against.is_empty()),
+                    other => panic!("not checked: {other:?}"),
+                }
+            } else {
+                match channel.receive().await {
+                    Some(SessionMessage::Refused { reason }) => assert!(!reason.is_empty()),
+                    other => panic!("not refused: {other:?}"),
+                }
+            }
+        }
+    }
+    scene.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_that_are_no_frames_cost_the_connection() {
+    need!(qemu());
+    let scene = Scene::set().await;
+    let honest = lane(header(2), b"abcd");
+    let changed = |at: usize, value: u8| {
+        let mut bytes = honest.to_vec();
+        bytes[at] = value;
+        Bytes::from(bytes)
+    };
+    let lanes = [
+        ("cut short", honest.slice(..20)),
+        ("another magic", changed(0, 0)),
+        ("another version", changed(1, 9)),
+        ("unknown kind", changed(2, 77)),
+        ("unknown flags", changed(3, 0xf0)),
+        ("a longer payload than there is", changed(4, 200)),
+        ("longer than any frame", vec![0x4c; MAX_PAYLOAD + 4096].into()),
+        (
+            "beyond the window",
+            lane(
+                FrameHeader {
+                    sequence: 1 << 40,
+                    ..header(2)
+                },
+                &vec![7; 1 << 20],
+            ),
+        ),
+    ];
+    let (link, mut channel) = scene.open(2).await;
+    for (what, bytes) in lanes {
+        let link = scene.stranger.link(JOURNAL).await;
+        println!("{what}");
+        // Where one frame is not too much for the window, enough of them are.
+        for turn in 0..12_u64 {
+            let mut bytes = bytes.to_vec();
+            if what == "beyond the window" {
+                bytes[32..40].copy_from_slice(&((1_u64 << 40) + turn).to_le_bytes());
+            }
+            if send_lane(&link.bulk, &mut [bytes.into()]).await.is_err() {
+                break;
+            }
+        }
+        assert_closed(&link.bulk).await;
+    }
+    channel.send(&SessionMessage::Ownership(Message::Cancel)).await;
+    let aborted = Message::Aborted {
+        reason: AbortReason::Cancelled,
+    };
+    assert_eq!(channel.ownership().await, Some(aborted));
+    drop(link);
+    scene.assert_clean();
+}
+
+/// Frames of a stream in which pages come twice, so that later ones refer to earlier ones.
+fn frames_with_references() -> Vec<EncodedFrame> {
+    let mut stream = b"QEVM\0\0\0\x03".to_vec();
+    // START of "ram" version 4, one block of 1 MiB; then pages of it, twice.
+    let section = |kind: u8, out: &mut Vec<u8>| {
+        out.push(kind);
+        out.extend(2_u32.to_be_bytes());
+    };
+    section(1, &mut stream);
+    stream.extend(b"\x03ram");
+    stream.extend(0_u32.to_be_bytes());
+    stream.extend(4_u32.to_be_bytes());
+    stream.extend(((1_u64 << 20) | 4).to_be_bytes());
+    stream.extend(b"\x06pc.ram");
+    stream.extend((1_u64 << 20).to_be_bytes());
+    stream.extend(16_u64.to_be_bytes());
+    stream.push(0x7e);
+    stream.extend(2_u32.to_be_bytes());
+    for round in 0..2_u64 {
+        section(2, &mut stream);
+        for page in 0..64_u64 {
+            let at = (page + round * 64) << 12;
+            stream.extend((at | 8).to_be_bytes());
+            stream.extend(b"\x06pc.ram");
+            let seed = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            stream.extend((0..512_u64).flat_map(|word| (seed.wrapping_mul(word + 1)).rotate_left(17).to_le_bytes()));
+        }
+        stream.extend(16_u64.to_be_bytes());
+        stream.push(0x7e);
+        stream.extend(2_u32.to_be_bytes());
+    }
+    let limits = DictionaryLimits::new(1 << 14, REGIONS).unwrap();
+    let mut encoder = Encoder::new(Some(limits));
+    let mut frames = Vec::new();
+    // Cut between the rounds, so that the second one makes payloads of its own.
+    let middle = stream.len() / 2;
+    encoder.feed(&stream[..middle], &mut frames);
+    encoder.feed(&stream[middle..], &mut frames);
+    let (_, pages) = encoder.finish(&mut frames);
+    assert!(pages.reference > 0, "the second round refers to the first: {pages:?}");
+    frames
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn payloads_that_cannot_be_restored_abort_the_migration_and_end_its_hypervisor() {
+    need!(qemu());
+    let scene = Scene::set().await;
+    let reduced = frames_with_references()
+        .into_iter()
+        .filter(|frame| frame.kind == FrameKind::Reduced)
+        .collect::<Vec<_>>();
+    let later = reduced.last().unwrap();
+    let payloads = [
+        ("noise", Bytes::from(vec![0xa5; 5000]), 4096),
+        ("nothing", Bytes::new(), 4096),
+        (
+            "a reference to what was never sent",
+            later.payload.clone(),
+            later.stream_bytes,
+        ),
+        (
+            "less than it says",
+            reduced[0].payload.clone(),
+            reduced[0].stream_bytes - 1,
+        ),
+    ];
+    for (number, (what, payload, stream_bytes)) in (10..).zip(payloads) {
+        println!("{what}");
+        let (link, mut channel) = scene.open(number).await;
+        let header = FrameHeader {
+            kind: FrameKind::Reduced,
+            stream_bytes,
+            ..header(number)
+        };
+        send(&link, lane(header, &payload)).await;
+        let aborted = Message::Aborted {
+            reason: AbortReason::LoadFailed,
+        };
+        assert_eq!(channel.ownership().await, Some(aborted), "{what}");
+        scene.assert_clean();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_permit_for_other_bytes_runs_nothing() {
+    need!(qemu());
+    let scene = Scene::set().await;
+    let (link, mut channel) = scene.open(30).await;
+    let stream = b"QEVM\0\0\0\x03 and then nothing that a hypervisor could load";
+    let header = FrameHeader {
+        last: true,
+        stream_bytes: stream.len() as u32,
+        ..header(30)
+    };
+    send(&link, lane(header, stream)).await;
+    let journal = scene.rig.b.state_dir().join("journal");
+    let destination_journal = longhaul::store::journal::read_only(&journal).unwrap().id;
+    let permit = Permit {
+        stream: StreamSum {
+            digest: StreamDigest([0xee; 32]),
+            length: stream.len() as u64,
+        },
+        was_running: true,
+        destination_journal,
+    };
+    channel.send(&SessionMessage::Ownership(Message::Permit(permit))).await;
+    let aborted = Message::Aborted {
+        reason: AbortReason::StreamDiffers,
+    };
+    assert_eq!(channel.ownership().await, Some(aborted));
+    scene.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_comes_back_with_another_journal_is_not_believed() {
+    need!(qemu());
+    let scene = Scene::set().await;
+    let (link, channel) = scene.open(40).await;
+    let other = scene.stranger.link(JournalId([0x22; 16])).await;
+    let attach = Request::Attach {
+        migration: MigrationId([40; 16]),
+        epoch: None,
+    };
+    let mut attached = Channel::open(&other.control, &attach).await;
+    let answer = attached.ownership().await;
+    assert!(
+        matches!(
+            answer,
+            Some(
+                Message::Aborted {
+                    reason: AbortReason::JournalChanged
+                } | Message::InDoubt {
+                    doubt: Doubt::JournalChanged
+                }
+            )
+        ),
+        "{answer:?}"
+    );
+    drop((link, channel));
+    scene.assert_clean();
+}
