@@ -61,7 +61,8 @@ impl Image {
 }
 
 /// What the guest is and does. The default is the guest of the published figures.
-#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Guest")]
 pub struct GuestDials {
     /// RAM of the VM, in MiB; the kernel needs about 80 of them beside the working set.

@@ -1,7 +1,7 @@
 //! The lab: real guests on an emulated link, measured from outside.
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`demo`] moves it to
-//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. The link itself is made by `netem-scripts/link`.
+//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. [`record`] is what one measured run found. The link itself is made by `netem-scripts/link`.
 
 pub mod demo;
 pub mod guest;
@@ -10,6 +10,7 @@ pub mod kill;
 pub mod link;
 pub mod monitor;
 pub mod process;
+pub mod record;
 
 use std::path::PathBuf;
 
