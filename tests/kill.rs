@@ -2,8 +2,6 @@
 //!
 //! Needs QEMU, and the network at the first run, for the guest's kernel. Without them the test prints why it did nothing.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 

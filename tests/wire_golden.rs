@@ -1,7 +1,8 @@
-//! The bytes of every message between gateways, against `tests/data/wire-v1.txt`: stable within version 1 of the wire format.
+//! The bytes of every message between gateways, against `tests/data/wire-v1.txt` and the file of each later version: stable while
+//! the version is spoken.
 //!
-//! A line of the file is a name and the bytes in hexadecimal. Lines are never changed or removed while version 1 is spoken; a new
-//! variant is added at the end of its enum and gets lines of its own.
+//! A line of a file is a name and the bytes in hexadecimal. Lines are never changed or removed while their version is spoken; a new
+//! variant is added at the end of its enum and gets lines of its own in the file of its version.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -16,8 +17,10 @@ use longhaul::gateway::pairing::exchange::{Binding, Joining, Reason, refuse};
 use longhaul::proto::ownership::{AbortReason, Claim, Doubt, Message, Permit, Resolution, StreamSum};
 use longhaul::proto::page::{JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
 use longhaul::proto::reduce::{DictionaryLimits, PageShelf, Reducer, Restorer, ShelfError, batches};
+use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
 use longhaul::proto::wire::message::{Held, Reply, decode, encode};
+use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage};
 use longhaul::store::trust::Fingerprint;
 use serde::Serialize;
@@ -35,8 +38,10 @@ struct Goldens {
 impl Goldens {
     /// Lines whose name begins with `kind` and a slash.
     fn of(kind: &str) -> Self {
-        let lines = include_str!("data/wire-v1.txt")
-            .lines()
+        let files = [include_str!("data/wire-v1.txt"), include_str!("data/wire-v2.txt")];
+        let lines = files
+            .into_iter()
+            .flat_map(str::lines)
             .filter(|line| !line.starts_with('#') && !line.is_empty());
         let lines = lines
             .map(|line| line.split_once(' ').expect("a name, a blank, hexadecimal digits"))
@@ -344,6 +349,7 @@ fn frames_of_version_1_have_these_bytes() {
             FrameKind::Plain if last => "frame/plain-last-held",
             FrameKind::Plain => "frame/plain",
             FrameKind::Reduced => "frame/reduced-held",
+            FrameKind::Repair => unreachable!("of version 2"),
         };
         let header = FrameHeader {
             kind,
@@ -364,6 +370,78 @@ fn frames_of_version_1_have_these_bytes() {
         assert_eq!(Frame::decode(lane.into()).unwrap(), frame);
     }
     goldens.done();
+}
+
+#[test]
+fn repairs_of_version_2_have_these_bytes() {
+    let frame = |sequence, payload: &'static [u8]| Frame {
+        header: FrameHeader {
+            kind: FrameKind::Plain,
+            last: false,
+            held: false,
+            migration: MIGRATION,
+            epoch: 3,
+            sequence,
+            stream_offset: 0,
+            stream_bytes: payload.len() as u32,
+        },
+        payload: payload.into(),
+    };
+    let run = TailRun {
+        frames: vec![(frame(8, b"abc"), 5), (frame(9, b""), 7)],
+    };
+    let protection = Protection {
+        rows: 2,
+        row_exponent: 11,
+    };
+    let repair = repair_frame(&run, protection);
+    let mut goldens = Goldens::of("repair");
+    let head = RepairHead::decode(&repair.payload).unwrap().unwrap();
+    let (front, parity) = repair.payload.split_at(head.len());
+    goldens.bytes("repair/header", &repair.encode_header());
+    goldens.bytes("repair/head", front);
+    // The lanes fill a part of the first row, so that the second parity row is the first: 2^0 = 1.
+    let covered = [48, 3, 48].iter().sum::<usize>();
+    goldens.bytes("repair/parity", &parity[..covered]);
+    assert_eq!(parity.len(), 2 << 11);
+    assert_eq!(parity[..1 << 11], parity[1 << 11..]);
+    assert!(parity[covered..1 << 11].iter().all(|byte| *byte == 0));
+    goldens.done();
+}
+
+#[test]
+fn a_parity_row_beyond_the_first_weighs_rows_by_powers_of_two() {
+    let mut payload = vec![0; 3 << 11];
+    // One byte in each of the rows 1 and 2, at the same column; the header takes the first 48 bytes of row 0.
+    payload[(1 << 11) - 48] = 1;
+    payload[(2 << 11) - 48] = 0x80;
+    let frame = Frame {
+        header: FrameHeader {
+            kind: FrameKind::Plain,
+            last: false,
+            held: false,
+            migration: MigrationId([0; 16]),
+            epoch: 0,
+            sequence: 0,
+            stream_offset: 0,
+            stream_bytes: payload.len() as u32,
+        },
+        payload: payload.into(),
+    };
+    let run = TailRun {
+        frames: vec![(frame, 0)],
+    };
+    let protection = Protection {
+        rows: 3,
+        row_exponent: 11,
+    };
+    let repair = repair_frame(&run, protection);
+    let parity = &repair.payload[RepairHead::decode(&repair.payload).unwrap().unwrap().len()..];
+    // Of the header only its first byte, 0x4c, is in this column. 2·1 = 2, 4·1 = 4; 4·0x80 = 0x3a, 16·0x80 = 0xe8 (x^8 = 0x1d).
+    let column = |row: usize| parity[row << 11];
+    assert_eq!(column(0), 0x4c ^ 0x01 ^ 0x80);
+    assert_eq!(column(1), 0x4c ^ 0x02 ^ 0x3a);
+    assert_eq!(column(2), 0x4c ^ 0x04 ^ 0xe8);
 }
 
 /// Payloads are judged by what they restore to: how well lz4 does is not part of the format.

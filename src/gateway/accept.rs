@@ -8,13 +8,12 @@ use tokio::sync::mpsc;
 use super::Core;
 use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
+use super::lanes::Lanes;
 use super::{offer, recovery};
 use crate::proto::page::MigrationId;
-use crate::proto::session::SessionError;
-use crate::proto::wire::frame::HEADER_LEN;
 use crate::proto::wire::message::Reply;
-use crate::proto::wire::{Frame, FrameError, Hello, MAX_PAYLOAD, Request, SessionMessage};
-use crate::transport::{CloseCode, LaneError, PeerConnection, read_lane};
+use crate::proto::wire::{Hello, Request, SessionMessage};
+use crate::transport::{CloseCode, PeerConnection};
 
 /// How long a peer may take to say what it opened a channel for.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -135,58 +134,28 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
 
 /// Takes lanes off a peer's bulk connection until it closes.
 pub(crate) async fn bulk(core: Arc<Core>, peer: String, connection: PeerConnection) {
+    let lanes = Arc::new(Lanes::new(peer.clone()));
     loop {
-        let lane = match connection.accept_uni().await {
-            Ok(lane) => lane,
+        let stream = match connection.accept_uni().await {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::debug!(peer, "bulk connection closed: {error}");
                 return;
             }
         };
-        let core = Arc::clone(&core);
-        let peer = peer.clone();
-        let connection = connection.clone();
+        lanes.open(stream.id().index());
+        let (core, peer) = (Arc::clone(&core), peer.clone());
+        let (lanes, connection) = (Arc::clone(&lanes), connection.clone());
         // Lanes are read side by side; how many there are is bounded by the limit on open lanes, their bytes by the window.
         tokio::spawn(async move {
-            if let Err(error) = take_lane(&core, &peer, lane).await {
-                match error {
-                    TakeError::Lane(LaneError::TooLong { .. })
-                    | TakeError::Frame(_)
-                    | TakeError::Session(
-                        SessionError::WindowExceeded { .. }
-                        | SessionError::BeyondTheEnd { .. }
-                        | SessionError::OutOfStep { .. },
-                    ) => {
-                        tracing::warn!(peer, "closing the connection: {error}");
-                        connection.close_with(CloseCode::Protocol, &error.to_string());
-                    }
-                    _ => tracing::debug!(peer, "a lane was dropped: {error}"),
+            match lanes.take(&core, stream).await {
+                Err(error) if error.is_breach() => {
+                    tracing::warn!(peer, "closing the connection: {error}");
+                    connection.close_with(CloseCode::Protocol, &error.to_string());
                 }
+                Err(error) => tracing::debug!(peer, "a lane was dropped: {error}"),
+                Ok(()) => {}
             }
         });
     }
-}
-
-async fn take_lane(core: &Core, peer: &str, lane: quinn::RecvStream) -> Result<(), TakeError> {
-    let bytes = read_lane(lane, HEADER_LEN + MAX_PAYLOAD).await?;
-    let frame = Frame::decode(bytes)?;
-    let migration = frame.header.migration;
-    let inbound = core
-        .inbound
-        .get(migration, peer)
-        .ok_or(TakeError::NoMigration { migration })?;
-    inbound.receive(frame)?;
-    Ok(())
-}
-
-#[derive(Debug, thiserror::Error)]
-enum TakeError {
-    #[error(transparent)]
-    Lane(#[from] LaneError),
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    #[error("no migration {migration} of this peer is being received")]
-    NoMigration { migration: MigrationId },
 }

@@ -1,6 +1,6 @@
-//! Commands of the control API, and the look at links that metrics need.
+//! Commands of the control API, and the look at connections that metrics need.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::migrate;
 use crate::proto::ownership::{self, Claim};
 use crate::proto::page::MigrationId;
 use crate::store::trust::Fingerprint;
-use crate::transport::{CloseCode, LinkMeasures, PeerConnection};
+use crate::transport::{CloseCode, ConnectionKind, ConnectionMeasures, PeerConnection};
 
 /// Answers commands until the last asker is gone.
 pub(crate) async fn serve(core: Arc<Core>, mut commands: mpsc::Receiver<Command>) {
@@ -313,65 +313,60 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Looks at every link from time to time and tells the metrics what has been added.
+/// Looks at every connection from time to time, whoever opened it, and tells the metrics what has been added.
 pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
-    let mut seen: HashMap<String, Seen> = HashMap::new();
+    let mut seen: HashMap<usize, ConnectionMeasures> = HashMap::new();
+    let mut connected: HashSet<String> = HashSet::new();
     loop {
         tokio::time::sleep(every).await;
-        for name in core.trust.peers().into_keys() {
-            let metrics = core.metrics.peer(&name);
-            match core.links.existing(&name).await {
-                Some(link) => {
-                    let seen = seen.entry(name).or_default();
-                    if !seen.connected {
-                        metrics.connected();
-                        *seen = Seen {
-                            connected: true,
-                            ..Seen::default()
-                        };
-                    }
-                    let measures = link.measures();
-                    add(&metrics, &seen.measures, &measures);
-                    let waited = measures.bulk.shaper_wait.saturating_sub(seen.measures.bulk.shaper_wait);
-                    core.metrics.add_shaper_wait(waited);
-                    seen.measures = measures;
-                }
-                None => {
-                    if seen.remove(&name).is_some() {
-                        metrics.disconnected();
-                    }
-                }
+        let mut open: HashMap<usize, ConnectionMeasures> = HashMap::new();
+        let mut reached: HashSet<String> = HashSet::new();
+        for connection in core.transport.open_connections() {
+            let Some(peer) = connection.peer() else { continue };
+            let now = connection.stats();
+            let before = seen.get(&connection.stable_id()).copied().unwrap_or_default();
+            add(&core.metrics.peer(peer), &before, &now, connection.kind());
+            core.metrics
+                .add_shaper_wait(now.shaper_wait.saturating_sub(before.shaper_wait));
+            open.insert(connection.stable_id(), now);
+            if connection.kind() == ConnectionKind::Control {
+                reached.insert(peer.to_owned());
             }
         }
+        for peer in reached.difference(&connected) {
+            core.metrics.peer(peer).connected();
+        }
+        for peer in connected.difference(&reached) {
+            // One that is not trusted any more has no series, and must not get them again.
+            if core.trust.get(peer).is_some() {
+                core.metrics.peer(peer).disconnected();
+            }
+        }
+        (seen, connected) = (open, reached);
         let doubtful = core.registry.open().iter().filter(|entry| entry.needs_person()).count();
         core.metrics.set_in_doubt(u32::try_from(doubtful).unwrap_or(u32::MAX));
     }
 }
 
-/// What the last look at a link saw.
-#[derive(Default)]
-struct Seen {
-    connected: bool,
-    measures: LinkMeasures,
-}
-
-fn add(metrics: &PeerMetrics, before: &LinkMeasures, now: &LinkMeasures) {
-    for (before, now) in [(&before.control, &now.control), (&before.bulk, &now.bulk)] {
-        metrics.add_wan_bytes(
-            Direction::Out,
-            now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent),
-        );
-        metrics.add_wan_bytes(
-            Direction::In,
-            now.wire_bytes_received.saturating_sub(before.wire_bytes_received),
-        );
-        metrics.add_packets(
-            now.sent_packets.saturating_sub(before.sent_packets),
-            now.lost_packets.saturating_sub(before.lost_packets),
-        );
-    }
-    metrics.set_rtt(now.control.rtt);
-    if let Some(rate) = now.bulk.rate {
-        metrics.set_controller_rate(rate);
+fn add(metrics: &PeerMetrics, before: &ConnectionMeasures, now: &ConnectionMeasures, kind: ConnectionKind) {
+    metrics.add_wan_bytes(
+        Direction::Out,
+        now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent),
+    );
+    metrics.add_wan_bytes(
+        Direction::In,
+        now.wire_bytes_received.saturating_sub(before.wire_bytes_received),
+    );
+    metrics.add_packets(
+        now.sent_packets.saturating_sub(before.sent_packets),
+        now.lost_packets.saturating_sub(before.lost_packets),
+    );
+    match kind {
+        ConnectionKind::Control => metrics.set_rtt(now.rtt),
+        ConnectionKind::Bulk | ConnectionKind::Pairing => {
+            if let Some(rate) = now.rate {
+                metrics.set_controller_rate(rate);
+            }
+        }
     }
 }

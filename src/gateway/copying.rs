@@ -10,6 +10,7 @@ use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::MigrationProgress;
 use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
 use crate::proto::page::ByteRate;
+use crate::proto::precopy::budget::BACKLOG;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::precopy::{
@@ -18,8 +19,8 @@ use crate::proto::precopy::{
 use crate::proto::reduce::DictionaryLimits;
 use crate::shaper::Shaper;
 
-/// What may wait unsent in the gateway, in time: the vmm believes that it has been carried.
-const BACKLOG: Duration = Duration::from_millis(50);
+/// What QUIC may hold beyond the path's own BDP, in time.
+const QUEUED_IN_QUIC: Duration = Duration::from_millis(50);
 
 /// Room in QUIC's send window for lanes that wait for a lost packet: they are held whole until it is repaired.
 const LANES_IN_REPAIR: u64 = 4 << 20;
@@ -143,7 +144,7 @@ impl Copying {
         self.path.observe(now, outbound.acknowledged_bytes(), saturated);
         let goodput = self.path_rate(link);
         outbound.set_backlog_limit(goodput.bytes_in(BACKLOG));
-        link.set_send_window(goodput.bytes_in(link.rtt() + BACKLOG) * 3 / 2 + LANES_IN_REPAIR);
+        link.set_send_window(goodput.bytes_in(link.rtt() + QUEUED_IN_QUIC) * 3 / 2 + LANES_IN_REPAIR);
 
         let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
         let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);

@@ -67,6 +67,7 @@ pub(crate) struct DestinationDriver {
     decoder: Option<Decoder<Shelf>>,
     window_bytes: u64,
     last_contact: Instant,
+    looked: Instant,
     decided_at: Option<Instant>,
     active: Option<ActiveMigration>,
     counted: Counted,
@@ -126,6 +127,7 @@ impl DestinationDriver {
             decoder: start.decoder,
             window_bytes: start.window_bytes,
             last_contact: super::clock::now(),
+            looked: super::clock::now(),
             decided_at: None,
             active,
             counted: Counted::default(),
@@ -378,11 +380,17 @@ impl DestinationDriver {
                 None => std::future::pending().await,
             }
         };
+        // Counted from the last look, not from the last event: frames come more often than looks.
+        let next_look = self.looked + look;
         tokio::select! {
             biased;
             () = changed => {
                 self.progress = progress;
                 self.on_progress().await;
+            }
+            () = tokio::time::sleep_until(next_look.into()) => {
+                self.look().await;
+                self.looked = super::clock::now();
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event),
             Some(attachment) = self.attachments.recv() => self.on_attachment(attachment).await,
@@ -392,7 +400,6 @@ impl DestinationDriver {
                 self.feed(&event);
             }
             () = acknowledge => self.acknowledge().await,
-            () = tokio::time::sleep(look) => self.look().await,
         }
     }
 

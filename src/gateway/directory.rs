@@ -28,6 +28,11 @@ impl<T: Clone> Directory<T> {
         (owner == peer).then(|| value.clone())
     }
 
+    /// How many migrations of this peer are served.
+    pub(crate) fn count_of(&self, peer: &str) -> usize {
+        self.entries().values().filter(|(owner, _)| owner == peer).count()
+    }
+
     /// Nobody serves it any more.
     pub(crate) fn remove(&self, migration: MigrationId) {
         self.entries().remove(&migration);

@@ -139,6 +139,17 @@ impl Inbound {
         Ok(())
     }
 
+    /// Frames that a repair covers, those that have arrived; `None` where it has nothing to repair any more.
+    pub(crate) fn frames_of(&self, epoch: u32, first: u64, count: usize) -> Option<Vec<Option<Frame>>> {
+        let receiving = self.shared.receiving();
+        let session = &receiving.session;
+        let sequences = || (first..).take(count);
+        if session.epoch() != epoch || sequences().all(|sequence| session.has(sequence)) {
+            return None;
+        }
+        Some(sequences().map(|sequence| session.frame(sequence).cloned()).collect())
+    }
+
     /// A new incarnation of the session begins: frames of older ones are refused. Returns what need not be sent again.
     ///
     /// # Errors
@@ -276,8 +287,12 @@ async fn write(
     }) = restored.recv().await
     {
         output.write(bytes, held).await?;
-        shared.writing_bytes.fetch_sub(lane_bytes, Ordering::Relaxed);
         shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
+        let writing = shared.writing_bytes.fetch_sub(lane_bytes, Ordering::Relaxed) - lane_bytes;
+        if writing == 0 {
+            // The newest acknowledgement told of a queue. Should the source wait for it to shrink, nothing else would tell it.
+            shared.acknowledge.notify_one();
+        }
     }
     if shared.stopped.load(Ordering::Acquire) || released.await.is_err() {
         return Ok(false);

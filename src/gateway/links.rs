@@ -10,12 +10,12 @@ use tokio::sync::Mutex;
 use super::channel::{Channel, ChannelError};
 use crate::config::{Config, PeerAddress};
 use crate::proto::page::{ByteRate, JournalId};
-use crate::proto::wire::hello::Agreement;
+use crate::proto::wire::hello::{self, Agreement};
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::Shaper;
 use crate::store::trust::TrustStore;
-use crate::transport::{CloseCode, DialError, LinkMeasures, PeerConnection, PeerLink, PeerTarget, Transport};
+use crate::transport::{CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
 /// How long a peer may take from the first packet to its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -23,6 +23,9 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Share of the controller's goodput that bulk is admitted at: what is admitted leaves at once, so that almost nothing unsent
 /// sits in QUIC, where nothing can overtake it.
 const ADMITTED_SHARE: f64 = 0.995;
+
+/// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
+const PROTECTED_RTT: Duration = Duration::from_millis(5);
 
 /// Every link of this gateway.
 #[derive(Debug)]
@@ -83,13 +86,6 @@ impl Links {
         let link = Arc::new(self.dial(peer).await?);
         *slot = Some(Arc::clone(&link));
         Ok(link)
-    }
-
-    /// The link to `peer`, if there is one and it lives.
-    pub(crate) async fn existing(&self, peer: &str) -> Option<Arc<Link>> {
-        let slot = self.links.lock().await.get(peer).cloned()?;
-        let slot = slot.try_lock().ok()?;
-        slot.as_ref().filter(|link| link.is_alive()).cloned()
     }
 
     /// How long to wait for a link and one answer on it: eight trips there and back, with time for a lost packet.
@@ -188,6 +184,11 @@ impl Link {
         &self.link.control
     }
 
+    /// Whether parity is sent behind a stream's end: the peer knows it, and waiting for QUIC's own repair would be long.
+    pub(crate) fn protects_tail(&self) -> bool {
+        self.agreement.version >= hello::REPAIRS && self.rtt() >= PROTECTED_RTT
+    }
+
     /// For lanes.
     pub(crate) fn bulk(&self) -> &PeerConnection {
         &self.link.bulk
@@ -235,11 +236,6 @@ impl Link {
     /// IP bytes in both directions since the link was made.
     pub(crate) fn wire_bytes(&self) -> u64 {
         self.link.stats().wire_bytes()
-    }
-
-    /// What both connections measured.
-    pub(crate) fn measures(&self) -> LinkMeasures {
-        self.link.stats()
     }
 
     /// Whether both connections are up.

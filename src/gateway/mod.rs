@@ -23,6 +23,7 @@ mod directory;
 pub(crate) mod history;
 mod inbound;
 mod journal;
+mod lanes;
 pub(crate) mod launches;
 pub(crate) mod links;
 mod memory;

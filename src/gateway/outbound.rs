@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::proto::page::MigrationId;
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::reduce::PageCounts;
+use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
@@ -105,11 +106,17 @@ impl Outbound {
     }
 
     /// Sends frames over `connection` until everything is sent, the connection fails or the migration stops. After a failure
-    /// [`resume`](Self::resume) and call it again with a new connection.
+    /// [`resume`](Self::resume) and call it again with a new connection. `protects_tail`: what is in flight when the stream ends is
+    /// followed by parity.
     ///
     /// # Errors
     /// The connection's, as text for the operator.
-    pub(crate) async fn send(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
+    pub(crate) async fn send(
+        &self,
+        connection: &quinn::Connection,
+        shapers: &[Arc<Shaper>],
+        protects_tail: bool,
+    ) -> Result<(), LaneError> {
         let shared = &self.shared;
         loop {
             if shared.stopped.load(Ordering::Acquire) {
@@ -128,10 +135,36 @@ impl Outbound {
             for shaper in shapers {
                 shaper.admit(bytes).await;
             }
-            send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
+            let sequence = frame.header.sequence;
+            let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
+            shared.session().sent_on(sequence, lane.id().index());
             shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.to_read.notify_one();
+            if protects_tail {
+                self.protect_tail(connection, shapers).await?;
+            }
         }
+    }
+
+    /// Once the stream has ended and everything has left: parity over what is in flight.
+    async fn protect_tail(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
+        let tail = self.shared.session().tail();
+        if tail.is_empty() {
+            return Ok(());
+        }
+        let path = connection.stats().path;
+        // What was not seen among so many packets is rarer than one of them.
+        let loss = path.lost_packets.max(1) as f64 / path.sent_packets.max(1) as f64;
+        let protection = Protection::against(loss, path.current_mtu);
+        for run in tail {
+            let repair = tokio::task::spawn_blocking(move || repair_frame(&run, protection));
+            let repair = repair.await.expect("computing parity does not panic");
+            for shaper in shapers {
+                shaper.admit(repair.lane_bytes()).await;
+            }
+            send_lane(connection, &mut [repair.encode_header(), repair.payload]).await?;
+        }
+        Ok(())
     }
 
     /// The destination's decoder has these frames.

@@ -63,6 +63,7 @@ pub(crate) struct SourceDriver {
     /// `None` where a restarted gateway finishes what its predecessor began.
     copying: Option<Copying>,
     lost_contact: Option<Instant>,
+    looked: Instant,
     cancel_seen: bool,
     /// Why the migration failed, in the words of whoever noticed first.
     reason: Option<String>,
@@ -123,6 +124,7 @@ impl SourceDriver {
             stream: None,
             copying: start.copying,
             lost_contact: None,
+            looked: super::clock::now(),
             cancel_seen: false,
             reason: None,
             stopped_at: None,
@@ -355,7 +357,8 @@ impl SourceDriver {
         let link = Arc::clone(link);
         let shapers: Vec<Arc<Shaper>> = stream.shaper.iter().cloned().chain(link.shaper()).collect();
         let task = tokio::spawn(async move {
-            if let Err(error) = outbound.send(link.bulk(), &shapers).await {
+            let protects_tail = link.protects_tail();
+            if let Err(error) = outbound.send(link.bulk(), &shapers, protects_tail).await {
                 // The control connection tells the driver; both run over the same path.
                 link.close_broken(&error.to_string());
             }
@@ -411,11 +414,17 @@ impl SourceDriver {
                 self.entry.cancel.cancelled().await;
             }
         };
+        // Counted from the last look, not from the last event: acknowledgements come more often than looks.
+        let next_look = self.looked + look;
         tokio::select! {
             biased;
             ended = stream_end => {
                 end = None;
                 self.on_stream_end(ended);
+            }
+            () = tokio::time::sleep_until(next_look.into()) => {
+                self.look().await;
+                self.looked = super::clock::now();
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event).await,
             event = self.vmm.next_event() => self.on_vm_event(event),
@@ -429,7 +438,6 @@ impl SourceDriver {
                 self.waiting_order = Some(order);
                 self.feed(&event);
             }
-            () = tokio::time::sleep(look) => self.look().await,
         }
         if let (Some(end), Some(stream)) = (end, &mut self.stream) {
             stream.end = Some(end);

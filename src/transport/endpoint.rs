@@ -276,6 +276,16 @@ impl Transport {
         of_peer.map(|connection| connection.close(code, reason)).count()
     }
 
+    /// Every connection that is open, whoever opened it.
+    #[must_use]
+    pub fn open_connections(&self) -> Vec<PeerConnection> {
+        let connections = self.shared.connections().into_iter();
+        connections
+            .filter(|connection| !connection.is_closed())
+            .map(PeerConnection::of)
+            .collect()
+    }
+
     /// The cap on everything that is sent to `peer`; connections that are open follow at once.
     pub fn set_peer_rate(&self, peer: &str, rate: Option<ByteRate>) {
         self.shared.budget(peer).set_rate(rate);

@@ -45,6 +45,25 @@ impl Drop for Unfinished {
     }
 }
 
+/// The next bytes of a lane, in the order in which they arrive, and their offset in it; `None` once it is whole.
+///
+/// # Errors
+/// [`LaneError`] where the lane is longer than `limit`, where the peer gave it up, or where the connection is lost.
+pub async fn next_chunk(lane: &mut RecvStream, limit: usize) -> Result<Option<(usize, Bytes)>, LaneError> {
+    match lane.read_chunk(limit, false).await {
+        Ok(Some(chunk)) => {
+            let offset = usize::try_from(chunk.offset).unwrap_or(usize::MAX);
+            if offset.saturating_add(chunk.bytes.len()) > limit {
+                return Err(LaneError::TooLong { limit });
+            }
+            Ok(Some((offset, chunk.bytes)))
+        }
+        Ok(None) => Ok(None),
+        Err(quinn::ReadError::ConnectionLost(error)) => Err(LaneError::Connection(error)),
+        Err(_) => Err(LaneError::Stopped),
+    }
+}
+
 /// Everything that one lane carries. Never holds more than `limit` bytes.
 ///
 /// # Errors

@@ -87,6 +87,10 @@ impl PeerConnection {
         Self(inner)
     }
 
+    pub(super) fn of(inner: Arc<Inner>) -> Self {
+        Self(inner)
+    }
+
     pub(super) fn inner(&self) -> &Arc<Inner> {
         &self.0
     }

@@ -28,7 +28,7 @@ mod udp;
 pub use accept::Incoming;
 pub use endpoint::{BindError, DialCause, DialError, PeerTarget, Transport, TransportSettings};
 pub use identity::{CERTIFICATE_LIFETIME, Identity, IdentityError, RENEW_BEFORE_EXPIRY};
-pub use lane::{LaneError, read_lane, send_lane};
+pub use lane::{LaneError, next_chunk, read_lane, send_lane};
 pub use link::{CloseCode, ConnectionMeasures, LinkMeasures, PeerConnection, PeerLink};
 pub use tls::ConnectionKind;
 pub use trust::{Fingerprint, InvalidFingerprint, TrustAnchors};

@@ -45,7 +45,7 @@ pub struct KillArgs {
     /// Chooses the seeded moments and how long a killed gateway stays away.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// Run only the cases whose name contains this; may be given several times.
+    /// Run only the case of this name, or those whose name contains it; may be given several times.
     #[arg(long, value_name = "CASE")]
     pub only: Vec<String>,
     /// Print the names of the cases and do nothing.
@@ -130,9 +130,15 @@ pub async fn run(args: KillArgs) -> u8 {
 
 /// The undisturbed migration comes first: without it nothing else means anything.
 fn chosen(args: &KillArgs) -> Vec<Case> {
-    let is_chosen = |case: &Case| args.only.is_empty() || args.only.iter().any(|name| case.name.contains(name));
+    let all = matrix(args.seed);
+    // A whole name means that case, and not also the longer names that begin like it.
+    let means = |name: &str, case: &Case| match all.iter().any(|other| other.name == name) {
+        true => case.name == name,
+        false => case.name.contains(name),
+    };
+    let is_chosen = |case: &&Case| args.only.is_empty() || args.only.iter().any(|name| means(name, case));
     let mut cases = vec![Case::undisturbed()];
-    cases.extend(matrix(args.seed).into_iter().filter(is_chosen));
+    cases.extend(all.iter().filter(is_chosen).cloned());
     cases
 }
 

@@ -37,6 +37,7 @@ impl<S: PageShelf> Decoder<S> {
         let bytes = match (frame.header.kind, &mut self.restorer) {
             (FrameKind::Plain, _) => frame.payload.clone(),
             (FrameKind::Reduced, None) => return Err(DecodeError::NotNegotiated),
+            (FrameKind::Repair, _) => return Err(DecodeError::Repair),
             (FrameKind::Reduced, Some(restorer)) => {
                 let mut bytes = Vec::with_capacity(frame.header.stream_bytes as usize);
                 let stats = restorer.restore(&frame.payload, &mut bytes)?;
@@ -77,6 +78,9 @@ pub enum DecodeError {
     /// A reduced frame where plain ones were agreed.
     #[error("a reduced frame came where plain ones were agreed")]
     NotNegotiated,
+    /// A repair stands for no bytes of the stream.
+    #[error("a repair came where the stream goes on")]
+    Repair,
     /// The payload is not one that an encoder in step with this decoder makes.
     #[error(transparent)]
     Restore(#[from] RestoreError),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::SessionError;
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
+use crate::proto::wire::repair::RUN;
 
 /// Frames of one migration on their way in.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub struct DestinationSession {
     stream_offset: u64,
     waiting: BTreeMap<u64, Frame>,
     waiting_bytes: u64,
+    /// Taken frames of the run that is not over: what is missing of it may have to be computed from them.
+    taken: Vec<Frame>,
     end: Option<u64>,
 }
 
@@ -29,6 +32,7 @@ impl DestinationSession {
             stream_offset: 0,
             waiting: BTreeMap::new(),
             waiting_bytes: 0,
+            taken: Vec::new(),
             end: None,
         }
     }
@@ -87,6 +91,11 @@ impl DestinationSession {
         }
         self.stream_offset += u64::from(frame.header.stream_bytes);
         self.next += 1;
+        if self.next.is_multiple_of(RUN) {
+            self.taken.clear();
+        } else {
+            self.taken.push(frame.clone());
+        }
         Ok(Some(frame))
     }
 
@@ -102,6 +111,7 @@ impl DestinationSession {
             });
         }
         self.epoch = epoch;
+        self.taken.clear();
         Ok(self.held())
     }
 
@@ -119,6 +129,25 @@ impl DestinationSession {
             next: self.next,
             beyond,
         }
+    }
+
+    /// Whether the frame has arrived.
+    #[must_use]
+    pub fn has(&self, sequence: u64) -> bool {
+        sequence < self.next || self.waiting.contains_key(&sequence)
+    }
+
+    /// The frame, where it has arrived and its run is not over.
+    #[must_use]
+    pub fn frame(&self, sequence: u64) -> Option<&Frame> {
+        let taken = || self.taken.iter().find(|frame| frame.header.sequence == sequence);
+        self.waiting.get(&sequence).or_else(taken)
+    }
+
+    /// The incarnation that is current.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
     }
 
     /// The first frame that was not yet taken by [`poll_frame`](Self::poll_frame).

@@ -6,13 +6,15 @@
 //! ```
 //!
 //! Lanes overtake each other; frames are decoded strictly in encode order. After a cut both sides raise the epoch, the
-//! destination says what it holds and the source sends exactly the rest, the identical frames. This module knows neither
+//! destination says what it holds and the source sends exactly the rest, the identical frames. What is in flight when the stream ends
+//! is protected by parity ([`tail`]). This module knows neither
 //! sockets nor what a payload means.
 
 mod decoder;
 mod destination;
 mod encoder;
 mod source;
+pub mod tail;
 
 pub use decoder::{DecodeError, Decoder};
 pub use destination::DestinationSession;

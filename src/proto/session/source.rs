@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 
+use super::tail::TailRun;
 use super::{EncodedFrame, SessionError};
 use crate::proto::page::MigrationId;
 use crate::proto::wire::message::Held;
+use crate::proto::wire::repair::{MAX_COVERED, RUN};
 use crate::proto::wire::{Frame, FrameHeader};
 
 /// Frames of one migration on their way out.
@@ -32,6 +34,8 @@ pub struct SourceSession {
 struct Kept {
     frame: Frame,
     sent: Sent,
+    /// Number of the QUIC stream that carries it, on the connection of the current epoch.
+    lane: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +90,7 @@ impl SourceSession {
         self.kept.push_back(Kept {
             frame,
             sent: Sent::Never,
+            lane: None,
         });
     }
 
@@ -108,6 +113,47 @@ impl SourceSession {
         self.outstanding_bytes += bytes;
         self.cursor = found + 1;
         Some(kept.frame.clone())
+    }
+
+    /// Frame `sequence` left on the lane with this number. One that is acknowledged by now needs no lane.
+    pub fn sent_on(&mut self, sequence: u64, lane: u64) {
+        let at = sequence
+            .checked_sub(self.acknowledged)
+            .and_then(|at| usize::try_from(at).ok());
+        if let Some(kept) = at.and_then(|at| self.kept.get_mut(at)) {
+            kept.lane = Some(lane);
+        }
+    }
+
+    /// What is in flight once the stream has ended and everything has left, the newest first: the repair of the oldest by QUIC
+    /// itself is on its way already. Empty before.
+    #[must_use]
+    pub fn tail(&self) -> Vec<TailRun> {
+        let mut runs: Vec<TailRun> = Vec::new();
+        if !self.ended || self.unsent_bytes > 0 {
+            return runs;
+        }
+        let mut covered = usize::MAX;
+        let mut continues = false;
+        for kept in &self.kept {
+            let bytes = kept.frame.lane_bytes() as usize;
+            let Some(lane) = kept.lane else {
+                continues = false;
+                continue;
+            };
+            continues &=
+                !kept.frame.header.sequence.is_multiple_of(RUN) && covered.saturating_add(bytes) <= MAX_COVERED;
+            if !continues {
+                runs.push(TailRun { frames: Vec::new() });
+                covered = 0;
+            }
+            covered += bytes;
+            continues = true;
+            let run = runs.last_mut().expect("one was pushed");
+            run.frames.push((kept.frame.clone(), lane));
+        }
+        runs.reverse();
+        runs
     }
 
     /// The destination's decoder has everything before `held.next`.
@@ -150,6 +196,7 @@ impl SourceSession {
         self.epoch = epoch;
         self.cursor = 0;
         for kept in &mut self.kept {
+            kept.lane = None;
             let bytes = kept.frame.lane_bytes();
             let arrived = held.contains(kept.frame.header.sequence);
             match (kept.sent, arrived) {

@@ -41,6 +41,9 @@ pub enum FrameKind {
     Plain = 1,
     /// A batch of the reduction (`proto::reduce`).
     Reduced = 2,
+    /// Parity over other frames' lanes ([`super::repair`]): stands for no stream bytes, and its sequence is the first one covered.
+    /// Since version 2.
+    Repair = 3,
 }
 
 /// What a frame says about its payload.
@@ -115,43 +118,62 @@ impl Frame {
     /// # Errors
     /// [`FrameError`] where the bytes are not exactly one frame within the limits.
     pub fn decode(mut lane: Bytes) -> Result<Self, FrameError> {
-        if lane.len() < HEADER_LEN {
+        let Some(front) = lane.first_chunk() else {
             return Err(FrameError::Short { len: lane.len() });
-        }
-        let magic = lane.get_u8();
-        let version = lane.get_u8();
-        if magic != MAGIC || version != FRAME_VERSION {
-            return Err(FrameError::NotAFrame { magic, version });
-        }
-        let kind = match lane.get_u8() {
-            1 => FrameKind::Plain,
-            2 => FrameKind::Reduced,
-            kind => return Err(FrameError::UnknownKind { kind }),
         };
-        let flags = lane.get_u8();
-        if flags & !(FLAG_LAST | FLAG_HELD) != 0 {
-            return Err(FrameError::UnknownFlags { flags });
-        }
-        let payload_len = lane.get_u32_le() as usize;
-        let mut migration = [0; 16];
-        lane.copy_to_slice(&mut migration);
-        let epoch = lane.get_u32_le();
-        let stream_bytes = lane.get_u32_le();
-        let sequence = lane.get_u64_le();
-        let stream_offset = lane.get_u64_le();
-        if payload_len > MAX_PAYLOAD || stream_bytes as usize > MAX_RAW {
-            return Err(FrameError::TooLarge {
-                payload_len,
-                stream_bytes,
-            });
-        }
+        let (header, payload_len) = FrameHeader::decode(front)?;
+        lane.advance(HEADER_LEN);
         if payload_len != lane.len() {
             return Err(FrameError::WrongLength {
                 stated: payload_len,
                 found: lane.len(),
             });
         }
-        if kind == FrameKind::Plain && stream_bytes as usize != payload_len {
+        Ok(Self { header, payload: lane })
+    }
+}
+
+impl FrameHeader {
+    /// Reads the front of a lane: the header, and how many bytes of payload follow.
+    ///
+    /// # Errors
+    /// [`FrameError`] where it is not the header of a frame within the limits.
+    pub fn decode(front: &[u8; HEADER_LEN]) -> Result<(Self, usize), FrameError> {
+        let mut front = &front[..];
+        let magic = front.get_u8();
+        let version = front.get_u8();
+        if magic != MAGIC || version != FRAME_VERSION {
+            return Err(FrameError::NotAFrame { magic, version });
+        }
+        let kind = match front.get_u8() {
+            1 => FrameKind::Plain,
+            2 => FrameKind::Reduced,
+            3 => FrameKind::Repair,
+            kind => return Err(FrameError::UnknownKind { kind }),
+        };
+        let flags = front.get_u8();
+        if flags & !(FLAG_LAST | FLAG_HELD) != 0 {
+            return Err(FrameError::UnknownFlags { flags });
+        }
+        let payload_len = front.get_u32_le() as usize;
+        let mut migration = [0; 16];
+        front.copy_to_slice(&mut migration);
+        let epoch = front.get_u32_le();
+        let stream_bytes = front.get_u32_le();
+        let sequence = front.get_u64_le();
+        let stream_offset = front.get_u64_le();
+        if payload_len > MAX_PAYLOAD || stream_bytes as usize > MAX_RAW {
+            return Err(FrameError::TooLarge {
+                payload_len,
+                stream_bytes,
+            });
+        }
+        let lengths_fit = match kind {
+            FrameKind::Plain => stream_bytes as usize == payload_len,
+            FrameKind::Repair => stream_bytes == 0,
+            FrameKind::Reduced => true,
+        };
+        if !lengths_fit {
             return Err(FrameError::WrongLength {
                 stated: stream_bytes as usize,
                 found: payload_len,
@@ -160,19 +182,17 @@ impl Frame {
         if stream_offset.checked_add(u64::from(stream_bytes)).is_none() {
             return Err(FrameError::BeyondTheStream { stream_offset });
         }
-        Ok(Self {
-            header: FrameHeader {
-                kind,
-                last: flags & FLAG_LAST != 0,
-                held: flags & FLAG_HELD != 0,
-                migration: MigrationId(migration),
-                epoch,
-                sequence,
-                stream_offset,
-                stream_bytes,
-            },
-            payload: lane,
-        })
+        let header = Self {
+            kind,
+            last: flags & FLAG_LAST != 0,
+            held: flags & FLAG_HELD != 0,
+            migration: MigrationId(migration),
+            epoch,
+            sequence,
+            stream_offset,
+            stream_bytes,
+        };
+        Ok((header, payload_len))
     }
 }
 

@@ -3,7 +3,7 @@
 //! Two kinds of carriage:
 //!
 //! - **Lanes**: one QUIC stream in one direction each, on the bulk connection. A lane holds exactly one [`Frame`]: a
-//!   fixed header and a payload ([`frame`]).
+//!   fixed header and a payload ([`frame`]); the payload of a repair is described in [`repair`].
 //! - **Channels**: QUIC streams in both directions on the control connection. A channel holds [`message`]s, each with a
 //!   length in front.
 //!
@@ -13,6 +13,7 @@
 pub mod frame;
 pub mod hello;
 pub mod message;
+pub mod repair;
 
 pub use frame::{Frame, FrameError, FrameHeader, FrameKind, MAX_PAYLOAD};
 pub use hello::{Hello, HelloError, Limits, VERSION};
