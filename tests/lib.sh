@@ -94,7 +94,8 @@ begin_watch() {
     NAMESPACES=$(namespaces)
 }
 
-namespaces() { find /run/netns -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/dev/null | sort; }
+# Before the first namespace is made there is no /run/netns.
+namespaces() { { find /run/netns -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/dev/null || true; } | sort; }
 
 # Processes that were started by the tests and still live. The process id of this shell's own children is not among them:
 # the mark is in the environment with which a process was started.
