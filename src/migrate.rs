@@ -87,11 +87,22 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
 /// # Errors
 /// The request makes no sense here.
 pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<DryRun, Refusal> {
-    let (checks, checked) = check(core, &request, Thoroughness::AskDestination).await;
+    let (mut checks, checked) = check(core, &request, Thoroughness::AskDestination).await;
     let forecast = match &checked {
         Some(checked) => Some(checked.forecast(checked.sample().await)),
         None => None,
     };
+    if let (Some(deadline), Some(forecast)) = (checked.and_then(|checked| checked.deadline), &forecast) {
+        let deadline_seconds = deadline.as_secs_f64();
+        checks.push(Check {
+            name: "deadline".to_owned(),
+            ok: forecast.total_seconds <= deadline_seconds,
+            detail: format!(
+                "{:.1} s are expected, {deadline_seconds:.1} s are allowed",
+                forecast.total_seconds
+            ),
+        });
+    }
     Ok(DryRun {
         vm: request.vm,
         peer: request.peer,
@@ -101,7 +112,12 @@ pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<D
 }
 
 async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
-    match agree(&core, &entry, &request).await {
+    // Nothing of the VM is changed before both sites agree, so this can be let go of anywhere.
+    let agreed = tokio::select! {
+        agreed = agree(&core, &entry, &request) => agreed,
+        () = entry.cancel.cancelled() => Err("the operator cancelled it".to_owned()),
+    };
+    match agreed {
         Ok(agreed) => {
             let Agreed {
                 vmm,
@@ -161,7 +177,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         .map(|check| check.detail)
         .collect();
     if !failed.is_empty() {
-        return Err(failed.join(" "));
+        return Err(sentences(&failed));
     }
     let checked = checked.ok_or("the checks did not come to an end")?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
@@ -173,9 +189,6 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     };
     let (sample, channel) = tokio::join!(checked.sample(), offered);
     let channel = channel?;
-    if entry.cancel.is_cancelled() {
-        return Err("the operator cancelled it".to_owned());
-    }
     let forecast = checked.forecast(sample);
     let Checked {
         mut vm,
@@ -213,12 +226,8 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
             wire_at_start: link.wire_bytes(),
         },
     );
-    let settings = copying.first_settings(&link);
-    let prepared = async {
-        vm.prepare(settings.downtime_limit).await?;
-        vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await
-    };
-    prepared.await.map_err(|error| error.to_string())?;
+    // Somebody may have paused or continued it since it was looked at; what it is now is recorded before anything is changed.
+    vm.note_state().await.map_err(|error| error.to_string())?;
     let was_running = vm.was_running();
     let context = VmContext {
         qmp: vm_config.qmp.clone(),
@@ -528,7 +537,7 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     }
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
-    entry.set_advice(None);
+    entry.clear_advice();
     entry.finish(Some(report), now);
 }
 
@@ -537,6 +546,19 @@ pub(crate) fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, r
     Report {
         total_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
         ..Report::without_figures(entry.migration, &entry.vm, &entry.peer, outcome, reason)
+    }
+}
+
+/// Several findings as one text.
+fn sentences(findings: &[String]) -> String {
+    match findings {
+        [only] => only.clone(),
+        several => {
+            let ended = several
+                .iter()
+                .map(|finding| format!("{}.", finding.trim_end_matches('.')));
+            ended.collect::<Vec<_>>().join(" ")
+        }
     }
 }
 

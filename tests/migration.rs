@@ -518,13 +518,14 @@ fn scrape(site: &Site, path: &str) -> (u16, String) {
 }
 
 fn promtool(text: &str, rig: &Rig) {
-    if let Err(reason) = program("promtool") {
+    let name = std::env::var("PROMTOOL").unwrap_or_else(|_| "promtool".to_owned());
+    if let Err(reason) = program(&name) {
         println!("SKIP: {reason}");
         return;
     }
     let file = rig.file("scrape");
     std::fs::write(&file, text).unwrap();
-    let mut command = std::process::Command::new("promtool");
+    let mut command = std::process::Command::new(&name);
     command
         .args(["check", "metrics"])
         .stdin(std::fs::File::open(file).unwrap());

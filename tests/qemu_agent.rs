@@ -558,14 +558,14 @@ async fn a_destination_survives_the_gateway_and_is_found_again() {
     let identity = destination.identity().clone();
     drop(destination);
     let log = Some(site.path("destination.log"));
-    let destination = DestinationVm::reattach(&site.path("destination"), &identity, log.clone(), SOON)
+    let destination = DestinationVm::reattach(&site.path("destination"), &identity, None, log.clone(), SOON)
         .await
         .unwrap();
     assert_eq!(destination.run_state().await.unwrap(), RunState::InMigrate);
     destination.kill(SOON).await.unwrap();
     destination.kill(SOON).await.unwrap();
     assert!(!site.path("destination").exists());
-    let error = DestinationVm::reattach(&site.path("destination"), &identity, log, SOON)
+    let error = DestinationVm::reattach(&site.path("destination"), &identity, None, log, SOON)
         .await
         .unwrap_err();
     assert!(matches!(error, DestinationError::RecordedProcessGone { .. }), "{error}");

@@ -111,6 +111,8 @@ async fn reply(mut channel: Channel, reply: Reply) -> Result<(), ChannelError> {
 /// Hands a channel to the driver of its migration, which is started where only the journal knows of it.
 async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachment: Attachment) {
     let mut attachment = attachment;
+    // One at a time, so that two channels for one migration do not start two drivers.
+    let starting = core.starting_drivers.lock().await;
     if let Some(driver) = core.drivers.get(migration, &peer) {
         match driver.send(attachment).await {
             Ok(()) => return,
@@ -127,6 +129,7 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
             .await;
         return;
     }
+    drop(starting);
     if let Some(driver) = core.drivers.get(migration, &peer) {
         let _ = driver.send(attachment).await;
     }

@@ -11,7 +11,7 @@ use super::pairing::{self, InviteCode, Local, exchange};
 use super::{Core, clock};
 use crate::api::{
     AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
-    RefusalKind, Resolution, ResolveRequest, Statement, Trust,
+    RefusalKind, Resolution, ResolveRequest, Role, Statement, Trust,
 };
 use crate::config::PeerAddress;
 use crate::metrics::{Direction, PeerMetrics};
@@ -101,9 +101,28 @@ async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Ref
             ),
         )
     })?;
-    let claim = match request.statement {
-        Statement::PeerIsFenced => Claim::PeerIsFenced,
-        Statement::RunsAtPeer | Statement::LostHere => Claim::PeerOwns,
+    let claim = match (request.statement, open.role) {
+        (Statement::PeerIsFenced, _) => Claim::PeerIsFenced,
+        (Statement::RunsAtPeer, Role::Source) | (Statement::LostHere, Role::Destination) => Claim::PeerOwns,
+        (Statement::RunsAtPeer, Role::Destination) => {
+            return Err(Refusal::new(
+                RefusalKind::Conflict,
+                format!(
+                    "{} was to come here from {}: --runs-at-peer is said at the source; if the copy here is dead, say --lost-here",
+                    request.vm, open.peer
+                ),
+            ));
+        }
+        (Statement::LostHere, Role::Source) => {
+            return Err(Refusal::new(
+                RefusalKind::Conflict,
+                format!(
+                    "{} was handed over from here, and its copy here is the one that is left if {} has none: --lost-here is said at \
+                     the destination; if you see it run at {}, say --runs-at-peer",
+                    request.vm, open.peer, open.peer
+                ),
+            ));
+        }
     };
     let resolution = ownership::Resolution {
         claim,

@@ -30,6 +30,10 @@ use crate::proto::wire::message::Held;
 /// it is the source that gives up first and says so.
 const LONGEST_SILENCE: Duration = Duration::from_secs(150);
 
+/// The vmm has everything and the guest stands still: after this long it will not load it any more. Device state loads in 5-30 ms
+/// (QEMU 7.2 and 10.0, 2026-11); a host that swaps takes seconds.
+const LONGEST_LOAD: Duration = Duration::from_secs(30);
+
 /// Between looks at the vmm while it loads the tail: the guest stands still.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
 
@@ -72,9 +76,11 @@ pub(crate) struct DestinationDriver {
     active: Option<ActiveMigration>,
     counted: Counted,
     stream_ended: bool,
-    tail_released: bool,
+    tail_released_at: Option<Instant>,
     /// There was contact with the source, and it was lost.
     was_left: bool,
+    /// The end of the vmm was seen and told.
+    death_told: bool,
 }
 
 /// What the metrics have been told of the stream.
@@ -132,8 +138,9 @@ impl DestinationDriver {
             active,
             counted: Counted::default(),
             stream_ended: false,
-            tail_released: false,
+            tail_released_at: None,
             was_left: false,
+            death_told: false,
         }
     }
 
@@ -163,6 +170,8 @@ impl DestinationDriver {
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
         self.contact.drop_channel();
+        // While this driver's queue still exists: another one cannot have begun.
+        self.core.drivers.remove(self.entry.migration);
         if !self.entry.has_ended() {
             self.entry.finish(None, super::clock::now());
         }
@@ -170,7 +179,7 @@ impl DestinationDriver {
 
     fn is_over(&self) -> bool {
         match self.machine.state() {
-            DestinationState::Settled(_) | DestinationState::JournalLost => return true,
+            DestinationState::Settled(_) => return true,
             // Asked about a migration that was never here, and then not even that.
             DestinationState::New if self.was_left => return true,
             _ => {}
@@ -186,7 +195,7 @@ impl DestinationDriver {
             return;
         }
         self.decided_at = Some(super::clock::now());
-        self.entry.set_advice(None);
+        self.entry.clear_advice();
         let (outcome, reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
         tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %outcome, "{reason}");
         if verdict == Verdict::Running
@@ -231,11 +240,7 @@ impl DestinationDriver {
             Effect::Send(message) => self.contact.send(&SessionMessage::Ownership(message)).await,
             // It is the source that calls: it knows where we are.
             Effect::AskPeer => {}
-            Effect::NeedsPerson(doubt) => {
-                let text = format!("{}: {doubt}", self.entry.vm);
-                self.entry.set_advice(Some(text.clone()));
-                self.entry.notice(&text);
-            }
+            Effect::NeedsPerson(doubt) => self.entry.advise(&format!("{}: {doubt}", self.entry.vm)),
             Effect::LoadVmm => {
                 if let Err(reason) = self.load().await {
                     self.fail(reason).await;
@@ -243,7 +248,7 @@ impl DestinationDriver {
                 }
             }
             Effect::ReleaseHeldTail => {
-                self.tail_released = true;
+                self.tail_released_at = Some(super::clock::now());
                 if let Some(inbound) = &self.inbound {
                     inbound.release_tail();
                 }
@@ -290,6 +295,10 @@ impl DestinationDriver {
             }
             Err(error) => {
                 self.fail(error.to_string()).await;
+                if names_vmm && let Some(vmm) = self.vmm.take() {
+                    // Nothing was loaded into it, and it would not be found again.
+                    vmm.abandon().await;
+                }
                 DestinationEvent::JournalFailed
             }
         };
@@ -329,7 +338,8 @@ impl DestinationDriver {
                 .await;
                 DestinationEvent::ContinueFailed
             }
-            ContinueOutcome::Paused => DestinationEvent::VmmPaused,
+            // Asked again at the next look.
+            ContinueOutcome::Paused => return,
             ContinueOutcome::Dead => DestinationEvent::VmmDead,
         };
         self.feed(&event);
@@ -504,7 +514,6 @@ impl DestinationDriver {
             epoch,
             peer_journal,
         } = attachment;
-        self.last_contact = super::clock::now();
         let held = match (epoch, &self.inbound) {
             (Some(epoch), Some(inbound)) => match inbound.resume(epoch) {
                 Ok(held) => held,
@@ -522,6 +531,7 @@ impl DestinationDriver {
         if channel.sender.send(&SessionMessage::Accepted { held }).await.is_err() {
             return;
         }
+        self.last_contact = super::clock::now();
         self.contact.adopt(channel);
         self.feed(&DestinationEvent::Contact { journal: peer_journal });
     }
@@ -537,10 +547,24 @@ impl DestinationDriver {
         if self.machine.verdict().is_some() {
             return;
         }
+        let loading = matches!(self.machine.state(), DestinationState::Loading { .. });
         let Some(vmm) = &mut self.vmm else { return };
         let event = match vmm.load_state().await {
+            LoadState::Loading | LoadState::Unknown
+                if loading
+                    && self
+                        .tail_released_at
+                        .is_some_and(|at| now.saturating_duration_since(at) > LONGEST_LOAD) =>
+            {
+                self.fail(format!(
+                    "the destination's hypervisor has not loaded the VM within {} s",
+                    LONGEST_LOAD.as_secs()
+                ))
+                .await;
+                DestinationEvent::LoadFailed
+            }
             LoadState::Loading | LoadState::Unknown => return,
-            LoadState::Loaded if self.tail_released => DestinationEvent::Loaded,
+            LoadState::Loaded if loading && self.tail_released_at.is_some() => DestinationEvent::Loaded,
             LoadState::Loaded => DestinationEvent::VmmPaused,
             LoadState::Running => DestinationEvent::VmmRunning,
             LoadState::Failed(reason) => {
@@ -548,7 +572,9 @@ impl DestinationDriver {
                     .await;
                 DestinationEvent::LoadFailed
             }
+            LoadState::Dead(_) if self.death_told => return,
             LoadState::Dead(reason) => {
+                self.death_told = true;
                 self.fail(reason).await;
                 DestinationEvent::VmmDead
             }

@@ -27,6 +27,8 @@ pub(crate) struct DestinationVmm {
     log: PathBuf,
     /// Started by us, so ours to end where nothing has come of it.
     launched: bool,
+    /// Somebody else's: found with another VM in it than the one that it was to receive.
+    foreign: bool,
     vm: Option<DestinationVm>,
     loaded: Option<Loaded>,
 }
@@ -62,12 +64,13 @@ pub(crate) enum ContinueOutcome {
 }
 
 impl DestinationVmm {
-    /// Starts the vmm of the configuration's command, or connects to the one that waits. Nothing is left running on failure.
+    /// Starts the vmm of the configuration's command, or connects to the one that waits. Nothing is left running on failure, and
+    /// a vmm that does not wait for a migration is left alone.
     ///
     /// # Errors
     /// A sentence for both operators.
     pub(crate) async fn start(config: &Vm, socket: &Path, log: PathBuf) -> Result<Self, String> {
-        let vm = match &config.command {
+        let started = match &config.command {
             Some(template) => {
                 let template = template.clone();
                 let values = LaunchValues::new(&config.name, &config.qmp, socket).map_err(|error| error.to_string())?;
@@ -81,56 +84,41 @@ impl DestinationVmm {
             }
             None => DestinationVm::connect(&config.qmp, DEADLINE).await,
         };
-        let vm = vm.map_err(|error| error.to_string())?;
+        let vm = started.map_err(|error| error.to_string())?;
         let context = VmContext {
             qmp: config.qmp.clone(),
             process: Some(vm.identity().clone()),
             leave_after_success: false,
             settings: None,
         };
-        Ok(Self {
+        let mut vmm = Self {
             context,
             log,
             launched: config.command.is_some(),
+            foreign: false,
             vm: Some(vm),
             loaded: None,
-        })
+        };
+        match vmm.look_before().await {
+            Ok(()) => Ok(vmm),
+            Err(error) => {
+                vmm.abandon().await;
+                Err(error.to_string())
+            }
+        }
     }
 
-    /// Whether a migration could begin, without starting anything.
-    ///
-    /// # Errors
-    /// A sentence: why not.
-    pub(crate) async fn could_start(config: &Vm) -> Result<(), String> {
-        let answers = DestinationVm::connect(&config.qmp, DEADLINE).await;
-        match (&config.command, answers) {
-            (Some(_), Err(_)) => Ok(()),
-            (Some(_), Ok(_)) => Err(format!(
-                "a hypervisor answers on {} already: {} may run there",
-                config.qmp.display(),
-                config.name
-            )),
-            (None, Ok(vm)) => match vm.run_state().await {
-                Ok(RunState::InMigrate) => Ok(()),
-                Ok(state) => Err(format!(
-                    "the hypervisor on {} does not wait for a migration (its state is {state}): start it with -incoming defer -S",
-                    config.qmp.display()
-                )),
-                Err(error) => Err(error.to_string()),
-            },
-            (None, Err(error)) => Err(error.to_string()),
-        }
+    /// It waits for a migration, and these settings of it will have to be put back.
+    async fn look_before(&mut self) -> Result<(), DestinationError> {
+        let vm = self.connected().await?;
+        vm.check_waits().await?;
+        self.context.settings = Some(vm.remember_settings().await?);
+        Ok(())
     }
 
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
     pub(crate) async fn find(context: VmContext, log: PathBuf) -> (Self, VmmFact) {
-        let mut vmm = Self {
-            context,
-            log,
-            launched: true,
-            vm: None,
-            loaded: None,
-        };
+        let mut vmm = Self::of_earlier(context, log);
         let fact = if vmm.is_dead() {
             VmmFact::Dead
         } else {
@@ -142,6 +130,18 @@ impl DestinationVmm {
             }
         };
         (vmm, fact)
+    }
+
+    /// The vmm of a migration that an earlier gateway began, without a look at it.
+    pub(crate) fn of_earlier(context: VmContext, log: PathBuf) -> Self {
+        Self {
+            context,
+            log,
+            launched: true,
+            foreign: false,
+            vm: None,
+            loaded: None,
+        }
     }
 
     pub(crate) fn context(&self) -> &VmContext {
@@ -168,10 +168,14 @@ impl DestinationVmm {
     /// Makes it listen on `socket` for the stream and connects to that.
     ///
     /// # Errors
-    /// A sentence. The process is left as it is.
+    /// A sentence. The process is left as it is; one that was given another VM meanwhile is not ours to end any more.
     pub(crate) async fn receive(&mut self, socket: &Path) -> Result<UnixStream, String> {
         let vm = self.connected().await.map_err(|error| error.to_string())?;
-        vm.prepare(socket).await.map_err(|error| error.to_string())?;
+        let prepared = vm.prepare(socket).await;
+        if let Err(DestinationError::NotIncoming { .. } | DestinationError::NotDeferred { .. }) = prepared {
+            self.foreign = !self.launched;
+        }
+        prepared.map_err(|error| error.to_string())?;
         let stream = UnixStream::connect(socket).await;
         // Nobody else needs to find it.
         let _ = std::fs::remove_file(socket);
@@ -235,14 +239,30 @@ impl DestinationVmm {
         }
     }
 
-    /// Lets it tell the network where the guest is, and puts its migration settings back.
+    /// Lets it tell the network where the guest is, if that runs, and puts its migration settings back.
     pub(crate) async fn settle(&mut self) {
-        let Some(vm) = &mut self.vm else { return };
-        if let Err(error) = vm.announce_self().await {
-            tracing::warn!(qmp = %self.context.qmp.display(), "the VM was not announced to its network: {error}");
+        if self.is_dead() {
+            return;
+        }
+        let qmp = self.context.qmp.clone();
+        let vm = match self.connected().await {
+            Ok(vm) => vm,
+            Err(error) => {
+                tracing::warn!(qmp = %qmp.display(), "the VM was not announced to its network: {error}");
+                return;
+            }
+        };
+        let announced = match vm.run_state().await {
+            Ok(RunState::Running) => vm.announce_self().await,
+            // A guest that was paused before is where it was; it is announced by whoever lets it run.
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = announced {
+            tracing::warn!(qmp = %qmp.display(), "the VM was not announced to its network: {error}");
         }
         if let Err(error) = vm.restore_settings().await {
-            tracing::debug!(qmp = %self.context.qmp.display(), "migration settings were not put back: {error}");
+            tracing::debug!(qmp = %qmp.display(), "migration settings were not put back: {error}");
         }
     }
 
@@ -253,8 +273,12 @@ impl DestinationVmm {
         }
     }
 
-    /// Ends it and returns when its process is gone, however long that takes.
+    /// Ends it and returns when its process is gone, however long that takes. Somebody else's, into which nothing was loaded, is
+    /// let be.
     pub(crate) async fn kill_confirmed(&mut self) {
+        if self.foreign {
+            return;
+        }
         loop {
             if self.is_dead() {
                 break;
@@ -278,12 +302,16 @@ impl DestinationVmm {
     }
 
     async fn connected(&mut self) -> Result<&mut DestinationVm, DestinationError> {
+        if self.vm.as_ref().is_some_and(DestinationVm::is_lost) {
+            self.vm = None;
+        }
         if self.vm.is_none() {
             let Some(identity) = &self.context.process else {
                 return Err(DestinationError::RecordedProcessGone { pid: 0 });
             };
             let log = self.log.exists().then(|| self.log.clone());
-            self.vm = Some(DestinationVm::reattach(&self.context.qmp, identity, log, DEADLINE).await?);
+            let settings = self.context.settings.clone();
+            self.vm = Some(DestinationVm::reattach(&self.context.qmp, identity, settings, log, DEADLINE).await?);
         }
         Ok(self.vm.as_mut().expect("connected above"))
     }

@@ -83,6 +83,8 @@ pub(crate) struct Core {
     pub(crate) journal: JournalHandle,
     pub(crate) registry: Registry,
     pub(crate) drivers: Directory<mpsc::Sender<Attachment>>,
+    /// Held while a driver is started for a migration that only the journal knows.
+    pub(crate) starting_drivers: tokio::sync::Mutex<()>,
     pub(crate) inbound: Directory<Arc<Inbound>>,
     pub(crate) memory: MemoryBudget,
     pub(crate) metrics: Arc<Metrics>,
@@ -146,6 +148,7 @@ pub async fn run(
         journal,
         registry: Registry::default(),
         drivers: Directory::default(),
+        starting_drivers: tokio::sync::Mutex::default(),
         inbound: Directory::default(),
         memory,
         metrics,

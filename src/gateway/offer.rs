@@ -8,6 +8,7 @@ use super::Core;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
+use super::inbound::Shelf;
 use super::launches;
 use crate::api::{Outcome, Phase, Role};
 use crate::config::Vm;
@@ -20,15 +21,30 @@ use crate::proto::wire::message::Offer;
 use crate::proto::wire::{Hello, SessionMessage};
 use crate::store::spill::SpillShelf;
 
-/// Everything that speaks against an offer, without starting anything.
+/// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
 pub(crate) async fn check(core: &Core, peer: &str, offer: &Offer) -> Vec<String> {
-    match look(core, offer) {
-        Ok((vm, _)) => DestinationVmm::could_start(vm).await.err().into_iter().collect(),
-        Err(reason) => {
-            tracing::info!(peer, vm = offer.vm, "a check found: {reason}");
-            vec![reason]
-        }
-    }
+    let tried = async {
+        let (vm, source) = look(core, offer)?;
+        core.journal.reserve().await.map_err(|error| error.to_string())?;
+        dictionary(core, offer, offer.dictionary_pages)?;
+        let started = start_vm(core, vm, offer, &source).await;
+        let found = match started {
+            Ok(vmm) => {
+                vmm.abandon().await;
+                Ok(())
+            }
+            Err(reason) => Err(reason),
+        };
+        launches::end(core, offer.migration);
+        launches::remove_silent_logs(core).await;
+        found
+    };
+    let found: Result<(), String> = tried.await;
+    found
+        .err()
+        .inspect(|reason| tracing::info!(peer, vm = offer.vm, "a check found: {reason}"))
+        .into_iter()
+        .collect()
 }
 
 /// What needs no hypervisor.
@@ -64,7 +80,6 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
             driver.adopt(channel);
             tracing::info!(migration = %offer.migration, vm, peer, "receiving");
             driver.run(Some(DestinationEvent::Begin)).await;
-            core.drivers.remove(offer.migration);
             launches::remove_silent_logs(&core).await;
             return;
         }
@@ -89,20 +104,7 @@ async fn accept(
         return Err(format!("migration {} has been here before", offer.migration));
     }
     let slots = offer.dictionary_pages.min(agreement.limits.dictionary_pages);
-    let dictionary = if offer.reduce {
-        let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
-        let memory = core.memory.reserve_pages(slots).ok_or_else(|| {
-            format!(
-                "{} has no memory left for another migration: wait, or raise memory_budget",
-                core.config.site
-            )
-        })?;
-        let shelf =
-            SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
-        Some((limits, super::inbound::Shelf { shelf, _memory: memory }))
-    } else {
-        None
-    };
+    let dictionary = dictionary(core, offer, slots)?;
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
@@ -148,9 +150,29 @@ async fn accept(
     Ok((driver, offer.vm.clone()))
 }
 
+/// What a stream is restored with, and the room for it.
+fn dictionary(core: &Core, offer: &Offer, slots: u32) -> Result<Option<(DictionaryLimits, Shelf)>, String> {
+    if !offer.reduce {
+        return Ok(None);
+    }
+    let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
+    let memory = core.memory.reserve_pages(slots).ok_or_else(|| {
+        format!(
+            "{} has no memory left for another migration: wait, or raise memory_budget",
+            core.config.site
+        )
+    })?;
+    let shelf = SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
+    Ok(Some((limits, Shelf { shelf, _memory: memory })))
+}
+
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
 async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
+    check_room(
+        &core.config.site,
+        source.base_memory_bytes + source.plugged_memory_bytes,
+    )?;
     launches::begin(core, offer.migration)?;
     let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {
@@ -172,4 +194,50 @@ async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> 
         return Err(sentences.join(" "));
     }
     Ok(vmm)
+}
+
+/// The host has room for this much guest memory: available, in huge pages, or as swap, which operators who overcommit rely on.
+fn check_room(site: &str, wanted_bytes: u64) -> Result<(), String> {
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else {
+        return Ok(());
+    };
+    match room_bytes(&text) {
+        Some(room) if room < wanted_bytes => Err(format!(
+            "{site} has room for {} MiB of guest memory and the VM has {} MiB: end something there, or add memory or swap",
+            room >> 20,
+            wanted_bytes >> 20
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What `/proc/meminfo` (proc(5)) says of room for a guest; `None` where it does not say.
+fn room_bytes(meminfo: &str) -> Option<u64> {
+    let number = |name: &str| -> Option<u64> {
+        let rest = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        rest.split_ascii_whitespace().next()?.parse().ok()
+    };
+    let huge_kib = number("HugePages_Free")
+        .unwrap_or(0)
+        .saturating_mul(number("Hugepagesize").unwrap_or(0));
+    let kib = number("MemAvailable")?
+        .saturating_add(number("SwapFree").unwrap_or(0))
+        .saturating_add(huge_kib);
+    Some(kib.saturating_mul(1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_what_is_available_with_swap_and_huge_pages() {
+        let meminfo = "MemTotal: 8000 kB\nMemFree: 1 kB\nMemAvailable: 1000 kB\nSwapFree: 200 kB\n\
+            HugePages_Total: 4\nHugePages_Free: 2\nHugepagesize: 2048 kB\n";
+        assert_eq!(room_bytes(meminfo), Some((1000 + 200 + 2 * 2048) * 1024));
+        assert_eq!(room_bytes("MemAvailable: 5 kB\n"), Some(5 * 1024));
+        assert_eq!(room_bytes("MemTotal: 8000 kB\n"), None);
+    }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::Core;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
@@ -22,18 +23,36 @@ use crate::proto::ownership::{
 };
 use crate::proto::page::MigrationId;
 
-/// Takes up what an earlier process left open.
+/// Takes up what an earlier process left open. A hypervisor that does not answer holds up nothing but its own migration.
 pub(crate) async fn recover_all(core: &Arc<Core>, open: Vec<(MigrationId, Role)>) {
+    let mut recovering = JoinSet::new();
     for (migration, role) in open {
-        let mut records = core.journal.records_of(migration).await;
-        records.retain(|record| record.role == role);
-        let recovered = match role {
-            Role::Source => source(core, migration, &records).await,
-            Role::Destination => destination(core, migration, &records, None).await,
+        recovering.spawn(recover(Arc::clone(core), migration, role));
+    }
+    recovering.join_all().await;
+}
+
+async fn recover(core: Arc<Core>, migration: MigrationId, role: Role) {
+    let mut records = core.journal.records_of(migration).await;
+    records.retain(|record| record.role == role);
+    let recovered = match role {
+        Role::Source => source(&core, migration, &records).await,
+        Role::Destination => destination(&core, migration, &records, None).await,
+    };
+    if let (Err(reason), Some(first)) = (recovered, records.first()) {
+        let role = match role {
+            Role::Source => api::Role::Source,
+            Role::Destination => api::Role::Destination,
         };
-        if let Err(reason) = recovered {
-            tracing::error!(%migration, "{reason}");
-        }
+        let now = super::clock::now();
+        let (entry, _) = core
+            .registry
+            .add_recovered(migration, &first.vm, &first.peer, role, now);
+        entry.advise(&format!(
+            "{}: what the journal says of this migration cannot be taken up ({reason}); find out where the VM runs before you \
+             start or stop it anywhere",
+            first.vm
+        ));
     }
 }
 
@@ -60,10 +79,13 @@ pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
         // The verdict stands, whatever has become of the vmm since.
         match Destination::recover(&records, core.journal.id(), VmmFact::Unreachable) {
             Ok((machine, effects)) => {
+                // The earlier process may have ended before it announced the VM.
+                let vmm = newest_context(&records)
+                    .map(|context| DestinationVmm::of_earlier(context, core.vmm_log(migration)));
                 let start = DestinationStart {
                     machine,
                     effects,
-                    vmm: None,
+                    vmm,
                     source_journal: first.peer_journal,
                     decoder: None,
                     window_bytes: 0,
@@ -224,11 +246,7 @@ fn start_destination(core: &Arc<Core>, migration: MigrationId, peer: &str, vm: &
     let (attach, attachments) = mpsc::channel(4);
     core.drivers.insert(migration, peer, attach);
     let driver = DestinationDriver::new(Arc::clone(core), entry, orders, attachments, start);
-    let core = Arc::clone(core);
-    tokio::spawn(async move {
-        driver.run(None).await;
-        core.drivers.remove(migration);
-    });
+    tokio::spawn(driver.run(None));
 }
 
 fn newest_context(records: &[JournalRecord]) -> Option<VmContext> {

@@ -7,7 +7,9 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{Cancellation, Event, MigrationStatus, MigrationSummary, Phase, Progress, Refusal, Report, Role};
+use crate::api::{
+    Cancellation, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Progress, Refusal, Report, Role,
+};
 use crate::proto::ownership;
 use crate::proto::page::MigrationId;
 
@@ -192,9 +194,30 @@ impl Entry {
             .retain(|watcher| watcher.try_send(Event::Notice(text.to_owned())).is_ok());
     }
 
-    /// A person has to act; shown until the migration goes on.
-    pub(crate) fn set_advice(&self, advice: Option<String>) {
-        self.state().advice = advice;
+    /// A person has to act: whoever looks on is told, and where the VM is in doubt, and need not wait. Shown until the migration
+    /// goes on.
+    pub(crate) fn advise(&self, advice: &str) {
+        tracing::warn!(migration = %self.migration, vm = self.vm, "{advice}");
+        let report = self.in_doubt(advice);
+        let mut state = self.state();
+        state.advice = Some(advice.to_owned());
+        tell_last(state.watchers.drain(..), &report);
+    }
+
+    /// Nobody has to act any more.
+    pub(crate) fn clear_advice(&self) {
+        self.state().advice = None;
+    }
+
+    /// What a migration that waits for a person reports meanwhile.
+    fn in_doubt(&self, advice: &str) -> Report {
+        Report::without_figures(
+            self.migration,
+            &self.vm,
+            &self.peer,
+            Outcome::InDoubt,
+            advice.to_owned(),
+        )
     }
 
     /// Where it stands, without a look at the figures.
@@ -218,12 +241,10 @@ impl Entry {
         state.phase = Some(Phase::Done);
         state.percent = 100.0;
         state.ended_after = Some(now.saturating_duration_since(self.started).as_secs_f64());
-        for watcher in state.watchers.drain(..) {
-            if let Some(report) = &report {
-                // The queue may be full of looks; the report is worth a task that waits for room.
-                let event = Event::Report(Box::new(report.clone()));
-                tokio::spawn(async move { watcher.send(event).await });
-            }
+        state.advice = None;
+        match &report {
+            Some(report) => tell_last(state.watchers.drain(..), report),
+            None => state.watchers.clear(),
         }
         state.report = report;
     }
@@ -284,10 +305,8 @@ impl Entry {
         if let Some(progress) = &state.progress {
             let _ = watcher.try_send(Event::Progress(progress.clone()));
         }
-        if let Some(advice) = &state.advice {
-            let _ = watcher.try_send(Event::Notice(advice.clone()));
-        }
-        match &state.report {
+        let in_doubt = state.advice.as_deref().map(|advice| self.in_doubt(advice));
+        match state.report.as_ref().or(in_doubt.as_ref()) {
             Some(report) => {
                 let _ = watcher.try_send(Event::Report(Box::new(report.clone())));
             }
@@ -328,5 +347,14 @@ impl Entry {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The last that watchers hear.
+fn tell_last(watchers: impl Iterator<Item = mpsc::Sender<Event>>, report: &Report) {
+    for watcher in watchers {
+        // The queue may be full of looks; the report is worth a task that waits for room.
+        let event = Event::Report(Box::new(report.clone()));
+        tokio::spawn(async move { watcher.send(event).await });
     }
 }

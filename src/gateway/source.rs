@@ -22,8 +22,8 @@ use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm, VmEvent};
 use crate::api::Phase;
 use crate::hypervisor::qemu::{MigrationStatus, PermitConditions, SourceError};
 use crate::proto::ownership::{
-    AbortReason, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState,
-    StreamSum,
+    AbortReason, Doubt, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent,
+    SourceState, StreamSum, VmmFact,
 };
 use crate::proto::page::JournalId;
 use crate::proto::precopy::policy::Settings;
@@ -36,6 +36,17 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 
 /// The same once the guest stands still: it is let go on soon, since it could not be handed over.
 const LONGEST_PAUSED_SILENCE: Duration = Duration::from_secs(2);
+
+/// The guest stands still, there is contact, and yet nothing goes on: it is let go on after this long. A hypervisor or a disk that
+/// is busy for a moment is waited for.
+const LONGEST_STANDSTILL: Duration = Duration::from_secs(15);
+
+/// A guest that was handed over stands still without a word from the destination: after this long a person is told. A gateway that is
+/// restarted is back by then.
+const SILENCE_TO_TELL: Duration = Duration::from_secs(30);
+
+/// Until a vmm that did not answer is asked again to continue its guest.
+const RESUME_AGAIN: Duration = Duration::from_secs(1);
 
 /// Between looks at the vmm while the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
@@ -64,6 +75,12 @@ pub(crate) struct SourceDriver {
     copying: Option<Copying>,
     lost_contact: Option<Instant>,
     looked: Instant,
+    /// A person was told that the destination is not heard of.
+    silence_told: bool,
+    /// When a vmm that was asked to continue its guest did not answer.
+    asked_to_resume: Option<Instant>,
+    /// What the destination last had, and since when nothing has been added, while the guest stands still.
+    standstill: Option<(u64, Instant)>,
     cancel_seen: bool,
     /// Why the migration failed, in the words of whoever noticed first.
     reason: Option<String>,
@@ -125,6 +142,9 @@ impl SourceDriver {
             copying: start.copying,
             lost_contact: None,
             looked: super::clock::now(),
+            silence_told: false,
+            asked_to_resume: None,
+            standstill: None,
             cancel_seen: false,
             reason: None,
             stopped_at: None,
@@ -219,7 +239,10 @@ impl SourceDriver {
         }
         if matches!(
             self.machine.state(),
-            SourceState::Permitted { .. } | SourceState::Withheld | SourceState::Learning { .. }
+            SourceState::Permitting { .. }
+                | SourceState::Permitted { .. }
+                | SourceState::Withheld
+                | SourceState::Learning { .. }
         ) {
             self.entry.set_committed();
         }
@@ -231,11 +254,7 @@ impl SourceDriver {
             Effect::Record(kind) => self.record(kind).await,
             Effect::Send(message) => self.contact.send(&SessionMessage::Ownership(message)).await,
             Effect::AskPeer => self.look_for_peer(),
-            Effect::NeedsPerson(doubt) => {
-                let text = format!("{}: {doubt}", self.entry.vm);
-                self.entry.set_advice(Some(text.clone()));
-                self.entry.notice(&text);
-            }
+            Effect::NeedsPerson(doubt) => self.entry.advise(&format!("{}: {doubt}", self.entry.vm)),
             Effect::StartMigrate => {
                 if let Err(error) = self.start_migrate().await {
                     self.fail(error);
@@ -249,7 +268,23 @@ impl SourceDriver {
                 self.vmm.cancel().await;
             }
             Effect::FreezeVmm => {
-                let event = match self.vmm.freeze().await {
+                let outcome = match self.machine.state() {
+                    SourceState::Freezing(_) => self.vmm.freeze().await,
+                    // Handed over, and the gateway was restarted since.
+                    SourceState::Permitted {
+                        doubt: None | Some(Doubt::NotFrozen),
+                        ..
+                    } => match self.vmm.freeze().await {
+                        FreezeOutcome::Failed(reason) => self.stop_again(reason).await,
+                        done => done,
+                    },
+                    // Handed over, and seen running: it must stand, whatever its monitor says.
+                    _ => {
+                        self.stop_again("the guest was continued by somebody else".to_owned())
+                            .await
+                    }
+                };
+                let event = match outcome {
                     FreezeOutcome::Frozen => SourceEvent::Frozen,
                     FreezeOutcome::Dead => SourceEvent::VmmDead,
                     FreezeOutcome::Failed(reason) => {
@@ -264,16 +299,38 @@ impl SourceDriver {
                 let event = match self.vmm.resume().await {
                     ResumeOutcome::Running => SourceEvent::Resumed,
                     ResumeOutcome::Dead => SourceEvent::VmmDead,
-                    ResumeOutcome::Failed(reason) => {
+                    ResumeOutcome::Refused(reason) => {
                         self.fail(reason);
                         SourceEvent::ResumeFailed
                     }
+                    ResumeOutcome::Silent(reason) => {
+                        self.entry
+                            .notice(&format!("{} does not go on here yet: {reason}", self.entry.vm));
+                        self.fail(reason);
+                        self.asked_to_resume = Some(super::clock::now());
+                        return;
+                    }
                 };
+                self.asked_to_resume = None;
                 self.feed(&event);
             }
             Effect::QuitVmm => self.discard().await,
             Effect::LoadVmm | Effect::ReleaseHeldTail | Effect::ContinueVmm | Effect::KillVmm => {
                 unreachable!("effects of a destination")
+            }
+        }
+    }
+
+    /// Stops the process of a guest that may have run since it was handed over. That it stands now does not undo what it did.
+    async fn stop_again(&mut self, why: String) -> FreezeOutcome {
+        match self.vmm.stop_again().await {
+            Ok(()) => FreezeOutcome::Failed(why),
+            Err(error) => {
+                let vm = &self.entry.vm;
+                self.entry.advise(&format!(
+                    "{vm} was handed over, and its process here cannot be stopped ({error}): stop it by hand, or {vm} may run twice"
+                ));
+                FreezeOutcome::Failed(format!("{why}; {error}"))
             }
         }
     }
@@ -321,10 +378,14 @@ impl SourceDriver {
                 .map_err(|_| "the hypervisor did not connect to the gateway's migration socket".to_owned())?
                 .map_err(|error| format!("the hypervisor could not connect: {error}"))
         };
+        let settings = copying.first_settings(&link);
         let migrate = async {
-            let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
-            vm.migrate(&socket.path).await.map_err(|error| error.to_string())
+            let vm = self.vmm.connected().await?;
+            vm.prepare(settings.downtime_limit).await?;
+            vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await?;
+            vm.migrate(&socket.path).await
         };
+        let migrate = async { migrate.await.map_err(|error: SourceError| error.to_string()) };
         // The vmm connects before it answers the command.
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
         copying.begin_stream(super::clock::now());
@@ -382,6 +443,7 @@ impl SourceDriver {
         if self.contact.is_made() {
             return;
         }
+        self.lost_contact.get_or_insert_with(super::clock::now);
         let epoch = self.stream.as_ref().map(|stream| stream.outbound.epoch() + 1);
         self.contact.search(
             Arc::clone(&self.core.links),
@@ -472,6 +534,9 @@ impl SourceDriver {
         match event {
             ContactEvent::Made { link, channel, held } => {
                 self.lost_contact = None;
+                if std::mem::take(&mut self.silence_told) {
+                    self.entry.clear_advice();
+                }
                 self.contact.adopt(channel);
                 self.feed(&SourceEvent::Contact {
                     journal: link.peer_journal(),
@@ -501,7 +566,6 @@ impl SourceDriver {
                 self.contact.drop_channel();
                 if self.machine.outcome().is_none() && self.lost_contact.is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");
-                    self.lost_contact = Some(super::clock::now());
                     self.look_for_peer();
                 }
             }
@@ -556,7 +620,7 @@ impl SourceDriver {
                 self.stopped_at = None;
                 self.feed(&SourceEvent::VmmRunning);
             }
-            VmEvent::Disconnected => {
+            VmEvent::Deaf => {
                 if self.vmm.is_dead() {
                     self.fail("the hypervisor's process at the source died".to_owned());
                     self.feed(&SourceEvent::VmmDead);
@@ -569,27 +633,14 @@ impl SourceDriver {
     /// A look at the vmm and at the clock.
     async fn look(&mut self) {
         let now = super::clock::now();
-        if let Some(since) = self.lost_contact {
-            let before_permit = matches!(
-                self.machine.state(),
-                SourceState::Copying(_) | SourceState::Starting { .. }
-            );
-            let longest = if self.stopped_at.is_some() {
-                LONGEST_PAUSED_SILENCE
-            } else {
-                LONGEST_SILENCE
-            };
-            if before_permit && now.saturating_duration_since(since) > longest {
-                self.fail(format!(
-                    "the peer {} could not be reached for {} s",
-                    self.entry.peer,
-                    longest.as_secs()
-                ));
-                self.feed(&SourceEvent::Cancel);
-                return;
-            }
-        }
-        if !matches!(self.machine.state(), SourceState::Copying(_)) {
+        let is_copying = match self.machine.state() {
+            SourceState::Copying(_) => true,
+            SourceState::Starting { .. } => false,
+            SourceState::Permitted { .. } => return self.look_after_permit(now).await,
+            SourceState::Resuming { .. } => return self.resume_again(now),
+            _ => return,
+        };
+        if self.waits_in_vain(now) || !is_copying {
             return;
         }
         let Some(stream) = &self.stream else { return };
@@ -627,6 +678,83 @@ impl SourceDriver {
                 self.fail(reason);
                 self.feed(&SourceEvent::Cancel);
             }
+        }
+    }
+
+    /// Gives up a pre-copy whose peer has been away for too long, or takes nothing any more while the guest stands still.
+    fn waits_in_vain(&mut self, now: Instant) -> bool {
+        let reason = if let Some(since) = self.lost_contact {
+            let longest = if self.stopped_at.is_some() {
+                LONGEST_PAUSED_SILENCE
+            } else {
+                LONGEST_SILENCE
+            };
+            (now.saturating_duration_since(since) > longest).then(|| {
+                format!(
+                    "the peer {} could not be reached for {} s",
+                    self.entry.peer,
+                    longest.as_secs()
+                )
+            })
+        } else if let (Some(_), Some(stream)) = (self.stopped_at, &self.stream) {
+            let taken = stream.outbound.acknowledged_bytes();
+            let since = match self.standstill {
+                Some((before, since)) if before == taken => since,
+                _ => self.standstill.insert((taken, now)).1,
+            };
+            (now.saturating_duration_since(since) > LONGEST_STANDSTILL).then(|| {
+                format!(
+                    "nothing went on for {} s while {} stood still",
+                    LONGEST_STANDSTILL.as_secs(),
+                    self.entry.vm
+                )
+            })
+        } else {
+            self.standstill = None;
+            None
+        };
+        let Some(reason) = reason else { return false };
+        self.fail(reason);
+        self.feed(&SourceEvent::Cancel);
+        true
+    }
+
+    /// The VM is ours again, and its vmm was too busy to say whether it goes on: it is asked until it says.
+    fn resume_again(&mut self, now: Instant) {
+        if let Some(at) = self.asked_to_resume
+            && now.saturating_duration_since(at) > RESUME_AGAIN
+        {
+            self.asked_to_resume = None;
+            self.effects.extend([Effect::ThawVmm, Effect::Resume]);
+        }
+    }
+
+    /// The guest is handed over: its process must stand, and somebody should know if the destination says nothing.
+    async fn look_after_permit(&mut self, now: Instant) {
+        if self.vmm.was_let_go() {
+            let event = match self.vmm.ask_after_let_go().await {
+                VmmFact::Dead => SourceEvent::VmmDead,
+                VmmFact::Running => SourceEvent::VmmRunning,
+                VmmFact::Paused | VmmFact::Unreachable => {
+                    // Its guest has not run; it is stopped again before it can.
+                    if let Err(reason) = self.vmm.stop_again().await {
+                        tracing::warn!(migration = %self.entry.migration, "{reason}");
+                    }
+                    return;
+                }
+            };
+            return self.feed(&event);
+        }
+        let silent = |since: Instant| now.saturating_duration_since(since) > SILENCE_TO_TELL;
+        if self.lost_contact.is_some_and(silent) && !self.entry.needs_person() {
+            let Entry { vm, peer, .. } = &*self.entry;
+            self.entry.advise(&format!(
+                "{vm} is paused: it was handed over to {peer}, which has not been heard of for {} s and may run it. This goes on by \
+                 itself as soon as {peer} is back. If that site is gone for good, make sure that nothing runs there and say: \
+                 longhaul resolve {vm} --peer-is-fenced",
+                SILENCE_TO_TELL.as_secs()
+            ));
+            self.silence_told = true;
         }
     }
 

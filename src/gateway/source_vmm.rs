@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::vm_context::VmContext;
 use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu::{FreezeError, Frozen, RunState, SourceError, SourceVm, Undone};
-use crate::hypervisor::qmp::Events;
+use crate::hypervisor::qmp::{Events, EventsEnd};
 use crate::proto::ownership::VmmFact;
 
 /// Time for the vmm to answer, to stop or to go on.
@@ -28,8 +28,8 @@ pub(crate) enum VmEvent {
     Stopped,
     /// The vCPUs run.
     Resumed,
-    /// The monitor is closed.
-    Disconnected,
+    /// The monitor is closed, or more was said than could be listened to: what the guest does now has to be asked.
+    Deaf,
     /// Something that does not matter here.
     Other,
 }
@@ -47,7 +47,10 @@ pub(crate) enum FreezeOutcome {
 pub(crate) enum ResumeOutcome {
     Running,
     Dead,
-    Failed(String),
+    /// The vmm said no, or the guest is in a state that is not the migration's doing.
+    Refused(String),
+    /// The vmm did not answer: it may be asked again.
+    Silent(String),
 }
 
 impl SourceVmm {
@@ -116,6 +119,9 @@ impl SourceVmm {
 
     /// The connection to its monitor, made again where there is none.
     pub(crate) async fn connected(&mut self) -> Result<&mut SourceVm, SourceError> {
+        if self.vm.as_ref().is_some_and(SourceVm::is_lost) {
+            self.vm = None;
+        }
         if self.vm.is_none() {
             let identity = self
                 .context
@@ -143,9 +149,13 @@ impl SourceVmm {
                 "RESUME" => VmEvent::Resumed,
                 _ => VmEvent::Other,
             },
-            Err(_) => {
+            Err(EventsEnd::Lagged) => {
+                self.events = self.vm.as_ref().map(SourceVm::events);
+                VmEvent::Deaf
+            }
+            Err(EventsEnd::Closed) => {
                 self.events = None;
-                VmEvent::Disconnected
+                VmEvent::Deaf
             }
         }
     }
@@ -176,6 +186,36 @@ impl SourceVmm {
             Err(_) if self.is_dead() => FreezeOutcome::Dead,
             Err(reason) => FreezeOutcome::Failed(reason),
         }
+    }
+
+    /// Stops the process of a guest that was handed over and that somebody continued, whatever its monitor says, and leaves it
+    /// stopped.
+    ///
+    /// # Errors
+    /// A sentence: it may run on.
+    pub(crate) async fn stop_again(&mut self) -> Result<(), String> {
+        let identity = self.context.process.as_ref();
+        let process = match identity.map(Process::reattach) {
+            Some(Ok(Some(process))) => process,
+            Some(Ok(None)) | None => return Ok(()),
+            Some(Err(error)) => return Err(error.to_string()),
+        };
+        process.stop(&[], DEADLINE).await.map_err(|error| error.to_string())?;
+        self.frozen = Frozen::reattach(process.identity()).map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    /// Whether somebody has continued the process since it was stopped for the hand-over.
+    pub(crate) fn was_let_go(&self) -> bool {
+        self.frozen
+            .as_ref()
+            .is_some_and(|frozen| matches!(frozen.is_still_frozen(), Ok(false)))
+    }
+
+    /// What a guest does whose process somebody has continued.
+    pub(crate) async fn ask_after_let_go(&mut self) -> VmmFact {
+        self.frozen = None;
+        self.look().await
     }
 
     /// Lets the process go on. The guest stays paused.
@@ -212,10 +252,11 @@ impl SourceVmm {
         match undone {
             Ok(Undone::Running | Undone::PausedAsBefore) => ResumeOutcome::Running,
             Ok(Undone::Stopped(state)) => {
-                ResumeOutcome::Failed(format!("the guest does not run at the source; its state is {state}"))
+                ResumeOutcome::Refused(format!("the guest does not run at the source; its state is {state}"))
             }
             Err(_) if self.is_dead() => ResumeOutcome::Dead,
-            Err(error) => ResumeOutcome::Failed(error.to_string()),
+            Err(SourceError::Qmp(error)) if error.is_refusal() => ResumeOutcome::Refused(error.to_string()),
+            Err(error) => ResumeOutcome::Silent(error.to_string()),
         }
     }
 
@@ -224,10 +265,16 @@ impl SourceVmm {
         if self.frozen.is_some() || self.is_dead() {
             return;
         }
-        if let Some(vm) = &mut self.vm
-            && let Err(error) = vm.restore_settings().await
-        {
-            tracing::debug!(qmp = %self.context.qmp.display(), "migration settings were not put back: {error}");
+        let restored = match self.connected().await {
+            Ok(vm) => vm.restore_settings().await,
+            Err(error) => Err(error),
+        };
+        match restored {
+            // So that nothing is put back twice, over what somebody has set since.
+            Ok(()) => self.context.settings = None,
+            Err(error) => {
+                tracing::debug!(qmp = %self.context.qmp.display(), "migration settings were not put back: {error}");
+            }
         }
     }
 

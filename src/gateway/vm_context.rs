@@ -18,7 +18,7 @@ pub(crate) struct VmContext {
     /// Whether the paused vmm stays after success.
     #[serde(default)]
     pub(crate) leave_after_success: bool,
-    /// At the source: migration settings to put back where the VM stays.
+    /// Migration settings that are changed and have to be put back: at the source where the VM stays, at the destination once it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) settings: Option<RememberedSettings>,
 }

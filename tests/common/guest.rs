@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-pub(crate) const QEMU: &str = "qemu-system-x86_64";
+/// The hypervisor of the tests: `LONGHAUL_TEST_QEMU`, or the system's.
+pub(crate) fn qemu_program() -> String {
+    std::env::var("LONGHAUL_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
 
 /// A machine, as it is at both sites.
 #[derive(Clone, Debug)]
@@ -63,7 +66,7 @@ impl Machine {
     pub(crate) fn command(&self, folder: &Path, qmp: &str) -> Vec<String> {
         let memory = self.memory_mb.to_string();
         let mut words: Vec<String> = [
-            QEMU,
+            &qemu_program(),
             "-M",
             self.machine,
             "-accel",

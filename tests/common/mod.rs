@@ -48,7 +48,7 @@ pub(crate) fn program(name: &str) -> Result<(), String> {
 
 /// The hypervisor.
 pub(crate) fn qemu() -> Result<(), String> {
-    program(guest::QEMU)
+    program(&guest::qemu_program())
 }
 
 /// Sites `a` and `b`.

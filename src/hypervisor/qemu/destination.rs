@@ -131,8 +131,8 @@ impl DestinationVm {
         })
     }
 
-    /// Connects to a QEMU that somebody has started with `-incoming defer -S`. Its state is checked by
-    /// [`DestinationVm::prepare`].
+    /// Connects to a QEMU that somebody has started with `-incoming defer -S`. Whether it waits is told by
+    /// [`DestinationVm::check_waits`].
     ///
     /// # Errors
     /// Those of the monitor and the process.
@@ -147,7 +147,8 @@ impl DestinationVm {
         })
     }
 
-    /// Connects to a destination of an earlier gateway, whatever state it is in.
+    /// Connects to a destination of an earlier gateway, whatever state it is in. `remembered`: the settings to put back, as that
+    /// gateway recorded them.
     ///
     /// # Errors
     /// [`DestinationError::RecordedProcessGone`]: confirmed dead. If the process lives and does not answer, the monitor's
@@ -155,6 +156,7 @@ impl DestinationVm {
     pub async fn reattach(
         qmp_path: &Path,
         identity: &ProcessIdentity,
+        remembered: Option<RememberedSettings>,
         log: Option<PathBuf>,
         deadline: Duration,
     ) -> Result<DestinationVm, DestinationError> {
@@ -175,7 +177,7 @@ impl DestinationVm {
             qmp,
             process,
             output: Output::of_other(log),
-            remembered: None,
+            remembered,
         })
     }
 
@@ -193,19 +195,8 @@ impl DestinationVm {
     /// # Errors
     /// The process is left as it is; [`DestinationVm::kill`] it.
     pub async fn prepare(&mut self, socket: &Path) -> Result<(), DestinationError> {
-        let path = self.qmp.path().display().to_string();
         let uri = socket_uri(socket).ok_or_else(|| DestinationError::SocketPath(socket.display().to_string()))?;
-        let state = query_run_state(&self.qmp).await?;
-        if state != RunState::InMigrate {
-            return Err(DestinationError::NotIncoming { path, state });
-        }
-        let status = MigrationProgress::query(&self.qmp).await?.status;
-        if status != MigrationStatus::None {
-            return Err(DestinationError::NotDeferred {
-                path,
-                reason: format!("its migration is {status}"),
-            });
-        }
+        self.check_waits().await?;
         self.qmp.execute("stop", json!({})).await?;
         let now = RememberedSettings::read(&self.qmp).await?;
         now.for_migration(Side::Destination, 0).apply(&self.qmp, &now).await?;
@@ -218,11 +209,43 @@ impl DestinationVm {
         match self.qmp.execute("migrate-incoming", arguments).await {
             Ok(_) => Ok(()),
             Err(QmpError::Command { description, .. }) => Err(DestinationError::NotDeferred {
-                path,
+                path: self.qmp.path().display().to_string(),
                 reason: description,
             }),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Notes the settings that [`DestinationVm::prepare`] is going to change, and gives back those: what to record, so that a
+    /// restarted gateway can put them back too.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn remember_settings(&mut self) -> Result<RememberedSettings, DestinationError> {
+        let now = RememberedSettings::read(&self.qmp).await?;
+        let changed = now.changed_by_migration(Side::Destination);
+        self.remembered = Some(changed.clone());
+        Ok(changed)
+    }
+
+    /// Fails unless QEMU waits to be told what to load: whatever else is there is somebody's VM. Nothing is touched.
+    ///
+    /// # Errors
+    /// [`DestinationError::NotIncoming`], [`DestinationError::NotDeferred`], and those of the monitor.
+    pub async fn check_waits(&self) -> Result<(), DestinationError> {
+        let path = || self.qmp.path().display().to_string();
+        let state = query_run_state(&self.qmp).await?;
+        if state != RunState::InMigrate {
+            return Err(DestinationError::NotIncoming { path: path(), state });
+        }
+        let status = MigrationProgress::query(&self.qmp).await?.status;
+        if status != MigrationStatus::None {
+            return Err(DestinationError::NotDeferred {
+                path: path(),
+                reason: format!("its migration is {status}"),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the guest is loaded and paused.
@@ -323,6 +346,11 @@ impl DestinationVm {
     /// Everything the monitor tells from now on.
     pub fn events(&self) -> Events {
         self.qmp.events()
+    }
+
+    /// Whether the monitor's connection has ended: every command would say so.
+    pub fn is_lost(&self) -> bool {
+        self.qmp.lost_reason().is_some()
     }
 
     /// What to record in order to find the process again.

@@ -99,12 +99,12 @@ impl RememberedSettings {
         }
     }
 
-    /// What of these settings a migration at its source changes: the little that a restarted gateway has to put back.
+    /// What of these settings a migration changes: the little that a restarted gateway has to put back.
     #[must_use]
-    pub(super) fn changed_at_source(&self) -> RememberedSettings {
-        let wanted = self.for_migration(Side::Source, 0);
+    pub(super) fn changed_by_migration(&self, side: Side) -> RememberedSettings {
+        let wanted = self.for_migration(side, 0);
         let is_kept = |pair: &&(String, ParameterValue)| {
-            SET_DURING_MIGRATION.contains(&pair.0.as_str())
+            side == Side::Source && SET_DURING_MIGRATION.contains(&pair.0.as_str())
                 || wanted
                     .parameters
                     .iter()
@@ -228,7 +228,7 @@ mod tests {
         all.capabilities.push(("events".to_owned(), true));
         all.parameters
             .push(("announce-rounds".to_owned(), ParameterValue::Number(5)));
-        let changed = all.changed_at_source();
+        let changed = all.changed_by_migration(Side::Source);
         // `events` is off in the first pair and on in the last, which is as a migration wants it.
         let names: Vec<_> = changed
             .capabilities

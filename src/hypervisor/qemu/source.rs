@@ -193,8 +193,26 @@ impl SourceVm {
         Condition::collect(&self.qmp, &self.process).await
     }
 
-    /// Sets capabilities and parameters for a migration and gives back what they were, for
-    /// [`SourceVm::restore_settings`] and for the journal. The guest runs on.
+    /// Looks once more whether the guest runs, and notes the settings that [`SourceVm::prepare`] is going to change: what
+    /// to record before anything is changed. Nothing is touched.
+    ///
+    /// # Errors
+    /// [`SourceError::NotMigratable`] where somebody has brought the guest into another state since.
+    pub async fn note_state(&mut self) -> Result<(), SourceError> {
+        let state = query_run_state(&self.qmp).await?;
+        if let Some(obstacle) = state.source_obstacle() {
+            return Err(SourceError::NotMigratable {
+                path: self.qmp.path().display().to_string(),
+                state,
+                obstacle,
+            });
+        }
+        self.was_running = state == RunState::Running;
+        self.remembered = Some(RememberedSettings::read(&self.qmp).await?);
+        Ok(())
+    }
+
+    /// Sets capabilities and parameters for a migration and gives back what they were. The guest runs on.
     ///
     /// # Errors
     /// On an error some settings may have changed; [`SourceVm::restore_settings`] puts them back.
@@ -202,7 +220,7 @@ impl SourceVm {
         let limit_ms = downtime_limit_ms(downtime_limit)?;
         let now = RememberedSettings::read(&self.qmp).await?;
         let wanted = now.for_migration(Side::Source, limit_ms);
-        // A second call must not take our own settings for the user's.
+        // What was noted before must not give way to our own settings.
         let remembered = self.remembered.get_or_insert_with(|| now.clone());
         wanted.apply(&self.qmp, &now).await?;
         Ok(remembered)
@@ -445,6 +463,11 @@ impl SourceVm {
         self.was_running
     }
 
+    /// Whether the monitor's connection has ended: every command would say so.
+    pub fn is_lost(&self) -> bool {
+        self.qmp.lost_reason().is_some()
+    }
+
     /// What to record in order to find the process again.
     pub fn identity(&self) -> &ProcessIdentity {
         self.process.identity()
@@ -458,7 +481,8 @@ impl SourceVm {
     /// What [`SourceVm::prepare`] has changed and [`SourceVm::restore_settings`] has not put back: what to record for
     /// [`SourceVm::reattach`].
     pub fn changed_settings(&self) -> Option<RememberedSettings> {
-        self.remembered.as_ref().map(RememberedSettings::changed_at_source)
+        let remembered = self.remembered.as_ref();
+        remembered.map(|settings| settings.changed_by_migration(Side::Source))
     }
 
     /// State of the guest now.

@@ -1,0 +1,166 @@
+//! VMs that were handed over when something hung: who is told what, and who may run the VM.
+//!
+//! The destination's hypervisor is stopped (SIGSTOP) while the guest is copied, so that it never loads what it is given.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
+
+mod common;
+
+use common::guest::Machine;
+use common::process::{Running, send};
+use common::{Rig, Site, need, qemu, until};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+/// The guest's firmware and devices are across after a second or two.
+const SLOWLY: &str = "4mbit";
+
+/// A VM at A that is on its way to a hypervisor at B which has been stopped.
+fn on_its_way() -> (Rig, Running) {
+    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |a, _| a.metrics = true);
+    rig.a.boot("vm");
+    let client = rig
+        .a
+        .begin(&["migrate", "vm", "--to", "b", "--rate", SLOWLY, "--output", "json"]);
+    until_phase(&rig.a, "precopy");
+    until("a hypervisor waits at b", || rig.b.hypervisors("vm").len() == 1);
+    send(rig.b.hypervisors("vm")[0], Signal::STOP);
+    (rig, client)
+}
+
+#[track_caller]
+fn until_phase(site: &Site, phase: &str) {
+    until(&format!("vm is in {phase} at {}", site.name()), || {
+        newest(site)["phase"] == phase
+    });
+}
+
+/// The newest migration that a gateway lists.
+fn newest(site: &Site) -> Value {
+    site.run(&["list", "--output", "json"]).json()[0].clone()
+}
+
+fn is_stopped(process: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(')')
+        .next()
+        .is_some_and(|rest| rest.trim_start().starts_with('T'))
+}
+
+/// Asks the hypervisor of `vm` to continue its guest, through its second monitor. It may be stopped before it answers.
+fn ask_to_continue(site: &mut Site) {
+    let socket = format!("{}.test", site.plan().vm("vm").qmp.display());
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    let commands = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"cont\"}\n";
+    std::io::Write::write_all(&mut stream, commands.as_bytes()).unwrap();
+}
+
+#[test]
+fn a_destination_that_hangs_while_it_loads_is_given_up_and_the_vm_goes_on_at_the_source() {
+    need!(qemu());
+    let (rig, client) = on_its_way();
+    let ended = client.wait();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let reason = ended.json()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("load"), "{reason}");
+    assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn a_vm_that_was_handed_over_to_a_gateway_that_is_gone_is_in_doubt_until_it_is_back() {
+    need!(qemu());
+    let (mut rig, client) = on_its_way();
+    until_phase(&rig.a, "committing");
+    rig.b.gateway().signal(Signal::KILL);
+    let ended = client.wait();
+    assert_eq!(ended.code, Some(3), "{ended:?}");
+    let report = ended.json();
+    assert_eq!(report["outcome"], "in_doubt", "{report}");
+    let advice = report["reason"].as_str().unwrap().to_owned();
+    assert!(advice.contains("longhaul resolve vm --peer-is-fenced"), "{advice}");
+    let id = report["migration"].as_str().unwrap().to_owned();
+    let status = rig.a.run(&["status", &id, "--output", "json"]).json();
+    assert_eq!(status["advice"], advice, "{status}");
+    // Whoever comes later hears the same at once.
+    assert_eq!(rig.a.run(&["attach", &id]).code, Some(3));
+    let metrics = || rig_metrics(&rig.a);
+    until("the doubt is counted", || {
+        metrics().contains("longhaul_migrations_in_doubt 1")
+    });
+
+    // At the source nobody can say that this copy is lost: it is the one there is.
+    let lost = rig.a.run(&["resolve", "vm", "--lost-here"]);
+    assert_eq!(lost.code, Some(2), "{lost:?}");
+    assert!(
+        lost.stderr.contains("--lost-here is said at the destination"),
+        "{lost:?}"
+    );
+
+    // Somebody continues the copy that was handed over. It is stopped again.
+    let source = rig.a.hypervisors("vm")[0];
+    assert!(is_stopped(source));
+    send(source, Signal::CONT);
+    ask_to_continue(&mut rig.a);
+    until("it is stopped again", || is_stopped(source));
+
+    // The gateway is back: it had not committed, and says so.
+    rig.b.start();
+    until("it is over at a", || newest(&rig.a)["phase"] == "done");
+    assert_eq!(rig.a.run(&["attach", &id]).code, Some(1));
+    until("vm runs at a", || rig.a.state("vm").as_deref() == Some("running"));
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+fn rig_metrics(site: &Site) -> String {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", site.port())).unwrap();
+    let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn a_hypervisor_at_the_destination_that_runs_a_vm_already_is_left_alone() {
+    need!(qemu());
+    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |_, b| b.vm("vm").command = None);
+    rig.a.boot("vm");
+    rig.b.boot("vm");
+    for more in [&[][..], &["--dry-run"]] {
+        let args = [&["migrate", "vm", "--to", "b", "--output", "json"], more].concat();
+        let refused = rig.a.run(&args);
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stdout.contains("-incoming defer"), "{refused:?}");
+    }
+    for site in [&rig.a, &rig.b] {
+        assert_eq!(site.state("vm").as_deref(), Some("running"));
+    }
+    // Its own command to wait is as good as one that the gateway starts.
+    rig.b.kill_hypervisors("vm");
+    until("it is gone", || rig.b.hypervisors("vm").is_empty());
+    let _ = std::fs::remove_file(rig.b.plan().vm("vm").qmp.clone());
+    rig.b.launch("vm", &Machine::firmware(), &["-incoming", "defer", "-S"]);
+    let moved = rig.a.run(&["migrate", "vm", "--to", "b", "--output", "json"]);
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert_eq!(rig.b.state("vm").as_deref(), Some("running"));
+}
+
+#[test]
+fn ctrl_c_while_the_destination_is_being_prepared_ends_it_at_once() {
+    need!(qemu());
+    let silent = ["/bin/sh", "-c", "exec sleep 100", "-incoming", "defer", "-S", "{qmp}"];
+    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |_, b| {
+        b.vm("vm").command = Some(silent.map(str::to_owned).to_vec());
+    });
+    rig.a.boot("vm");
+    let client = rig.a.begin(&["migrate", "vm", "--to", "b", "--output", "json"]);
+    until_phase(&rig.a, "preparing");
+    client.signal(Signal::INT);
+    let ended = client.wait();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert_eq!(ended.json()["outcome"], json!("cancelled"));
+    assert_eq!(ended.json()["reason"], "the operator cancelled it");
+    assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
