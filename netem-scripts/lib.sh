@@ -29,18 +29,29 @@ elevate() {
     exec sudo --preserve-env=LONGHAUL_BIN -- "$0" "$@"
 }
 
-# require TOOL=PACKAGE ...: installs the Debian package of each tool that is missing, and says so.
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "this needs root: $* (there is no sudo here)"
+    fi
+}
+
+# require TOOL=PACKAGE ...: installs the Debian package of each tool that is missing, and says so. Removes none for it.
 require() {
-    local pair missing=()
+    local pair tool missing=()
+    local install=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-remove --no-install-recommends)
     for pair in "$@"; do
-        command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+        tool=${pair%%=*}
+        command -v "$tool" >/dev/null || [[ -x /usr/sbin/$tool || -x /sbin/$tool ]] || missing+=("${pair#*=}")
     done
     ((${#missing[@]})) || return 0
     command -v apt-get >/dev/null ||
         die "install ${missing[*]} (names of the Debian packages), which this system's apt-get is not there to do"
     say "${0##*/}: installing the Debian packages ${missing[*]}"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null ||
-        { apt-get update >/dev/null &&
-            DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null; } ||
+    as_root "${install[@]}" "${missing[@]}" >/dev/null 2>&1 ||
+        { as_root apt-get -q update >/dev/null && as_root "${install[@]}" "${missing[@]}" >/dev/null; } ||
         die "the Debian packages ${missing[*]} cannot be installed"
 }

@@ -11,9 +11,14 @@ use serde_json::Value;
 /// One for each way in which a migration can go on: undone by its source, undone by its destination, finished by either.
 const CASES: [&str; 4] = ["started-kill-a", "permit-kill-b", "commit-kill-b", "learnt-kill-a"];
 
+/// The hypervisor of the tests: `LONGHAUL_TEST_QEMU`, or the system's.
+fn qemu() -> String {
+    std::env::var("LONGHAUL_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
 /// Why the cases cannot run here.
 fn missing(root: &Path) -> Option<String> {
-    for program in ["qemu-system-x86_64", "setpriv", "setsid"] {
+    for program in [qemu().as_str(), "setpriv", "setsid"] {
         let found = Command::new(program).arg("--version").stdout(Stdio::null()).status();
         if let Err(error) = found {
             return Some(format!("{program} cannot be run: {error}"));
@@ -37,7 +42,8 @@ fn a_gateway_that_is_killed_leaves_the_vm_running_in_exactly_one_place() {
         .args(["lab", "kill", "--json"])
         .arg(&json)
         .arg("--image")
-        .arg(root.join("target/guest"));
+        .arg(root.join("target/guest"))
+        .args(["--qemu", &qemu()]);
     for case in CASES {
         command.args(["--only", case]);
     }

@@ -19,17 +19,16 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// The guest's launch, or the reason for skipping.
 fn small_guest() -> Option<Launch> {
     let launch = || -> Result<Launch, String> {
-        let found = Command::new("qemu-system-x86_64")
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status();
-        found.map_err(|error| format!("qemu-system-x86_64 cannot be run: {error}"))?;
+        let qemu = std::env::var("LONGHAUL_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+        let found = Command::new(&qemu).arg("--version").stdout(Stdio::null()).status();
+        found.map_err(|error| format!("{qemu} cannot be run: {error}"))?;
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let image = Image::build(&root.join("netem-scripts/guest"), &root.join("target/guest"));
-        Ok(Launch::new(
-            image.map_err(|error| error.to_string())?,
-            GuestDials::small(),
-        ))
+        let image = image.map_err(|error| error.to_string())?;
+        Ok(Launch {
+            qemu,
+            ..Launch::new(image, GuestDials::small())
+        })
     };
     launch().inspect_err(|reason| println!("skipped: {reason}")).ok()
 }

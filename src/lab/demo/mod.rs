@@ -35,6 +35,7 @@ use super::process::ProcessError;
 
 /// Moves a Linux guest across an emulated link and back, beside plain QEMU, and reports.
 #[derive(Clone, Debug, Args)]
+#[command(args_override_self = true)]
 pub struct DemoArgs {
     /// The link, by the name of its profile.
     #[arg(long, default_value = "intercontinental")]

@@ -41,6 +41,7 @@ use super::process::ProcessError;
 
 /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
 #[derive(Clone, Debug, Args)]
+#[command(args_override_self = true)]
 pub struct KillArgs {
     /// Chooses the seeded moments and how long a killed gateway stays away.
     #[arg(long, value_name = "N", default_value_t = 1)]
