@@ -9,6 +9,7 @@
 pub(crate) mod guest;
 pub(crate) mod process;
 pub(crate) mod qmp;
+pub(crate) mod relay;
 pub(crate) mod site;
 
 use std::path::{Path, PathBuf};

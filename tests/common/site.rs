@@ -321,7 +321,7 @@ const DURABLE: [&str; 6] = [
 ];
 
 /// A port that is free together with the next one, over UDP and TCP on loopback.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     // Tests of one process take turns; other processes start elsewhere.
     static TURN: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(std::process::id() % 6000).unwrap() * 4;

@@ -1,0 +1,102 @@
+//! Whole migrations over a path that is cut and comes back.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
+
+mod common;
+
+use common::guest::Machine;
+use common::process::{Running, send};
+use common::relay::Relay;
+use common::site::free_port;
+use common::{Rig, Site, need, qemu, until};
+use rustix::process::Signal;
+
+/// Two paired sites that reach each other only through relays.
+fn apart(machine: Machine) -> (Rig, [Relay; 2]) {
+    let mut relays = Vec::new();
+    let rig = Rig::planned(&[("vm", machine)], |a, b| {
+        for plan in [a, b] {
+            let front = free_port();
+            relays.push(Relay::start(front, plan.port));
+            plan.settings = format!("advertise = \"127.0.0.1:{front}\"\n{}", plan.settings);
+        }
+    });
+    let relays = relays.try_into().unwrap_or_else(|_| panic!("a relay for each site"));
+    (rig, relays)
+}
+
+fn cut(relays: &[Relay; 2], cut: bool) {
+    relays.iter().for_each(|relay| relay.cut(cut));
+}
+
+#[track_caller]
+fn begin(site: &Site, rate: &str) -> Running {
+    let client = site.begin(&["migrate", "vm", "--to", "b", "--rate", rate, "--output", "json"]);
+    until_phase(site, "precopy");
+    client
+}
+
+#[track_caller]
+fn until_phase(site: &Site, phase: &str) {
+    until(&format!("vm is in {phase} at {}", site.name()), || {
+        site.run(&["list", "--output", "json"]).json()[0]["phase"] == phase
+    });
+}
+
+#[test]
+fn a_cut_while_memory_is_copied_is_waited_for_and_only_what_was_lost_is_sent_again() {
+    need!(qemu());
+    let (mut rig, relays) = apart(Machine::filled(48));
+    rig.a.boot("vm");
+    let client = begin(&rig.a, "40mbit");
+    for times in 1..=2 {
+        let percent = |site: &Site| {
+            site.run(&["list", "--output", "json"]).json()[0]["percent"]
+                .as_f64()
+                .unwrap()
+        };
+        let reached = percent(&rig.a);
+        until("some more is copied", || percent(&rig.a) > reached);
+        cut(&relays, true);
+        until("both have noticed", || {
+            [&rig.a, &rig.b]
+                .iter()
+                .all(|site| site.log().matches("contact lost").count() >= times)
+        });
+        assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
+        cut(&relays, false);
+    }
+    let moved = client.wait();
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    let report = moved.json();
+    let (given, carried) = (
+        report["vmm_bytes"].as_u64().unwrap(),
+        report["wire_bytes"].as_u64().unwrap(),
+    );
+    // Random bytes cross once, with headers; all of them again would be twice as many.
+    assert!(carried < given * 5 / 4, "{report}");
+    assert_eq!(rig.b.state("vm").as_deref(), Some("running"));
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_cut_after_the_hand_over_leaves_one_copy_that_runs_and_the_end_of_the_cut_tells_the_source() {
+    need!(qemu());
+    let (mut rig, relays) = apart(Machine::firmware());
+    rig.a.boot("vm");
+    let client = begin(&rig.a, "4mbit");
+    until("a hypervisor waits at b", || rig.b.hypervisors("vm").len() == 1);
+    let destination = rig.b.hypervisors("vm")[0];
+    // Nothing is loaded before the path is cut.
+    send(destination, Signal::STOP);
+    until("the permit has arrived", || rig.b.log().contains("ReleaseHeldTail"));
+    cut(&relays, true);
+    send(destination, Signal::CONT);
+    until("vm runs at b", || rig.b.state("vm").as_deref() == Some("running"));
+    // The source does not know, and its copy stands.
+    until_phase(&rig.a, "committing");
+    cut(&relays, false);
+    let moved = client.wait();
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
