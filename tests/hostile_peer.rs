@@ -354,6 +354,19 @@ async fn lanes_that_are_no_frames_cost_the_connection() {
         ("a longer payload than there is", changed(4, 200)),
         ("longer than any frame", vec![0x4c; MAX_PAYLOAD + 4096].into()),
         (
+        ("a sequence beyond any stream", changed(39, 0x80)),
+        ("an offset beyond any stream", changed(47, 0x80)),
+        (
+            "a repair that is longer than its head makes it",
+            lane(
+                FrameHeader {
+                    kind: FrameKind::Repair,
+                    stream_bytes: 0,
+                    ..header(2)
+                },
+                &[&[1, 11, 1, 0][..], &[0; 8], &[48, 0, 0, 0], &[0; 4], &[0; 2049]].concat(),
+            ),
+        ),
             "beyond the window",
             lane(
                 FrameHeader {

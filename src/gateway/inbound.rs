@@ -4,6 +4,7 @@
 //! them; one *writer* task gives the bytes to the vmm. A vmm that reads slowly fills the queue between them, the decoder
 //! stands still, acknowledgements stop and with them the source.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -140,14 +141,13 @@ impl Inbound {
     }
 
     /// Frames that a repair covers, those that have arrived; `None` where it has nothing to repair any more.
-    pub(crate) fn frames_of(&self, epoch: u32, first: u64, count: usize) -> Option<Vec<Option<Frame>>> {
+    pub(crate) fn frames_of(&self, epoch: u32, sequences: Range<u64>) -> Option<Vec<Option<Frame>>> {
         let receiving = self.shared.receiving();
         let session = &receiving.session;
-        let sequences = || (first..).take(count);
-        if session.epoch() != epoch || sequences().all(|sequence| session.has(sequence)) {
+        if session.epoch() != epoch || sequences.clone().all(|sequence| session.has(sequence)) {
             return None;
         }
-        Some(sequences().map(|sequence| session.frame(sequence).cloned()).collect())
+        Some(sequences.map(|sequence| session.frame(sequence).cloned()).collect())
     }
 
     /// A new incarnation of the session begins: frames of older ones are refused. Returns what need not be sent again.
