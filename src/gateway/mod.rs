@@ -45,6 +45,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::accept::BulkConnections;
 use self::destination::Attachment;
 use self::directory::Directory;
 use self::inbound::Inbound;
@@ -84,6 +85,7 @@ pub(crate) struct Core {
     pub(crate) registry: Registry,
     pub(crate) drivers: Directory<mpsc::Sender<Attachment>>,
     pub(crate) inbound: Directory<Arc<Inbound>>,
+    pub(crate) bulk: BulkConnections,
     pub(crate) memory: MemoryBudget,
     pub(crate) metrics: Arc<Metrics>,
     draining: CancellationToken,
@@ -147,6 +149,7 @@ pub async fn run(
         registry: Registry::default(),
         drivers: Directory::default(),
         inbound: Directory::default(),
+        bulk: BulkConnections::default(),
         memory,
         metrics,
         draining: drain.clone(),
@@ -189,7 +192,7 @@ async fn accept_peers(core: Arc<Core>) {
                 tokio::spawn(accept::control(core, peer, incoming.connection));
             }
             (ConnectionKind::Bulk, Some(peer)) => {
-                tokio::spawn(accept::bulk(core, peer, incoming.connection));
+                accept::bulk(core, peer, incoming.connection);
             }
             (ConnectionKind::Pairing, _) => {
                 tokio::spawn(commands::answer_pairing(
