@@ -228,10 +228,12 @@ fn lane(header: FrameHeader, payload: &[u8]) -> Bytes {
 }
 
 async fn assert_closed(connection: &PeerConnection) {
+    assert_closed_with(CloseCode::Protocol, connection).await;
+}
+
+async fn assert_closed_with(code: CloseCode, connection: &PeerConnection) {
     match soon(connection.closed()).await {
-        ConnectionError::ApplicationClosed(close) => {
-            assert_eq!(close.error_code, CloseCode::Protocol.into(), "{close:?}");
-        }
+        ConnectionError::ApplicationClosed(close) => assert_eq!(close.error_code, code.into(), "{close:?}"),
         // Where the machine is busy, a reset hides the reason that came before it.
         ConnectionError::Reset => {}
         other => panic!("closed by {other}"),
@@ -352,6 +354,19 @@ async fn lanes_that_are_no_frames_cost_the_connection() {
         ("unknown kind", changed(2, 77)),
         ("unknown flags", changed(3, 0xf0)),
         ("a longer payload than there is", changed(4, 200)),
+        ("a sequence beyond any stream", changed(39, 0x80)),
+        ("an offset beyond any stream", changed(47, 0x80)),
+        (
+            "a repair that is longer than its head makes it",
+            lane(
+                FrameHeader {
+                    kind: FrameKind::Repair,
+                    stream_bytes: 0,
+                    ..header(2)
+                },
+                &[&[1, 11, 1, 0][..], &[0; 8], &[48, 0, 0, 0], &[0; 4], &[0; 2049]].concat(),
+            ),
+        ),
         ("longer than any frame", vec![0x4c; MAX_PAYLOAD + 4096].into()),
         (
             "beyond the window",
@@ -387,6 +402,30 @@ async fn lanes_that_are_no_frames_cost_the_connection() {
     assert_eq!(channel.ownership().await, Some(aborted));
     drop(link);
     scene.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_has_one_bulk_connection_and_lanes_of_nobody_are_not_waited_for() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let older = stranger.link(JOURNAL).await;
+    let newer = stranger.link(JOURNAL).await;
+    assert_closed_with(CloseCode::Replaced, &older.bulk).await;
+    assert!(older.control.close_reason().is_none());
+
+    // The header says which migration it is of; what follows it never comes.
+    let whole = lane(
+        FrameHeader {
+            stream_bytes: 1 << 20,
+            ..header(2)
+        },
+        &vec![7; 1 << 20],
+    );
+    let mut lane = soon(newer.bulk.open_uni()).await.unwrap();
+    lane.write_all(&whole[..1000]).await.unwrap();
+    assert!(soon(lane.stopped()).await.unwrap().is_some());
+    assert!(newer.bulk.close_reason().is_none());
 }
 
 /// Frames of a stream in which pages come twice, so that later ones refer to earlier ones.

@@ -1,6 +1,7 @@
 //! What peers open: control channels and lanes.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -135,9 +136,46 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
     }
 }
 
-/// Takes lanes off a peer's bulk connection until it closes.
-pub(crate) async fn bulk(core: Arc<Core>, peer: String, connection: PeerConnection) {
-    let lanes = Arc::new(Lanes::new(peer.clone()));
+/// The bulk connection on which each peer may open lanes: the newest that it made. What lanes may hold is bounded for a connection, so a
+/// peer has one. Those that this gateway dialled are not among them: no lanes are taken from them.
+#[derive(Debug, Default)]
+pub(crate) struct BulkConnections(Mutex<HashMap<String, PeerConnection>>);
+
+impl BulkConnections {
+    /// Lanes come on this connection from now on. The one before it is closed: the peer gave it up, or breaks the rule.
+    fn take_over(&self, peer: &str, connection: &PeerConnection) {
+        if let Some(older) = self.newest().insert(peer.to_owned(), connection.clone()) {
+            older.close_with(CloseCode::Replaced, "a newer bulk connection of yours took over");
+        }
+    }
+
+    /// This one is closed.
+    fn remove(&self, peer: &str, connection: &PeerConnection) {
+        let mut newest = self.newest();
+        if newest
+            .get(peer)
+            .is_some_and(|kept| kept.stable_id() == connection.stable_id())
+        {
+            newest.remove(peer);
+        }
+    }
+
+    fn newest(&self) -> MutexGuard<'_, HashMap<String, PeerConnection>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes lanes off a peer's bulk connection until it closes. To be called in the order in which connections come.
+pub(crate) fn bulk(core: Arc<Core>, peer: String, connection: PeerConnection) {
+    core.bulk.take_over(&peer, &connection);
+    tokio::spawn(async move {
+        take_lanes(&core, &peer, &connection).await;
+        core.bulk.remove(&peer, &connection);
+    });
+}
+
+async fn take_lanes(core: &Arc<Core>, peer: &str, connection: &PeerConnection) {
+    let lanes = Arc::new(Lanes::new(peer.to_owned()));
     loop {
         let stream = match connection.accept_uni().await {
             Ok(stream) => stream,
@@ -147,7 +185,7 @@ pub(crate) async fn bulk(core: Arc<Core>, peer: String, connection: PeerConnecti
             }
         };
         lanes.open(stream.id().index());
-        let (core, peer) = (Arc::clone(&core), peer.clone());
+        let (core, peer) = (Arc::clone(core), peer.to_owned());
         let (lanes, connection) = (Arc::clone(&lanes), connection.clone());
         // Lanes are read side by side; how many there are is bounded by the limit on open lanes, their bytes by the window.
         tokio::spawn(async move {

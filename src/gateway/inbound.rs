@@ -4,6 +4,7 @@
 //! them; one *writer* task gives the bytes to the vmm. A vmm that reads slowly fills the queue between them, the decoder
 //! stands still, acknowledgements stop and with them the source.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -81,7 +82,11 @@ struct Receiving {
 
 impl Inbound {
     /// Starts decoder and writer towards the vmm's socket.
-    pub(crate) fn start(vmm: UnixStream, window_bytes: u64, decoder: Decoder<Shelf>) -> Self {
+    pub(crate) fn start<S: PageShelf + Send + 'static>(
+        vmm: UnixStream,
+        window_bytes: u64,
+        decoder: Decoder<S>,
+    ) -> Self {
         let shared = Arc::new(Shared {
             session: Mutex::new(Receiving {
                 session: DestinationSession::new(window_bytes),
@@ -101,13 +106,24 @@ impl Inbound {
 
         let decoding = Arc::clone(&shared);
         let report = Arc::clone(&progress);
-        tokio::task::spawn_blocking(move || match decode(&decoding, decoder, &restored) {
-            Ok(Some(summary)) => {
-                report.send_modify(|progress| progress.restored = Some(summary));
-                decoding.acknowledge.notify_one();
-            }
-            Ok(None) => {}
-            Err(error) => report.send_modify(|progress| progress.failed = Some(error.to_string())),
+        let decoder = {
+            let shared = Arc::clone(&shared);
+            tokio::task::spawn_blocking(move || decode(&shared, decoder, &restored))
+        };
+        tokio::spawn(async move {
+            let failed = match decoder.await {
+                Ok(Ok(Some(summary))) => {
+                    report.send_modify(|progress| progress.restored = Some(summary));
+                    decoding.acknowledge.notify_one();
+                    return;
+                }
+                Ok(Ok(None)) => return,
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => {
+                    format!("this gateway's decoder ended: {error}: please report it, with the gateway's log")
+                }
+            };
+            report.send_modify(|progress| progress.failed = Some(failed));
         });
 
         let writing = Arc::clone(&shared);
@@ -140,14 +156,13 @@ impl Inbound {
     }
 
     /// Frames that a repair covers, those that have arrived; `None` where it has nothing to repair any more.
-    pub(crate) fn frames_of(&self, epoch: u32, first: u64, count: usize) -> Option<Vec<Option<Frame>>> {
+    pub(crate) fn frames_of(&self, epoch: u32, sequences: Range<u64>) -> Option<Vec<Option<Frame>>> {
         let receiving = self.shared.receiving();
         let session = &receiving.session;
-        let sequences = || (first..).take(count);
-        if session.epoch() != epoch || sequences().all(|sequence| session.has(sequence)) {
+        if session.epoch() != epoch || sequences.clone().all(|sequence| session.has(sequence)) {
             return None;
         }
-        Some(sequences().map(|sequence| session.frame(sequence).cloned()).collect())
+        Some(sequences.map(|sequence| session.frame(sequence).cloned()).collect())
     }
 
     /// A new incarnation of the session begins: frames of older ones are refused. Returns what need not be sent again.
@@ -245,9 +260,9 @@ struct Restored {
 }
 
 /// The decoder's thread. The summary, where the stream was restored to its end.
-fn decode(
+fn decode<S: PageShelf>(
     shared: &Shared,
-    mut decoder: Decoder<Shelf>,
+    mut decoder: Decoder<S>,
     restored: &mpsc::Sender<Restored>,
 ) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
     while let Some(frame) = shared.next_frame()? {
@@ -309,4 +324,62 @@ enum InboundError {
     Session(#[from] SessionError),
     #[error(transparent)]
     Decode(#[from] DecodeError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::page::MigrationId;
+    use crate::proto::reduce::DictionaryLimits;
+    use crate::proto::session::{EncodedFrame, Encoder, SourceSession};
+
+    /// A shelf with a mistake in it.
+    struct Broken;
+
+    impl PageShelf for Broken {
+        fn put(&mut self, slot: u32, _: &[u8]) -> Result<(), ShelfError> {
+            panic!("no slot {slot}")
+        }
+
+        fn get(&mut self, slot: u32, _: &mut [u8]) -> Result<(), ShelfError> {
+            panic!("no slot {slot}")
+        }
+    }
+
+    /// A page that has to be put on the shelf.
+    fn frames() -> Vec<EncodedFrame> {
+        let mut stream = b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+        stream.extend((0x1000_u64 | 4).to_be_bytes());
+        stream.extend(b"\x01r");
+        stream.extend(0x1000_u64.to_be_bytes());
+        stream.extend(0x10_u64.to_be_bytes());
+        stream.extend(b"\x02\0\0\0\x02");
+        stream.extend(8_u64.to_be_bytes());
+        stream.extend(b"\x01r");
+        stream.extend([7; 0x1000]);
+        stream.extend(0x10_u64.to_be_bytes());
+        let mut frames = Vec::new();
+        let mut encoder = Encoder::new(DictionaryLimits::new(16, 4).ok());
+        encoder.feed(&stream, &mut frames);
+        let (_, pages) = encoder.finish(&mut frames);
+        assert_eq!(pages.literal + pages.raw, 1);
+        frames
+    }
+
+    #[tokio::test]
+    async fn a_decoder_that_panics_fails_its_migration() {
+        let limits = DictionaryLimits::new(16, 4).unwrap();
+        let (vmm, _other) = UnixStream::pair().unwrap();
+        let inbound = Inbound::start(vmm, 1 << 20, Decoder::new(Some((limits, Broken))));
+        let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
+        for frame in frames() {
+            source.push(frame, false);
+        }
+        while let Some(frame) = source.poll_transmit(0) {
+            inbound.receive(frame).unwrap();
+        }
+        let mut progress = inbound.progress();
+        let failed = progress.wait_for(|progress| progress.failed.is_some()).await.unwrap();
+        assert!(failed.failed.as_ref().unwrap().contains("panic"), "{failed:?}");
+    }
 }

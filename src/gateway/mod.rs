@@ -45,6 +45,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::accept::BulkConnections;
 use self::destination::Attachment;
 use self::directory::Directory;
 use self::inbound::Inbound;
@@ -86,6 +87,7 @@ pub(crate) struct Core {
     /// Held while a driver is started for a migration that only the journal knows.
     pub(crate) starting_drivers: tokio::sync::Mutex<()>,
     pub(crate) inbound: Directory<Arc<Inbound>>,
+    pub(crate) bulk: BulkConnections,
     pub(crate) memory: MemoryBudget,
     pub(crate) metrics: Arc<Metrics>,
     draining: CancellationToken,
@@ -150,6 +152,7 @@ pub async fn run(
         drivers: Directory::default(),
         starting_drivers: tokio::sync::Mutex::default(),
         inbound: Directory::default(),
+        bulk: BulkConnections::default(),
         memory,
         metrics,
         draining: drain.clone(),
@@ -192,7 +195,7 @@ async fn accept_peers(core: Arc<Core>) {
                 tokio::spawn(accept::control(core, peer, incoming.connection));
             }
             (ConnectionKind::Bulk, Some(peer)) => {
-                tokio::spawn(accept::bulk(core, peer, incoming.connection));
+                accept::bulk(core, peer, incoming.connection);
             }
             (ConnectionKind::Pairing, _) => {
                 tokio::spawn(commands::answer_pairing(

@@ -105,8 +105,8 @@ impl Outbound {
         (Self { shared }, end)
     }
 
-    /// Sends frames over `connection` until everything is sent, the connection fails or the migration stops. After a failure
-    /// [`resume`](Self::resume) and call it again with a new connection. `protects_tail`: what is in flight when the stream ends is
+    /// Sends the frames of this incarnation over `connection` until the connection fails, the migration stops or the next incarnation
+    /// begins. After a failure [`resume`](Self::resume) and call it again with a new connection. `protects_tail`: what is in flight when the stream ends is
     /// followed by parity.
     ///
     /// # Errors
@@ -118,12 +118,21 @@ impl Outbound {
         protects_tail: bool,
     ) -> Result<(), LaneError> {
         let shared = &self.shared;
+        let epoch = self.epoch();
         loop {
             if shared.stopped.load(Ordering::Acquire) {
                 return Ok(());
             }
             let notified = shared.to_send.notified();
-            let next = shared.session().poll_transmit();
+            let (next, current) = {
+                let mut session = shared.session();
+                (session.poll_transmit(epoch), session.epoch())
+            };
+            if current != epoch {
+                // What woke this sender is meant for its successor.
+                shared.to_send.notify_one();
+                return Ok(());
+            }
             let Some(frame) = next else {
                 if shared.session().unsent_bytes() == 0 {
                     shared.ran_dry.store(true, Ordering::Relaxed);
@@ -137,7 +146,7 @@ impl Outbound {
             }
             let sequence = frame.header.sequence;
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
-            shared.session().sent_on(sequence, lane.id().index());
+            shared.session().sent_on(epoch, sequence, lane.id().index());
             shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {

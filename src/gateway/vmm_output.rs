@@ -16,6 +16,10 @@ pub(crate) const HELD_TAIL: usize = 256 << 10;
 /// Most bytes that are held back from the device state on. Beyond it the oldest are passed on: the tail stays held.
 const HELD_LIMIT: usize = 32 << 20;
 
+/// Most pieces that are held back: each costs some hundred bytes beside its own, and is a byte long at least, so that as many are never
+/// less than the tail. QEMU's device state is a few hundred pieces.
+const HELD_PIECES: usize = HELD_TAIL;
+
 /// Restored bytes on their way into a vmm.
 #[derive(Debug)]
 pub(crate) struct VmmOutput<W> {
@@ -43,6 +47,9 @@ impl<W: AsyncWrite + Unpin> VmmOutput<W> {
     /// The vmm does not read any more.
     pub(crate) async fn write(&mut self, bytes: Bytes, device_state: bool) -> std::io::Result<()> {
         self.device_state |= device_state;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.queued += bytes.len();
         self.queue.push_back(bytes);
         let keep = if self.device_state { HELD_LIMIT } else { HELD_TAIL };
@@ -72,9 +79,12 @@ impl<W: AsyncWrite + Unpin> VmmOutput<W> {
     }
 
     async fn drain_to(&mut self, keep: usize) -> std::io::Result<()> {
-        while self.queued > keep {
+        while self.queued > keep || self.queue.len() > HELD_PIECES {
             let front = self.queue.front_mut().expect("queued bytes are in the queue");
-            let now = front.len().min(self.queued - keep);
+            let now = match self.queued.saturating_sub(keep) {
+                0 => front.len(),
+                over => front.len().min(over),
+            };
             self.vmm.write_all(&front[..now]).await?;
             self.written += now as u64;
             self.queued -= now;
@@ -128,5 +138,19 @@ mod tests {
             output.write(block(1 << 20, 3), true).await.unwrap();
         }
         assert_eq!(output.written() as usize, (40 << 20) - HELD_LIMIT);
+    }
+
+    #[tokio::test]
+    async fn pieces_that_are_held_are_bounded_too_and_never_less_than_the_tail() {
+        let mut taken = Vec::new();
+        let mut output = VmmOutput::new(&mut taken);
+        for _ in 0..HELD_PIECES {
+            output.write(block(1, 4), true).await.unwrap();
+            output.write(Bytes::new(), true).await.unwrap();
+        }
+        assert_eq!((output.written(), output.queue.len()), (0, HELD_PIECES));
+        output.write(block(7, 5), true).await.unwrap();
+        assert_eq!((output.written(), output.queue.len()), (1, HELD_PIECES));
+        assert!(output.queued >= HELD_TAIL);
     }
 }

@@ -12,7 +12,7 @@
 //!  8 bytes                varint len; from the groups, or with flag 1 from plain
 //!  9                      kept: reference to stream bytes
 //! 10 blank                page records with content that is all zeroes
-//! 11 block                varint number: the block of what follows; with flag 1 then u8 n, name[n]: its name from now on
+//! 11 block                varint number: the block of what follows, from its page 0 on; with flag 1 then u8 n, name[n]: its name from now on
 //! 12 to 15                kept
 //!
 //! pages: a run of adjacent pages (and of adjacent slots)

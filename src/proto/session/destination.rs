@@ -1,11 +1,17 @@
 //! The destination's half: puts frames back into their order within a bound, refuses older incarnations.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use super::SessionError;
 use crate::proto::wire::Frame;
+use crate::proto::wire::frame::MAX_UNACKNOWLEDGED;
 use crate::proto::wire::message::Held;
 use crate::proto::wire::repair::RUN;
+
+/// Ranges that [`DestinationSession::held`] tells at the most: a pair takes up to 20 bytes of a message of 512 KiB. What lies beyond
+/// is sent again, and dropped.
+const MOST_RANGES: usize = 4096;
 
 /// Frames of one migration on their way in.
 #[derive(Debug)]
@@ -16,6 +22,10 @@ pub struct DestinationSession {
     stream_offset: u64,
     waiting: BTreeMap<u64, Frame>,
     waiting_bytes: u64,
+    /// The first frame, from `next` on, that has not arrived.
+    gap: u64,
+    /// Bytes of the frames from `next` to `gap`.
+    ready_bytes: u64,
     /// Taken frames of the run that is not over: what is missing of it may have to be computed from them.
     taken: Vec<Frame>,
     end: Option<u64>,
@@ -32,6 +42,8 @@ impl DestinationSession {
             stream_offset: 0,
             waiting: BTreeMap::new(),
             waiting_bytes: 0,
+            gap: 0,
+            ready_bytes: 0,
             taken: Vec::new(),
             end: None,
         }
@@ -55,11 +67,14 @@ impl DestinationSession {
         if sequence < self.next || self.waiting.contains_key(&sequence) {
             return Ok(());
         }
-        if frame.header.last {
-            if self.waiting.range(sequence..).next().is_some() {
-                return Err(SessionError::BeyondTheEnd { sequence });
-            }
-            self.end = Some(sequence + 1);
+        if frame.header.last && self.waiting.range(sequence..).next().is_some() {
+            return Err(SessionError::BeyondTheEnd { sequence });
+        }
+        if self.waiting.len() == MAX_UNACKNOWLEDGED {
+            return Err(SessionError::TooManyFrames {
+                sequence,
+                limit: MAX_UNACKNOWLEDGED,
+            });
         }
         let bytes = frame.lane_bytes();
         if self.waiting_bytes + bytes > self.window_bytes {
@@ -68,8 +83,15 @@ impl DestinationSession {
                 limit_bytes: self.window_bytes,
             });
         }
+        if frame.header.last {
+            self.end = Some(sequence + 1);
+        }
         self.waiting_bytes += bytes;
         self.waiting.insert(sequence, frame);
+        while let Some(frame) = self.waiting.get(&self.gap) {
+            self.ready_bytes += frame.lane_bytes();
+            self.gap += 1;
+        }
         Ok(())
     }
 
@@ -78,17 +100,20 @@ impl DestinationSession {
     /// # Errors
     /// [`SessionError::OutOfStep`] where the frame does not continue the stream.
     pub fn poll_frame(&mut self) -> Result<Option<Frame>, SessionError> {
-        let Some(frame) = self.waiting.remove(&self.next) else {
+        let Entry::Occupied(entry) = self.waiting.entry(self.next) else {
             return Ok(None);
         };
-        self.waiting_bytes -= frame.lane_bytes();
-        if frame.header.stream_offset != self.stream_offset {
+        let found = entry.get().header.stream_offset;
+        if found != self.stream_offset {
             return Err(SessionError::OutOfStep {
                 sequence: self.next,
-                found: frame.header.stream_offset,
+                found,
                 expected: self.stream_offset,
             });
         }
+        let frame = entry.remove();
+        self.waiting_bytes -= frame.lane_bytes();
+        self.ready_bytes -= frame.lane_bytes();
         self.stream_offset += u64::from(frame.header.stream_bytes);
         self.next += 1;
         if self.next.is_multiple_of(RUN) {
@@ -99,29 +124,35 @@ impl DestinationSession {
         Ok(Some(frame))
     }
 
-    /// Begins a new incarnation; frames of the old one are refused from here on.
+    /// Begins a new incarnation; frames of the old one are refused from here on. Asked again, it answers again: a source that did
+    /// not get the answer has sent nothing of this incarnation yet, and calls with the same epoch.
     ///
     /// # Errors
-    /// [`SessionError::StaleEpoch`] unless `epoch` is newer.
+    /// [`SessionError::StaleEpoch`] where a newer one has begun.
     pub fn resume(&mut self, epoch: u32) -> Result<Held, SessionError> {
-        if epoch <= self.epoch {
+        if epoch < self.epoch {
             return Err(SessionError::StaleEpoch {
                 found: epoch,
                 current: self.epoch,
             });
         }
-        self.epoch = epoch;
-        self.taken.clear();
+        if epoch > self.epoch {
+            self.epoch = epoch;
+            self.taken.clear();
+        }
         Ok(self.held())
     }
 
-    /// What has arrived: everything before the frame that [`poll_frame`](Self::poll_frame) waits for, and ranges beyond.
+    /// What has arrived: everything before the frame that [`poll_frame`](Self::poll_frame) waits for, and ranges beyond, at most
+    /// so many as a message takes.
     #[must_use]
     pub fn held(&self) -> Held {
         let mut beyond: Vec<(u64, u64)> = Vec::new();
         for &sequence in self.waiting.keys() {
+            let told = beyond.len();
             match beyond.last_mut() {
                 Some((_, end)) if *end == sequence => *end += 1,
+                _ if told == MOST_RANGES => break,
                 _ => beyond.push((sequence, sequence + 1)),
             }
         }
@@ -159,12 +190,7 @@ impl DestinationSession {
     /// Bytes of frames that have arrived in order and are not yet taken.
     #[must_use]
     pub fn ready_bytes(&self) -> u64 {
-        let in_order = self
-            .waiting
-            .iter()
-            .zip(self.next..)
-            .take_while(|((sequence, _), next)| *sequence == next);
-        in_order.map(|((_, frame), _)| frame.lane_bytes()).sum()
+        self.ready_bytes
     }
 
     /// Bytes that wait out of order.
@@ -190,7 +216,7 @@ mod tests {
     use super::*;
     use crate::proto::page::MigrationId;
     use crate::proto::wire::FrameKind;
-    use crate::proto::wire::frame::HEADER_LEN;
+    use crate::proto::wire::frame::{HEADER_LEN, MAX_POSITION};
 
     fn encoded(payload: Vec<u8>) -> EncodedFrame {
         let stream_bytes = u32::try_from(payload.len()).unwrap();
@@ -207,7 +233,7 @@ mod tests {
         for at in 0..=sequence {
             source.push(encoded(b"ab".to_vec()), last && at == sequence);
         }
-        std::iter::from_fn(|| source.poll_transmit()).last().unwrap()
+        std::iter::from_fn(|| source.poll_transmit(0)).last().unwrap()
     }
 
     #[test]
@@ -219,9 +245,116 @@ mod tests {
             Err(SessionError::OldEpoch { found: 0, current: 1 })
         );
         assert_eq!(
-            session.resume(1),
-            Err(SessionError::StaleEpoch { found: 1, current: 1 })
+            session.resume(0),
+            Err(SessionError::StaleEpoch { found: 0, current: 1 })
         );
+    }
+
+    #[test]
+    fn a_source_that_missed_the_answer_to_its_attach_is_answered_again() {
+        let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
+        let mut destination = DestinationSession::new(1 << 20);
+        for at in 0..3 {
+            source.push(encoded(b"ab".to_vec()), at == 2);
+        }
+        let first = source.poll_transmit(0).unwrap();
+        destination.receive(first).unwrap();
+        assert!(destination.poll_frame().unwrap().is_some());
+        let lost = destination.resume(1).unwrap();
+        let held = destination.resume(1).unwrap();
+        assert_eq!(held, lost);
+        source.resume(1, &held).unwrap();
+        while let Some(frame) = source.poll_transmit(1) {
+            destination.receive(frame).unwrap();
+        }
+        while destination.poll_frame().unwrap().is_some() {}
+        assert!(destination.is_finished());
+    }
+
+    #[test]
+    fn an_attach_that_is_repeated_leaves_repairs_what_they_need() {
+        let mut session = DestinationSession::new(1 << 20);
+        let mut first = frame(0, false);
+        first.header.epoch = 1;
+        session.resume(1).unwrap();
+        session.receive(first.clone()).unwrap();
+        assert!(session.poll_frame().unwrap().is_some());
+        session.resume(1).unwrap();
+        assert_eq!(session.frame(0), Some(&first));
+        session.resume(2).unwrap();
+        assert_eq!(session.frame(0), None);
+    }
+
+    #[test]
+    fn a_sender_of_an_incarnation_that_is_over_takes_nothing_with_it() {
+        let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
+        source.push(encoded(b"ab".to_vec()), true);
+        source.resume(1, &Held::default()).unwrap();
+        assert_eq!(source.poll_transmit(0), None);
+        let frame = source.poll_transmit(1).unwrap();
+        source.sent_on(0, frame.header.sequence, 77);
+        assert!(source.tail().is_empty());
+        source.sent_on(1, frame.header.sequence, 78);
+        assert_eq!(source.tail()[0].frames[0].1, 78);
+    }
+
+    #[test]
+    fn as_many_frames_wait_as_are_sent_unacknowledged_and_not_one_more() {
+        let mut source = SourceSession::new(MigrationId([1; 16]), u64::MAX);
+        let mut session = DestinationSession::new(u64::MAX);
+        for _ in 0..MAX_UNACKNOWLEDGED + 2 {
+            source.push(encoded(Vec::new()), false);
+        }
+        let mut last = None;
+        while let Some(frame) = source.poll_transmit(0) {
+            // The first is late, so that all others wait for it.
+            if frame.header.sequence > 0 {
+                session.receive(frame.clone()).unwrap();
+            }
+            last = Some(frame);
+        }
+        let mut next = last.unwrap();
+        assert_eq!(next.header.sequence + 1, MAX_UNACKNOWLEDGED as u64);
+        next.header.sequence += 1;
+        session.receive(next.clone()).unwrap();
+        next.header.sequence += 1;
+        assert!(matches!(session.receive(next), Err(SessionError::TooManyFrames { .. })));
+    }
+
+    #[test]
+    fn more_gaps_than_a_message_tells_are_sent_again() {
+        let mut source = SourceSession::new(MigrationId([1; 16]), u64::MAX);
+        let mut session = DestinationSession::new(u64::MAX);
+        let frames = 2 * MOST_RANGES as u64 + 8;
+        for _ in 0..frames {
+            source.push(encoded(b"ab".to_vec()), false);
+        }
+        while let Some(frame) = source.poll_transmit(0) {
+            if frame.header.sequence % 2 == 1 {
+                session.receive(frame).unwrap();
+            }
+        }
+        let held = session.resume(1).unwrap();
+        assert_eq!(held.beyond.len(), MOST_RANGES);
+        source.resume(1, &held).unwrap();
+        let again = std::iter::from_fn(|| source.poll_transmit(1)).count() as u64;
+        assert_eq!(again, frames - MOST_RANGES as u64);
+    }
+
+    #[test]
+    fn a_frame_that_is_out_of_step_changes_nothing() {
+        let mut session = DestinationSession::new(1 << 20);
+        let mut crooked = frame(0, false);
+        crooked.header.stream_offset = 7;
+        session.receive(crooked).unwrap();
+        let before = (session.held(), session.waiting_bytes(), session.ready_bytes());
+        for _ in 0..2 {
+            assert!(matches!(
+                session.poll_frame(),
+                Err(SessionError::OutOfStep { found: 7, .. })
+            ));
+        }
+        assert_eq!((session.held(), session.waiting_bytes(), session.ready_bytes()), before);
     }
 
     #[test]
@@ -267,7 +400,7 @@ mod tests {
                 sent: 0
             })
         );
-        assert!(source.poll_transmit().is_some());
+        assert!(source.poll_transmit(0).is_some());
         assert_eq!(source.on_ack(&held), Ok(()));
     }
 
@@ -291,7 +424,7 @@ mod tests {
             let mut sent = 0usize;
             let mut step = |action: u8, index: usize, lanes: &mut Vec<Frame>| {
                 match action {
-                    0..=3 => if let Some(frame) = source.poll_transmit() {
+                    0..=3 => if let Some(frame) = source.poll_transmit(source.epoch()) {
                         sent += 1;
                         lanes.push(frame);
                     },
@@ -332,5 +465,81 @@ mod tests {
                 prop_assert_eq!(sent, sizes.len());
             }
         }
+
+        /// Headers of a peer that means ill, as far as they decode: refused or sorted in, never a panic, and the running counts
+        /// stay what a walk over the frames finds.
+        #[test]
+        fn whatever_decodes_is_refused_or_sorted_in(
+            steps in proptest::collection::vec(
+                (0u8..8, position(), position(), 0u32..3, any::<bool>(), 0usize..100),
+                0..80,
+            ),
+            window in 0u64..4000,
+        ) {
+            let mut session = DestinationSession::new(window);
+            for (action, sequence, stream_offset, epoch, last, len) in steps {
+                match action {
+                    0 => drop(session.resume(epoch)),
+                    1 => drop(session.resume(u32::MAX - epoch)),
+                    2 | 3 => while let Ok(Some(_)) = session.poll_frame() {},
+                    _ => {
+                        let mut frame = frame(0, last);
+                        frame.payload = vec![0; len].into();
+                        frame.header.stream_bytes = u32::try_from(len).unwrap();
+                        (frame.header.sequence, frame.header.stream_offset) = (sequence, stream_offset);
+                        frame.header.epoch = if action == 4 { epoch } else { session.epoch() };
+                        let lane = [frame.encode_header(), frame.payload].concat();
+                        if let Ok(frame) = Frame::decode(lane.into()) {
+                            let _ = session.receive(frame);
+                        }
+                    }
+                }
+                let held = session.held();
+                prop_assert!(held.beyond.windows(2).all(|pair| pair[0].1 < pair[1].0));
+                prop_assert!(session.waiting_bytes() <= window);
+                let ready = session.waiting.iter().zip(session.next..).take_while(|((at, _), next)| **at == *next);
+                prop_assert_eq!(session.ready_bytes(), ready.map(|((_, frame), _)| frame.lane_bytes()).sum::<u64>());
+                let _ = (session.has(sequence), session.frame(sequence), session.is_finished());
+            }
+        }
+
+        /// What a peer says it holds may be anything.
+        #[test]
+        fn no_account_of_what_is_held_confuses_the_source(
+            frames in 0usize..20,
+            steps in proptest::collection::vec(
+                (0u8..4, position(), proptest::collection::vec((position(), position()), 0..6)),
+                0..30,
+            ),
+        ) {
+            let mut source = SourceSession::new(MigrationId([1; 16]), 400);
+            for at in 0..frames {
+                source.push(encoded(vec![0; at]), false);
+            }
+            let all = source.unsent_bytes();
+            let mut acknowledged = 0;
+            for (action, next, beyond) in steps {
+                let held = Held { next, beyond };
+                let before = source.unsent_bytes() + source.outstanding_bytes();
+                match action {
+                    0 => drop(source.on_ack(&held)),
+                    1 => drop(source.resume(source.epoch() + 1, &held)),
+                    _ => while source.poll_transmit(source.epoch()).is_some() {},
+                }
+                let after = source.unsent_bytes() + source.outstanding_bytes();
+                acknowledged += before - after;
+                prop_assert!(acknowledged <= all);
+            }
+        }
+    }
+
+    /// Near the beginning, near the end of what can be said, or anywhere.
+    fn position() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            8 => 0u64..12,
+            1 => MAX_POSITION - 2..MAX_POSITION + 2,
+            1 => u64::MAX - 2..=u64::MAX,
+            1 => any::<u64>(),
+        ]
     }
 }

@@ -123,8 +123,9 @@ impl Reduction {
                 StreamEvent::RamBlocks(blocks) => {
                     self.block_names = blocks.into_iter().map(|block| block.name).collect();
                 }
-                // The frames of this stretch are held as a whole: the memory in them is due at the end anyway.
-                StreamEvent::DeviceState { .. } => *held = true,
+                // The frames of this stretch are held as a whole: the memory in them is due at the end anyway. A machine without
+                // devices goes from its memory to the end at once.
+                StreamEvent::DeviceState { .. } | StreamEvent::StreamEof { .. } => *held = true,
                 _ => {}
             }
         }
@@ -152,5 +153,31 @@ fn plain(piece: &[u8]) -> EncodedFrame {
         payload: Bytes::copy_from_slice(piece),
         stream_bytes: u32::try_from(piece.len()).expect("a piece is at most MAX_RAW"),
         held: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_stream_without_device_state_is_held() {
+        let mut memory = b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+        let word = |word: u64| word.to_be_bytes();
+        memory.extend(word(0x1000 | 4));
+        memory.extend(b"\x01r");
+        memory.extend(word(0x1000));
+        memory.extend(word(0x10));
+        memory.extend(b"\x03\0\0\0\x02");
+        memory.extend(word(0x10));
+        let mut encoder = Encoder::new(DictionaryLimits::new(16, 4).ok());
+        let (mut before, mut end) = (Vec::new(), Vec::new());
+        encoder.feed(&memory, &mut before);
+        // EOF and a description of two bytes.
+        encoder.feed(b"\0\x06\0\0\0\x02{}", &mut end);
+        encoder.finish(&mut end);
+        assert!(before.iter().all(|frame| !frame.held));
+        assert!(end.iter().map(|frame| frame.stream_bytes).sum::<u32>() >= 8);
+        assert!(end.iter().all(|frame| frame.held));
     }
 }

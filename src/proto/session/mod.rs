@@ -40,6 +40,14 @@ pub enum SessionError {
         /// The agreed window.
         limit_bytes: u64,
     },
+    /// More frames out of order than are ever sent unacknowledged.
+    #[error("the peer sent frame {sequence} while {limit} frames wait already, the most there may be")]
+    TooManyFrames {
+        /// Its sequence.
+        sequence: u64,
+        /// Frames that may wait.
+        limit: usize,
+    },
     /// A frame behind the one that was marked as the last, or two different last ones.
     #[error("frame {sequence} lies beyond the end of the stream")]
     BeyondTheEnd {

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use super::tail::TailRun;
 use super::{EncodedFrame, SessionError};
 use crate::proto::page::MigrationId;
+use crate::proto::wire::frame::MAX_UNACKNOWLEDGED;
 use crate::proto::wire::message::Held;
 use crate::proto::wire::repair::{MAX_COVERED, RUN};
 use crate::proto::wire::{Frame, FrameHeader};
@@ -21,11 +22,14 @@ pub struct SourceSession {
     kept: VecDeque<Kept>,
     /// Sequence of `kept[0]`; everything before is at the decoder.
     acknowledged: u64,
+    /// Frames before this one have left, in this epoch or an earlier one.
+    left: u64,
     /// Index into `kept` from which `poll_transmit` looks for something to send.
     cursor: usize,
     stream_offset: u64,
     unsent_bytes: u64,
     outstanding_bytes: u64,
+    outstanding: usize,
     resent_bytes: u64,
     ended: bool,
 }
@@ -55,10 +59,12 @@ impl SourceSession {
             window_bytes,
             kept: VecDeque::new(),
             acknowledged: 0,
+            left: 0,
             cursor: 0,
             stream_offset: 0,
             unsent_bytes: 0,
             outstanding_bytes: 0,
+            outstanding: 0,
             resent_bytes: 0,
             ended: false,
         }
@@ -94,29 +100,40 @@ impl SourceSession {
         });
     }
 
-    /// The next frame for a lane, in sequence, or `None` while there is none or the window is full.
-    pub fn poll_transmit(&mut self) -> Option<Frame> {
+    /// The next frame for a lane of this epoch, in sequence, or `None` while there is none or the window is full. Whoever serves
+    /// an epoch that is over gets nothing: it would be lost with the connection of that epoch.
+    pub fn poll_transmit(&mut self, epoch: u32) -> Option<Frame> {
+        if epoch != self.epoch {
+            return None;
+        }
         let from = self.cursor.min(self.kept.len());
         let found = self.kept.iter().skip(from).position(|kept| kept.sent != Sent::Now)? + from;
         self.cursor = found;
         let kept = &mut self.kept[found];
         let bytes = kept.frame.lane_bytes();
-        if self.outstanding_bytes > 0 && self.outstanding_bytes + bytes > self.window_bytes {
+        let is_full = self.outstanding_bytes > 0 && self.outstanding_bytes + bytes > self.window_bytes;
+        if is_full || self.outstanding == MAX_UNACKNOWLEDGED {
             return None;
         }
-        if kept.sent == Sent::Again {
-            self.resent_bytes += bytes;
+        match kept.sent {
+            Sent::Again => self.resent_bytes += bytes,
+            _ => self.left = kept.frame.header.sequence + 1,
         }
         kept.sent = Sent::Now;
         kept.frame.header.epoch = self.epoch;
         self.unsent_bytes -= bytes;
         self.outstanding_bytes += bytes;
+        self.outstanding += 1;
         self.cursor = found + 1;
         Some(kept.frame.clone())
     }
 
-    /// Frame `sequence` left on the lane with this number. One that is acknowledged by now needs no lane.
-    pub fn sent_on(&mut self, sequence: u64, lane: u64) {
+    /// Frame `sequence` left on the lane with this number, in this epoch. One that is acknowledged by now needs no lane, and a
+    /// lane of an epoch that is over is of no use.
+    pub fn sent_on(&mut self, epoch: u32, sequence: u64, lane: u64) {
+        if epoch != self.epoch {
+            return;
+        }
         let at = sequence
             .checked_sub(self.acknowledged)
             .and_then(|at| usize::try_from(at).ok());
@@ -161,18 +178,20 @@ impl SourceSession {
     /// # Errors
     /// [`SessionError::AckBeyondSent`]: the peer is not to be trusted any further.
     pub fn on_ack(&mut self, held: &Held) -> Result<(), SessionError> {
-        let end = self.acknowledged + self.kept.iter().take_while(|kept| kept.sent != Sent::Never).count() as u64;
-        if held.next > end {
+        if held.next > self.left {
             return Err(SessionError::AckBeyondSent {
                 acknowledged: held.next,
-                sent: end,
+                sent: self.left,
             });
         }
         while self.acknowledged < held.next {
             let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
             let bytes = kept.frame.lane_bytes();
             match kept.sent {
-                Sent::Now => self.outstanding_bytes -= bytes,
+                Sent::Now => {
+                    self.outstanding_bytes -= bytes;
+                    self.outstanding -= 1;
+                }
                 Sent::Never | Sent::Again => self.unsent_bytes -= bytes,
             }
             self.acknowledged += 1;
@@ -195,19 +214,25 @@ impl SourceSession {
         self.on_ack(held)?;
         self.epoch = epoch;
         self.cursor = 0;
+        // Both ascend. Ranges of a peer that do not are misread, to its own harm.
+        let mut beyond = held.beyond.iter().peekable();
         for kept in &mut self.kept {
             kept.lane = None;
             let bytes = kept.frame.lane_bytes();
-            let arrived = held.contains(kept.frame.header.sequence);
+            let sequence = kept.frame.header.sequence;
+            while beyond.next_if(|(_, end)| *end <= sequence).is_some() {}
+            let arrived = beyond.peek().is_some_and(|(first, _)| *first <= sequence);
             match (kept.sent, arrived) {
                 (Sent::Now, false) => {
                     kept.sent = Sent::Again;
                     self.outstanding_bytes -= bytes;
+                    self.outstanding -= 1;
                     self.unsent_bytes += bytes;
                 }
                 (Sent::Again, true) => {
                     kept.sent = Sent::Now;
                     self.outstanding_bytes += bytes;
+                    self.outstanding += 1;
                     self.unsent_bytes -= bytes;
                 }
                 _ => {}

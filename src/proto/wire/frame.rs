@@ -26,6 +26,14 @@ pub const MAX_PAYLOAD: usize = (1 << 20) + (512 << 10);
 /// Most bytes of the vmm stream that one frame restores to.
 pub const MAX_RAW: usize = 1 << 20;
 
+/// The largest sequence and the largest stream offset, so that whoever adds to them need not think of overflow. A stream of
+/// 10 Gbit/s takes a century to come this far.
+pub const MAX_POSITION: u64 = 1 << 62;
+
+/// Most frames that are sent and not yet acknowledged, however small they are: each costs its receiver some hundred bytes beside its
+/// own. With frames of 1 KiB it is more than a window of 4 BDP at 1 Gbit/s and 100 ms.
+pub const MAX_UNACKNOWLEDGED: usize = 1 << 16;
+
 /// Version of the frame layout, negotiated in the hello as part of [`super::hello::VERSION`].
 pub const FRAME_VERSION: u8 = 1;
 
@@ -179,8 +187,11 @@ impl FrameHeader {
                 found: payload_len,
             });
         }
-        if stream_offset.checked_add(u64::from(stream_bytes)).is_none() {
-            return Err(FrameError::BeyondTheStream { stream_offset });
+        if sequence > MAX_POSITION || stream_offset > MAX_POSITION {
+            return Err(FrameError::BeyondTheStream {
+                sequence,
+                stream_offset,
+            });
         }
         let header = Self {
             kind,
@@ -241,9 +252,11 @@ pub enum FrameError {
         /// Bytes found.
         found: usize,
     },
-    /// The offset cannot exist.
-    #[error("stream offset {stream_offset} is beyond any stream")]
+    /// The sequence or the offset cannot exist.
+    #[error("frame {sequence} at stream offset {stream_offset} lies beyond any stream")]
     BeyondTheStream {
+        /// Sequence stated.
+        sequence: u64,
         /// Offset stated.
         stream_offset: u64,
     },
@@ -302,6 +315,25 @@ mod tests {
             Frame::decode(longer.into()),
             Err(FrameError::WrongLength { stated: 3, found: 4 })
         );
+    }
+
+    #[test]
+    fn positions_at_the_limit_are_taken_and_beyond_are_refused() {
+        let at = |sequence, stream_offset| {
+            let mut frame = frame();
+            (frame.header.sequence, frame.header.stream_offset) = (sequence, stream_offset);
+            Frame::decode(encode(&frame)).map(drop)
+        };
+        assert_eq!(at(MAX_POSITION, MAX_POSITION), Ok(()));
+        for (sequence, stream_offset) in [(MAX_POSITION + 1, 0), (0, MAX_POSITION + 1), (u64::MAX, u64::MAX)] {
+            assert_eq!(
+                at(sequence, stream_offset),
+                Err(FrameError::BeyondTheStream {
+                    sequence,
+                    stream_offset
+                })
+            );
+        }
     }
 
     proptest! {

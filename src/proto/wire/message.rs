@@ -128,16 +128,8 @@ pub enum SessionMessage {
 pub struct Held {
     /// The first frame that is missing.
     pub next: u64,
-    /// Frames after it that have arrived, as ranges `first..end`, ascending and apart.
+    /// Frames after it that have arrived, as ranges `first..end`, ascending and apart. What is not told is sent again.
     pub beyond: Vec<(u64, u64)>,
-}
-
-impl Held {
-    /// Whether the frame has arrived.
-    #[must_use]
-    pub fn contains(&self, sequence: u64) -> bool {
-        sequence < self.next || self.beyond.iter().any(|&(first, end)| (first..end).contains(&sequence))
-    }
 }
 
 /// The bytes of `message` on a channel.

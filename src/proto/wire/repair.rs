@@ -86,6 +86,27 @@ impl RepairHead {
         blocks * usize::from(self.rows) * self.row_bytes()
     }
 
+    /// Whether this can be the head of a repair whose payload has so many bytes and that covers frames from `sequence` on.
+    ///
+    /// # Errors
+    /// [`RepairError`].
+    pub fn check(&self, sequence: u64, payload_bytes: usize) -> Result<(), RepairError> {
+        let expected = self.len() + self.parity_bytes();
+        if payload_bytes != expected {
+            return Err(RepairError::WrongLength {
+                expected,
+                found: payload_bytes,
+            });
+        }
+        if sequence % RUN + self.lanes.len() as u64 > RUN {
+            return Err(RepairError::TwoRuns {
+                sequence,
+                lanes: self.lanes.len(),
+            });
+        }
+        Ok(())
+    }
+
     /// Bytes of the head itself.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -190,13 +211,24 @@ pub enum RepairError {
         /// Bytes stated.
         covered: usize,
     },
-    /// The parity is shorter or longer than its head says.
-    #[error("a repair of {expected} bytes of parity has {found}")]
+    /// The payload is shorter or longer than its head says.
+    #[error("a repair whose head makes {expected} bytes has {found}")]
     WrongLength {
-        /// Bytes that follow from the head.
+        /// Bytes that follow from the head, which they include.
         expected: usize,
-        /// Bytes found.
+        /// Bytes of the payload.
         found: usize,
+    },
+    /// It ends before its head does.
+    #[error("a repair ends within its head")]
+    Truncated,
+    /// Its frames are of two runs, of which a receiver need not keep the older.
+    #[error("a repair over {lanes} lanes from frame {sequence} on reaches into the next run of {RUN}")]
+    TwoRuns {
+        /// The first frame covered.
+        sequence: u64,
+        /// Lanes stated.
+        lanes: usize,
     },
 }
 
@@ -274,6 +306,26 @@ mod tests {
         assert!(of(MAX_COVERED / 4, 4).is_ok());
         assert!(of(MAX_COVERED / 4 + 1, 4).is_err());
         assert!(of(HEADER_LEN + MAX_PAYLOAD + 1, 1).is_err());
+    }
+
+    #[test]
+    fn a_head_fits_its_payload_and_its_place_or_is_refused() {
+        let head = head();
+        let payload = head.len() + head.parity_bytes();
+        assert_eq!(head.check(6, payload), Ok(()));
+        assert_eq!(
+            head.check(7, payload),
+            Err(RepairError::TwoRuns { sequence: 7, lanes: 2 })
+        );
+        for found in [payload - 1, payload + 1] {
+            assert_eq!(
+                head.check(6, found),
+                Err(RepairError::WrongLength {
+                    expected: payload,
+                    found
+                })
+            );
+        }
     }
 
     proptest! {

@@ -10,17 +10,18 @@
 //! be loaded before the last of these is repaired, which takes 200 ms and more almost always. Parity of two rows in 64 KiB, 3 % of
 //! what is in flight, saves that trip. It is sent once, when the stream has ended: before, a repair costs nobody anything.
 //!
-//! The source makes a [`repair`](repair_frame) for each run of frames with consecutive sequences ([`TailRun`]); the destination
-//! [rebuilds](rebuild) what is missing from lanes that are whole, lanes of which parts have come, and the repair.
+//! The source makes a [`repair`](repair_frame) for each run of frames with consecutive sequences ([`TailRun`]); the destination's
+//! [`Reassembly`] computes what is missing from lanes that are whole, lanes of which parts have come, and the repair.
 
 mod arriving;
 mod parity;
+mod reassembly;
 
 use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 
-pub use self::arriving::Arriving;
+pub use self::reassembly::{Computation, Computed, Reassembly, ReassemblyError};
 use crate::proto::page::StreamDigest;
 use crate::proto::wire::repair::{BLOCK_ROWS, CoveredLane, MAX_ROWS, ROW_EXPONENTS, RepairHead};
 use crate::proto::wire::{Frame, FrameHeader, FrameKind};
@@ -112,91 +113,79 @@ pub fn repair_frame(run: &TailRun, protection: Protection) -> Frame {
     }
 }
 
-/// A lane that a repair covers, as the destination has it.
-#[derive(Clone, Debug)]
-pub enum Covered {
-    /// All of it.
-    Whole(Frame),
-    /// What has come so far.
-    Coming(Arriving),
-}
-
-/// Whether something can be computed: `missing` of the bytes of all the lanes that are covered, one behind the other, and
-/// `parity_missing` of the parity.
-#[must_use]
-pub fn is_worth_trying(head: &RepairHead, missing: &[Range<usize>], parity_missing: &[Range<usize>]) -> bool {
-    let rows = usize::from(head.rows);
-    let (block_bytes, parity_block) = (BLOCK_ROWS * head.row_bytes(), rows * head.row_bytes());
-    let blocks = head.covered_bytes().div_ceil(block_bytes);
-    (0..blocks).any(|number| {
-        let holes = within(missing, number * block_bytes..(number + 1) * block_bytes);
-        let without = within(parity_missing, number * parity_block..(number + 1) * parity_block);
-        !holes.is_empty() && parity::is_repairable(&holes, head.row_bytes(), rows, &without)
-    })
-}
-
-/// Computes the lanes that are not whole, and returns those that came out right. `parity` is what follows the repair's head, without
-/// what is in `parity_missing`.
-#[must_use]
-pub fn rebuild(head: &RepairHead, lanes: &[Covered], parity: &[u8], parity_missing: &[Range<usize>]) -> Vec<Bytes> {
-    if lanes.len() != head.lanes.len() || parity.len() != head.parity_bytes() {
-        return Vec::new();
-    }
-    let mut bytes = BytesMut::with_capacity(head.covered_bytes());
-    let mut missing: Vec<Range<usize>> = Vec::new();
-    for (covered, lane) in head.lanes.iter().zip(lanes) {
-        let (start, len) = (bytes.len(), covered.bytes as usize);
-        match lane {
-            Covered::Whole(frame) if frame.lane_bytes() == u64::from(covered.bytes) => {
-                bytes.extend_from_slice(&frame.encode_header());
-                bytes.extend_from_slice(&frame.payload);
-            }
-            // Another frame than the one that is meant: nothing of this fits together.
-            Covered::Whole(_) => return Vec::new(),
-            Covered::Coming(arriving) => {
-                let there = arriving.bytes();
-                bytes.extend_from_slice(&there[..there.len().min(len)]);
-                bytes.resize(start + len, 0);
-                missing.extend(
-                    arriving
-                        .missing(len)
-                        .into_iter()
-                        .map(|range| start + range.start..start + range.end),
-                );
-            }
+/// Which of the covered lanes can be computed whole by now: those of which something is missing, and all of it in blocks that can be
+/// solved. `missing` has what is missing of each lane, counted from its start, `parity_missing` what is missing of the parity.
+fn computable(head: &RepairHead, missing: &[Vec<Range<usize>>], parity_missing: &[Range<usize>]) -> Vec<usize> {
+    let all = joined(head, missing);
+    let block_bytes = BLOCK_ROWS * head.row_bytes();
+    let mut solvable: Vec<Option<bool>> = vec![None; head.covered_bytes().div_ceil(block_bytes)];
+    let mut is_solvable = |number: usize| {
+        *solvable[number].get_or_insert_with(|| {
+            let holes = within(&all, number * block_bytes..(number + 1) * block_bytes);
+            let without = within(parity_missing, parity_of(head, number));
+            parity::is_repairable(&holes, head.row_bytes(), usize::from(head.rows), &without)
+        })
+    };
+    let mut start = 0;
+    let mut lanes = Vec::new();
+    for (at, (lane, holes)) in head.lanes.iter().zip(missing).enumerate() {
+        let mut blocks =
+            |hole: &Range<usize>| (start + hole.start) / block_bytes..=(start + hole.end - 1) / block_bytes;
+        if !holes.is_empty() && holes.iter().flat_map(&mut blocks).all(&mut is_solvable) {
+            lanes.push(at);
         }
+        start += lane.bytes as usize;
     }
-    let (block_bytes, parity_block) = (BLOCK_ROWS * head.row_bytes(), usize::from(head.rows) * head.row_bytes());
+    lanes
+}
+
+/// Computes what is missing of `bytes`, the covered lanes one behind the other, in the blocks where that can be done. `parity` is what
+/// follows the repair's head, without what is in `parity_missing`.
+fn solve(
+    head: &RepairHead,
+    bytes: &mut [u8],
+    missing: &[Vec<Range<usize>>],
+    parity: &[u8],
+    parity_missing: &[Range<usize>],
+) {
+    let all = joined(head, missing);
+    let block_bytes = BLOCK_ROWS * head.row_bytes();
     for (number, block) in bytes.chunks_mut(block_bytes).enumerate() {
-        let holes = within(&missing, number * block_bytes..(number + 1) * block_bytes);
+        let holes = within(&all, number * block_bytes..(number + 1) * block_bytes);
         if holes.is_empty() {
             continue;
         }
-        let span = number * parity_block..(number + 1) * parity_block;
+        let span = parity_of(head, number);
         let without = within(parity_missing, span.clone());
-        // A block that cannot be computed fails the check of its lanes, and the others are told all the same.
+        // A block that cannot be solved fails the check of its lanes.
         let _ = parity::repair(block, &holes, head.row_bytes(), &parity[span], &without);
     }
-    let bytes = bytes.freeze();
-    let mut start = 0;
-    let mut rebuilt = Vec::new();
-    for (covered, lane) in head.lanes.iter().zip(lanes) {
-        let whole = bytes.slice(start..start + covered.bytes as usize);
-        start += whole.len();
-        if matches!(lane, Covered::Coming(_)) && check_of(&whole) == covered.check {
-            rebuilt.push(whole);
-        }
-    }
-    rebuilt
 }
 
-/// The parts of `ranges` that lie in `span`, counted from its start.
+/// Where the parity of a block is.
+fn parity_of(head: &RepairHead, block: usize) -> Range<usize> {
+    let bytes = usize::from(head.rows) * head.row_bytes();
+    block * bytes..(block + 1) * bytes
+}
+
+/// What is missing of the lanes, one behind the other.
+fn joined(head: &RepairHead, missing: &[Vec<Range<usize>>]) -> Vec<Range<usize>> {
+    let mut start = 0;
+    let mut all = Vec::new();
+    for (lane, holes) in head.lanes.iter().zip(missing) {
+        all.extend(holes.iter().map(|hole| start + hole.start..start + hole.end));
+        start += lane.bytes as usize;
+    }
+    all
+}
+
+/// The parts of `ranges`, ascending and apart, that lie in `span`, counted from its start.
 fn within(ranges: &[Range<usize>], span: Range<usize>) -> Vec<Range<usize>> {
-    ranges
+    let first = ranges.partition_point(|range| range.end <= span.start);
+    ranges[first..]
         .iter()
-        .map(|range| range.start.max(span.start)..range.end.min(span.end))
-        .filter(|range| range.start < range.end)
-        .map(|range| range.start - span.start..range.end - span.start)
+        .take_while(|range| range.start < span.end)
+        .map(|range| range.start.max(span.start) - span.start..range.end.min(span.end) - span.start)
         .collect()
 }
 
@@ -206,58 +195,7 @@ fn check_of(lane: &[u8]) -> [u8; 4] {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-    use crate::proto::page::MigrationId;
-
-    const PACKET: usize = 1412;
-
-    fn run(sizes: &[usize]) -> TailRun {
-        let frames = sizes.iter().zip(0..).map(|(size, at)| {
-            let payload: Vec<u8> = (0..*size)
-                .map(|byte| (byte.wrapping_mul(0x9e37_79b9) >> 9) as u8 ^ at as u8)
-                .collect();
-            let frame = Frame {
-                header: FrameHeader {
-                    kind: FrameKind::Plain,
-                    last: false,
-                    held: false,
-                    migration: MigrationId([3; 16]),
-                    epoch: 2,
-                    sequence: 40 + at,
-                    stream_offset: 0,
-                    stream_bytes: *size as u32,
-                },
-                payload: payload.into(),
-            };
-            (frame, 100 + at)
-        });
-        TailRun {
-            frames: frames.collect(),
-        }
-    }
-
-    fn lane(frame: &Frame) -> Vec<u8> {
-        [frame.encode_header(), frame.payload.clone()].concat()
-    }
-
-    /// A lane whose packets of these numbers were lost.
-    fn with_holes(lane: &[u8], lost: &[usize]) -> Arriving {
-        let mut arriving = Arriving::default();
-        for (number, packet) in lane.chunks(PACKET).enumerate() {
-            if !lost.contains(&number) {
-                arriving.put(number * PACKET, packet);
-            }
-        }
-        arriving
-    }
-
-    fn taken_apart(repair: &Frame) -> (RepairHead, &[u8]) {
-        let head = RepairHead::decode(&repair.payload).unwrap().unwrap();
-        let len = head.len();
-        (head, &repair.payload[len..])
-    }
 
     #[test]
     fn more_loss_asks_for_more_rows_and_larger_packets_for_larger_ones() {
@@ -269,96 +207,5 @@ mod tests {
             [exponent(1280), exponent(2048), exponent(2049), exponent(8952)],
             [11, 11, 12, 14]
         );
-    }
-
-    #[test]
-    fn a_lane_of_which_nothing_came_is_computed_if_it_is_short_enough() {
-        let run = run(&[50_000, 900, 50_000]);
-        let repair = repair_frame(
-            &run,
-            Protection {
-                rows: 1,
-                row_exponent: 11,
-            },
-        );
-        let (head, parity) = taken_apart(&repair);
-        let lanes: Vec<Covered> = run
-            .frames
-            .iter()
-            .map(|(frame, lane)| match lane {
-                101 => Covered::Coming(Arriving::default()),
-                _ => Covered::Whole(frame.clone()),
-            })
-            .collect();
-        let rebuilt = rebuild(&head, &lanes, parity, &[]);
-        assert_eq!(rebuilt.len(), 1);
-        assert_eq!(Frame::decode(rebuilt[0].clone()).as_ref(), Ok(&run.frames[1].0));
-    }
-
-    #[test]
-    fn frames_of_another_incarnation_rebuild_nothing() {
-        let run = run(&[50_000, 50_000]);
-        let repair = repair_frame(
-            &run,
-            Protection {
-                rows: 1,
-                row_exponent: 11,
-            },
-        );
-        let (head, parity) = taken_apart(&repair);
-        let mut older = run.frames[0].0.clone();
-        older.header.epoch = 1;
-        // Its header is in the first row, as the hole in the other lane is not: that one is right all the same.
-        let damaged = with_holes(&lane(&run.frames[1].0), &[5]);
-        let elsewhere = rebuild(
-            &head,
-            &[Covered::Whole(older.clone()), Covered::Coming(damaged)],
-            parity,
-            &[],
-        );
-        assert!(elsewhere.len() <= 1);
-        // A hole that is computed from the header's row is not.
-        let start = lane(&older).len().div_ceil(2048) * 2048 - lane(&older).len();
-        let mut arriving = Arriving::default();
-        let second = lane(&run.frames[1].0);
-        arriving.put(0, &second[..start]);
-        arriving.put(start + 40, &second[start + 40..]);
-        let rebuilt = rebuild(&head, &[Covered::Whole(older), Covered::Coming(arriving)], parity, &[]);
-        assert!(rebuilt.is_empty());
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        #[test]
-        fn lost_packets_come_back_byte_for_byte_or_not_at_all(
-            sizes in proptest::collection::vec(0usize..120_000, 1..8),
-            rows in 1u8..=4,
-            losses in proptest::collection::vec((0usize..8, 0usize..90), 0..8),
-            parity_loss in proptest::option::of(0usize..3),
-        ) {
-            let run = run(&sizes);
-            let repair = repair_frame(&run, Protection { rows, row_exponent: 11 });
-            let (head, parity) = taken_apart(&repair);
-            prop_assert_eq!(parity.len(), head.parity_bytes());
-            let lanes: Vec<Covered> = run.frames.iter().enumerate().map(|(at, (frame, _))| {
-                let lost: Vec<usize> = losses.iter().filter(|(lane, _)| *lane == at).map(|(_, packet)| *packet).collect();
-                if lost.is_empty() { Covered::Whole(frame.clone()) } else { Covered::Coming(with_holes(&lane(frame), &lost)) }
-            }).collect();
-            let mut parity = parity.to_vec();
-            let gap: Vec<Range<usize>> = parity_loss
-                .map(|at| (at * PACKET).min(parity.len())..((at + 1) * PACKET).min(parity.len()))
-                .into_iter().filter(|range| !range.is_empty()).collect();
-            gap.iter().for_each(|range| parity[range.clone()].fill(0));
-            let rebuilt = rebuild(&head, &lanes, &parity, &gap);
-            for lane_bytes in &rebuilt {
-                let frame = Frame::decode(lane_bytes.clone()).unwrap();
-                prop_assert!(run.frames.iter().any(|(sent, _)| *sent == frame));
-            }
-            let coming = lanes.iter().filter(|lane| matches!(lane, Covered::Coming(_))).count();
-            let distinct: std::collections::BTreeSet<_> = losses.iter().collect();
-            if distinct.len() <= usize::from(rows) && gap.is_empty() {
-                prop_assert_eq!(rebuilt.len(), coming);
-            }
-        }
     }
 }

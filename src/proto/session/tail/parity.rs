@@ -8,12 +8,12 @@
 //!
 //! A hole is as long as a packet at most, and a row at least as long as a packet: so a hole, wherever it begins, takes one byte of
 //! a column at the most, and a block with `m` parity rows is whole again after any `m` lost packets. Columns are solved by
-//! themselves, as a row may be missing in some of them only. Any `m` rows can be solved from the first `m` parity rows (a Vandermonde
-//! matrix of distinct elements); where parity rows are missing too it depends on which.
+//! themselves, as a row may be missing in some of them only. Any `m` rows can be solved from `m` parity rows that follow each other (a
+//! Vandermonde matrix of distinct elements, each of its columns times a power of its element); from others it would depend on which.
 
 use std::ops::Range;
 
-use crate::proto::wire::repair::BLOCK_ROWS;
+use crate::proto::wire::repair::{BLOCK_ROWS, MAX_ROWS};
 
 /// The parity rows of `block`, one behind the other: `rows` times `row_bytes` bytes. What the last row lacks counts as zero.
 ///
@@ -72,12 +72,16 @@ pub(super) fn is_repairable(
     steps(missing, row_bytes, rows, parity_missing).is_some()
 }
 
+/// Parts of rows that may be missing of a block and its parity for it to be looked at: eight times as many as may be lost of a column.
+/// What comes in more pieces was not lost by packets, and would take long to look at.
+const MOST_HOLES: usize = 8 * MAX_ROWS as usize;
+
 /// Columns in which the same rows are missing.
 struct Step {
     columns: Range<usize>,
     lost: Vec<usize>,
     /// As many parity rows as are lost, by the power of two they were made with.
-    powers: Vec<usize>,
+    powers: Range<usize>,
 }
 
 /// What has to be solved; `None` where there is too little parity somewhere.
@@ -90,6 +94,9 @@ fn steps(
     let in_rows =
         |ranges: &[Range<usize>]| -> Vec<Hole> { ranges.iter().flat_map(|range| holes_of(range, row_bytes)).collect() };
     let (holes, parity_holes) = (in_rows(missing), in_rows(parity_missing));
+    if holes.len() + parity_holes.len() > MOST_HOLES {
+        return None;
+    }
     let mut edges: Vec<usize> = holes
         .iter()
         .chain(&parity_holes)
@@ -105,11 +112,9 @@ fn steps(
             continue;
         }
         let without = rows_in(&parity_holes, &columns);
-        let there = (0..parity_rows).filter(|row| !without.contains(row));
-        let powers: Vec<usize> = there.take(lost.len()).collect();
-        if powers.len() < lost.len() {
-            return None;
-        }
+        let first = (0..(parity_rows + 1).saturating_sub(lost.len()))
+            .find(|first| !without.iter().any(|row| (*first..first + lost.len()).contains(row)))?;
+        let powers = first..first + lost.len();
         steps.push(Step { columns, lost, powers });
     }
     Some(steps)
@@ -150,13 +155,13 @@ fn rows_in(holes: &[Hole], columns: &Range<usize>) -> Vec<usize> {
 fn solve(block: &mut [u8], step: &Step, row_bytes: usize, parity: &[u8]) -> bool {
     let Step { columns, lost, powers } = step;
     let field = Field::get();
-    let Some(inverse) = field.inverse(lost, powers) else {
+    let Some(inverse) = field.inverse(lost, powers.clone()) else {
         return false;
     };
     let width = columns.len();
     // What of each parity row is left when the rows that are there are taken out of it.
     let mut rests: Vec<Vec<u8>> = powers
-        .iter()
+        .clone()
         .map(|power| parity[power * row_bytes..][columns.clone()].to_vec())
         .collect();
     for (row, bytes) in block.chunks(row_bytes).enumerate() {
@@ -166,7 +171,7 @@ fn solve(block: &mut [u8], step: &Step, row_bytes: usize, parity: &[u8]) -> bool
         let there = bytes
             .get(columns.start..columns.end.min(bytes.len()))
             .unwrap_or_default();
-        for (rest, power) in rests.iter_mut().zip(powers) {
+        for (rest, power) in rests.iter_mut().zip(powers.clone()) {
             field.add_product(rest, there, field.element(row * power));
         }
     }
@@ -249,17 +254,14 @@ impl Field {
         }
     }
 
-    /// The inverse of the matrix with 2^(row · power) for each power (down) and row (across). `None` where there are fewer powers than
-    /// rows, or it has none.
-    fn inverse(&self, rows: &[usize], powers: &[usize]) -> Option<Vec<Vec<u8>>> {
+    /// The inverse of the matrix with 2^(row · power) for each power (down) and row (across), as many of the ones as of the others.
+    /// `None` where it has none.
+    fn inverse(&self, rows: &[usize], powers: Range<usize>) -> Option<Vec<Vec<u8>>> {
         let size = rows.len();
-        if powers.len() < size {
-            return None;
-        }
         // Gauss and Jordan on the matrix with the unit matrix at its right.
         let mut matrix: Vec<Vec<u8>> = (0..size)
             .map(|down| {
-                let left = rows.iter().map(|row| self.element(row * powers[down]));
+                let left = rows.iter().map(|row| self.element(row * (powers.start + down)));
                 left.chain((0..size).map(|across| u8::from(across == down))).collect()
             })
             .collect();
@@ -287,7 +289,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::proto::wire::repair::MAX_ROWS;
 
     const ROW: usize = 64;
     const PACKET: usize = 44;
@@ -328,6 +329,28 @@ mod tests {
         broken[ROW..ROW + 5].fill(0);
         assert!(repair(&mut broken.clone(), &holes(2), ROW, &rows, &[]));
         assert!(!repair(&mut broken, &holes(3), ROW, &rows, &[]));
+    }
+
+    #[test]
+    fn parity_rows_that_follow_each_other_are_enough_wherever_they_begin() {
+        let whole = block(BLOCK_ROWS * ROW);
+        let parity = parity(&whole, ROW, MAX);
+        for first in 0..MAX {
+            // All parity rows before and behind three of them are missing.
+            let gap: Vec<Range<usize>> = [0..first * ROW, (first + 3) * ROW..MAX * ROW]
+                .into_iter()
+                .filter(|gap| !gap.is_empty())
+                .collect();
+            let holes: Vec<Range<usize>> = [5, 6, 63].iter().map(|row| row * ROW..row * ROW + 5).collect();
+            let mut broken = whole.clone();
+            holes.iter().for_each(|hole| broken[hole.clone()].fill(0));
+            let is_enough = first + 3 <= MAX;
+            assert_eq!(is_repairable(&holes, ROW, MAX, &gap), is_enough, "{first}");
+            if is_enough {
+                assert!(repair(&mut broken, &holes, ROW, &parity, &gap));
+                assert_eq!(broken, whole, "{first}");
+            }
+        }
     }
 
     proptest! {
