@@ -63,8 +63,9 @@ struct Shared {
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
+    /// What the peer may have on the way; it never states more as queued.
+    window_bytes: u64,
     queued_at_peer: AtomicU64,
-    sent_bytes: AtomicU64,
 }
 
 impl Outbound {
@@ -85,8 +86,8 @@ impl Outbound {
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
+            window_bytes,
             queued_at_peer: AtomicU64::new(0),
-            sent_bytes: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
@@ -138,7 +139,6 @@ impl Outbound {
             let sequence = frame.header.sequence;
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             shared.session().sent_on(sequence, lane.id().index());
-            shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {
                 self.protect_tail(connection, shapers).await?;
@@ -157,6 +157,9 @@ impl Outbound {
         let loss = path.lost_packets.max(1) as f64 / path.sent_packets.max(1) as f64;
         let protection = Protection::against(loss, path.current_mtu);
         for run in tail {
+            if self.shared.stopped.load(Ordering::Acquire) || self.shared.session().is_finished() {
+                break;
+            }
             let repair = tokio::task::spawn_blocking(move || repair_frame(&run, protection));
             let repair = repair.await.expect("computing parity does not panic");
             for shaper in shapers {
@@ -202,8 +205,9 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there.
     pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
+        let bytes = bytes.min(self.shared.window_bytes);
         self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
@@ -224,13 +228,12 @@ impl Outbound {
         self.shared.session().outstanding_bytes()
     }
 
-    /// Frame bytes that the far decoder has acknowledged.
+    /// Frame bytes that the far decoder has acknowledged: those that exist and are not kept any more, whatever is sent again.
     pub(crate) fn acknowledged_bytes(&self) -> u64 {
-        let outstanding = self.shared.session().outstanding_bytes();
-        self.shared
-            .sent_bytes
-            .load(Ordering::Relaxed)
-            .saturating_sub(outstanding)
+        // Frames are counted under the session's lock.
+        let session = self.shared.session();
+        let kept = session.outstanding_bytes() + session.unsent_bytes();
+        self.shared.frame_bytes.load(Ordering::Relaxed).saturating_sub(kept)
     }
 
     /// Bytes so far.
@@ -338,5 +341,66 @@ impl Shared {
         }
         drop(session);
         self.to_send.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    const WINDOW: u64 = 8 << 20;
+
+    /// An outbound stream with `frames` frames of plain bytes, and the vmm's end of its socket.
+    async fn with_frames(frames: u64) -> (Outbound, UnixStream) {
+        let (mut vmm, ours) = UnixStream::pair().unwrap();
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        for frame in 1..=frames {
+            vmm.write_all(&[1; 1000]).await.unwrap();
+            let encoded = async {
+                while outbound.shared.session().frames() < frame {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(30), encoded)
+                .await
+                .expect("what is written becomes a frame");
+        }
+        (outbound, vmm)
+    }
+
+    fn held(next: u64) -> Held {
+        Held {
+            next,
+            beyond: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_queue_beyond_the_agreed_window_counts_as_the_window() {
+        let (outbound, _vmm) = with_frames(1).await;
+        let before = outbound.backlog_bytes();
+        outbound.set_queued_at_peer(u64::MAX);
+        assert_eq!(outbound.backlog_bytes(), before + WINDOW);
+        outbound.set_queued_at_peer(WINDOW - 1);
+        assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_again_after_a_cut_is_not_acknowledged() {
+        let (outbound, _vmm) = with_frames(4).await;
+        let sent = std::iter::from_fn(|| outbound.shared.session().poll_transmit()).count();
+        assert_eq!((sent, outbound.acknowledged_bytes()), (4, 0));
+        outbound.on_ack(&held(1)).unwrap();
+        let one = outbound.acknowledged_bytes();
+        assert_eq!(one, outbound.totals().wire_bytes / 4);
+        outbound.resume(1, &held(1)).unwrap();
+        assert_eq!(outbound.acknowledged_bytes(), one);
+        // The decoder went on while the source did not hear of it.
+        outbound.resume(2, &held(3)).unwrap();
+        assert_eq!(outbound.acknowledged_bytes(), 3 * one);
     }
 }
