@@ -31,6 +31,7 @@ use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage};
 use crate::shaper::Shaper;
+use crate::transport::tuning::UNSENT;
 
 /// Time for a hypervisor's monitor to answer.
 const MONITOR_DEADLINE: Duration = Duration::from_secs(5);
@@ -334,7 +335,15 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     };
     // The path's RTT as it was measured; a queue that happens to stand in it now is no part of the promise.
     let rtt = link.as_ref().map_or(core.config.link.rtt, |link| link.rtt());
-    let costs = FixedCosts::on_path(rtt);
+    let cap = request
+        .rate_bytes_per_second
+        .map(ByteRate)
+        .or(core.config.migration.rate);
+    let capacity = link.as_ref().and_then(|link| link.goodput());
+    let mut costs = FixedCosts::on_path(rtt, capacity.into_iter().chain(cap).min());
+    if capacity.is_none() {
+        costs.backlog += UNSENT;
+    }
     let budget = Budget::new(limit, &costs);
     fine &= note(
         "downtime limit",
@@ -352,10 +361,6 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else {
         return (checks, None);
     };
-    let cap = request
-        .rate_bytes_per_second
-        .map(ByteRate)
-        .or(core.config.migration.rate);
     let deadline = request
         .deadline_seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())

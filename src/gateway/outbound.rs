@@ -8,28 +8,26 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::proto::page::MigrationId;
+use crate::proto::page::{ByteRate, MigrationId};
+use crate::proto::precopy::Backlog;
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::reduce::PageCounts;
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
-use crate::transport::{LaneError, send_lane};
-
-/// Most bytes that are read from a vmm at once; one batch of the encoder.
-const READ_BYTES: usize = 256 << 10;
+use crate::transport::{LaneError, PeerConnection, send_lane};
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
 const CHUNKS_AHEAD: usize = 2;
 
-/// The least backlog: below it a lane would go out half empty.
-pub(crate) const LEAST_BACKLOG: u64 = 128 << 10;
+/// Assumed until a rate is measured or configured.
+pub(crate) const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
 
 /// One migration's stream on its way to the peer.
 #[derive(Debug)]
@@ -56,7 +54,11 @@ struct Shared {
     /// The backlog may have shrunk.
     to_read: Notify,
     stopped: AtomicBool,
+    /// [`Backlog`], as two numbers.
     backlog_limit: AtomicU64,
+    read_bytes: AtomicU64,
+    /// Bytes of the frame that is out of the session and not yet in QUIC: it waits for the shapers or the window.
+    leaving_bytes: AtomicU64,
     /// The sender found nothing to send since this was last asked.
     ran_dry: AtomicBool,
     /// Bytes of the vmm stream between the socket and a frame.
@@ -76,12 +78,15 @@ impl Outbound {
         window_bytes: u64,
         encoder: Encoder,
     ) -> (Self, oneshot::Receiver<StreamEnd>) {
+        let backlog = Backlog::at(UNKNOWN_RATE);
         let shared = Arc::new(Shared {
             session: Mutex::new(SourceSession::new(migration, window_bytes)),
             to_send: Notify::new(),
             to_read: Notify::new(),
             stopped: AtomicBool::new(false),
-            backlog_limit: AtomicU64::new(LEAST_BACKLOG),
+            backlog_limit: AtomicU64::new(backlog.limit_bytes),
+            read_bytes: AtomicU64::new(backlog.read_bytes),
+            leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
@@ -114,12 +119,14 @@ impl Outbound {
     /// The connection's, as text for the operator.
     pub(crate) async fn send(
         &self,
-        connection: &quinn::Connection,
+        connection: &PeerConnection,
         shapers: &[Arc<Shaper>],
         protects_tail: bool,
     ) -> Result<(), LaneError> {
         let shared = &self.shared;
         loop {
+            // Also of a frame that an earlier sender was about to send: it is among the unsent again.
+            shared.leaving_bytes.store(0, Ordering::Relaxed);
             if shared.stopped.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -133,12 +140,14 @@ impl Outbound {
                 continue;
             };
             let bytes = frame.lane_bytes();
+            shared.leaving_bytes.store(bytes, Ordering::Relaxed);
             for shaper in shapers {
                 shaper.admit(bytes).await;
             }
             let sequence = frame.header.sequence;
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             shared.session().sent_on(sequence, lane.id().index());
+            shared.leaving_bytes.store(0, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {
                 self.protect_tail(connection, shapers).await?;
@@ -147,15 +156,13 @@ impl Outbound {
     }
 
     /// Once the stream has ended and everything has left: parity over what is in flight.
-    async fn protect_tail(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
+    async fn protect_tail(&self, connection: &PeerConnection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
         let tail = self.shared.session().tail();
         if tail.is_empty() {
             return Ok(());
         }
-        let path = connection.stats().path;
-        // What was not seen among so many packets is rarer than one of them.
-        let loss = path.lost_packets.max(1) as f64 / path.sent_packets.max(1) as f64;
-        let protection = Protection::against(loss, path.current_mtu);
+        let measures = connection.stats();
+        let protection = Protection::against(connection.loss_at_most(), measures.mtu);
         for run in tail {
             if self.shared.stopped.load(Ordering::Acquire) || self.shared.session().is_finished() {
                 break;
@@ -197,11 +204,10 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that may wait unsent before the vmm is made to wait.
-    pub(crate) fn set_backlog_limit(&self, bytes: u64) {
-        self.shared
-            .backlog_limit
-            .store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
+    /// What may wait before the vmm is made to wait.
+    pub(crate) fn set_backlog(&self, backlog: Backlog) {
+        self.shared.backlog_limit.store(backlog.limit_bytes, Ordering::Relaxed);
+        self.shared.read_bytes.store(backlog.read_bytes, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -219,7 +225,7 @@ impl Outbound {
 
     /// Whether frames have been waiting for the path all the time since the last call.
     pub(crate) fn was_saturated(&self) -> bool {
-        let waiting = self.shared.session().unsent_bytes() > 0;
+        let waiting = self.shared.session().unsent_bytes() + self.shared.leaving_bytes.load(Ordering::Relaxed) > 0;
         !self.shared.ran_dry.swap(!waiting, Ordering::Relaxed) && waiting
     }
 
@@ -264,6 +270,7 @@ impl Shared {
 
     fn backlog(&self) -> u64 {
         self.session().unsent_bytes()
+            + self.leaving_bytes.load(Ordering::Relaxed)
             + self.encoding_bytes.load(Ordering::Relaxed)
             + self.queued_at_peer.load(Ordering::Relaxed)
     }
@@ -283,7 +290,8 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             }
             notified.await;
         }
-        buffer.reserve(READ_BYTES);
+        let most = shared.read_bytes.load(Ordering::Relaxed) as usize;
+        buffer.reserve(most);
         let stop = async {
             loop {
                 let notified = shared.to_read.notified();
@@ -293,16 +301,18 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
                 notified.await;
             }
         };
+        let mut room = (&mut buffer).limit(most);
         let first = tokio::select! {
-            read = vmm.read_buf(&mut buffer) => read?,
+            read = vmm.read_buf(&mut room) => read?,
             () = stop => return Ok(false),
         };
         if first == 0 {
             return Ok(true);
         }
         // What is there already goes into the same batch: larger groups reduce better and cost fewer lanes.
-        while buffer.len() < READ_BYTES {
-            match vmm.try_read_buf(&mut buffer) {
+        while buffer.len() < most {
+            let rest = most - buffer.len();
+            match vmm.try_read_buf(&mut (&mut buffer).limit(rest)) {
                 Ok(0) | Err(_) => break,
                 Ok(_) => {}
             }
@@ -387,6 +397,32 @@ mod tests {
         assert_eq!(outbound.backlog_bytes(), before + WINDOW);
         outbound.set_queued_at_peer(WINDOW - 1);
         assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
+    }
+
+    #[tokio::test]
+    async fn more_than_the_backlog_allows_is_never_taken_from_the_vmm() {
+        let (mut vmm, ours) = UnixStream::pair().unwrap();
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        let backlog = Backlog::at(ByteRate(5_000_000));
+        outbound.set_backlog(backlog);
+        let most = backlog.limit_bytes + backlog.read_bytes;
+        let feeding = tokio::spawn(async move { vmm.write_all(&[1; 4 << 20]).await });
+        let full = async {
+            while outbound.backlog_bytes() <= backlog.limit_bytes {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), full)
+            .await
+            .expect("the vmm has more than is taken");
+        // Frames have headers of their own.
+        assert!(
+            outbound.totals().vmm_bytes <= most,
+            "{} of {most}",
+            outbound.totals().vmm_bytes
+        );
+        outbound.stop();
+        feeding.abort();
     }
 
     #[tokio::test]

@@ -187,7 +187,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     fn budget() -> Budget {
-        Budget::new(MS(500), &FixedCosts::on_path(MS(150))).unwrap()
+        Budget::new(MS(500), &FixedCosts::on_path(MS(150), None)).unwrap()
     }
 
     fn sample(now: Instant, round: u32, remaining_bytes: u64) -> Sample {
