@@ -23,7 +23,7 @@ use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
-use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, SwitchoverBandwidth, VmInventory};
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, Forecast, ForecastInput};
@@ -219,7 +219,9 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         vm.prepare(settings.downtime_limit).await?;
         vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await
     };
-    prepared.await.map_err(|error| error.to_string())?;
+    if prepared.await.map_err(|error| error.to_string())? == SwitchoverBandwidth::NotSupported {
+        copying.set_believes_itself();
+    }
     let was_running = vm.was_running();
     let context = VmContext {
         qmp: vm_config.qmp.clone(),

@@ -42,6 +42,7 @@ pub(crate) struct Copying {
     cap: Option<ByteRate>,
     dictionary: Option<DictionaryLimits>,
     memory_bytes: u64,
+    believes: bool,
     applied: Option<Settings>,
     last: Option<Progress>,
     wire: WireRate,
@@ -92,6 +93,7 @@ impl Copying {
             cap: start.cap,
             dictionary: start.dictionary,
             memory_bytes: start.memory_bytes,
+            believes: false,
             applied: None,
             last: None,
             wire: WireRate::default(),
@@ -114,6 +116,11 @@ impl Copying {
     /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.
     pub(crate) fn first_settings(&self, link: &Link) -> Settings {
         self.policy.settings(self.path_rate(link), 1.0)
+    }
+
+    /// The hypervisor cannot be told a bandwidth and goes by what it measures.
+    pub(crate) fn set_believes_itself(&mut self) {
+        self.believes = true;
     }
 
     /// Takes in a look at the hypervisor. New settings, where they changed enough to be worth a command.
@@ -197,6 +204,9 @@ impl Copying {
         entry.publish(look.clone());
         self.last = Some(look);
         match decision {
+            Decision::Continue(settings) if self.believes => {
+                Ok(self.worth_setting(settings.for_believed(ByteRate(ram.bytes_per_second))))
+            }
             Decision::Continue(settings) => Ok(self.worth_setting(settings)),
             Decision::GiveUp { reason } => Err(reason),
         }
@@ -332,8 +342,16 @@ impl Copying {
 
     fn worth_setting(&mut self, settings: Settings) -> Option<Settings> {
         let far = |before: f64, now: f64| (now - before).abs() > before * WORTH_SETTING;
+        let limit_changed = |applied: Settings| match self.believes {
+            // It follows what the hypervisor measures, which is never the same twice.
+            true => far(
+                applied.downtime_limit.as_secs_f64(),
+                settings.downtime_limit.as_secs_f64(),
+            ),
+            false => applied.downtime_limit != settings.downtime_limit,
+        };
         let changed = self.applied.is_none_or(|applied| {
-            applied.downtime_limit != settings.downtime_limit
+            limit_changed(applied)
                 || far(
                     applied.switchover_bandwidth.0 as f64,
                     settings.switchover_bandwidth.0 as f64,

@@ -633,7 +633,7 @@ impl SourceDriver {
     /// Tells the vmm how long it may plan to stop and how fast the rest will be taken.
     async fn apply(&mut self, settings: Settings) -> Result<(), SourceError> {
         let vm = self.vmm.connected().await?;
-        // A QEMU that cannot be told (before 8.2) goes by what our socket took lately, which the same path bounds.
+        // A QEMU that cannot be told (before 8.2) goes by what our socket took lately; its limit accounts for that.
         vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await?;
         vm.set_downtime_limit(settings.downtime_limit).await
     }
