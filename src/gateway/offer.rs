@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::Core;
+use super::accept::Known;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
@@ -16,8 +17,8 @@ use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
+use crate::proto::wire::SessionMessage;
 use crate::proto::wire::message::Offer;
-use crate::proto::wire::{Hello, SessionMessage};
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer, without starting anything.
@@ -57,8 +58,8 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Offer, mut channel: Channel) {
-    let refusal = match accept(&core, &peer, &hello, &offer).await {
+pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: Offer, mut channel: Channel) {
+    let refusal = match accept(&core, &peer, known, &offer).await {
         Ok((driver, vm)) => {
             let mut driver = driver;
             driver.adopt(channel);
@@ -79,11 +80,11 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
 async fn accept(
     core: &Arc<Core>,
     peer: &str,
-    hello: &Hello,
+    known: &Known,
     offer: &Offer,
 ) -> Result<(DestinationDriver, String), String> {
     let (vm, source) = look(core, offer)?;
-    let agreement = core.links.hello().agree(hello).map_err(|error| error.to_string())?;
+    let agreement = known.agreement;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
@@ -126,7 +127,7 @@ async fn accept(
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),
-        source_journal: hello.journal,
+        source_journal: known.journal,
         barriers: 0,
     });
     let (attach, attachments) = mpsc::channel(4);
@@ -140,7 +141,7 @@ async fn accept(
             machine,
             effects: Vec::new(),
             vmm: Some(vmm),
-            source_journal: hello.journal,
+            source_journal: known.journal,
             decoder: Some(Decoder::new(dictionary)),
             window_bytes: agreement.limits.window_bytes,
         },
