@@ -332,6 +332,10 @@ async fn offers_that_cannot_be_are_refused_and_start_nothing() {
             regions: u32::MAX,
             ..good.clone()
         },
+        Offer {
+            regions: REGIONS + 1,
+            ..good.clone()
+        },
     ];
     for offer in offers {
         for request in [Request::Open(offer.clone()), Request::Check(offer.clone())] {

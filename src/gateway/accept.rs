@@ -69,7 +69,7 @@ async fn greet(core: &Core, peer: &str, mut channel: Channel) -> Result<Option<K
         reply(channel, Reply::Refused("a hello comes first".to_owned())).await?;
         return Ok(None);
     };
-    let ours = core.links.hello().clone();
+    let ours = core.links.answer().await;
     match ours.agree(&theirs) {
         Ok(agreement) => {
             tracing::info!(

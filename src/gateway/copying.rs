@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::links::Link;
+use super::memory::Reservation;
 use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
@@ -41,6 +42,8 @@ pub(crate) struct Copying {
     shaper: Option<Arc<Shaper>>,
     cap: Option<ByteRate>,
     dictionary: Option<DictionaryLimits>,
+    /// Held until the migration is over.
+    _memory: Reservation,
     memory_bytes: u64,
     believes: bool,
     applied: Option<Settings>,
@@ -63,6 +66,8 @@ pub(crate) struct CopyingStart {
     /// Cap of this migration, where there is one.
     pub(crate) cap: Option<ByteRate>,
     pub(crate) dictionary: Option<DictionaryLimits>,
+    /// What this gateway needs for it.
+    pub(crate) memory: Reservation,
     /// Memory of the guest.
     pub(crate) memory_bytes: u64,
     /// IP bytes of the link before the migration.
@@ -92,6 +97,7 @@ impl Copying {
             shaper: start.shaper,
             cap: start.cap,
             dictionary: start.dictionary,
+            _memory: start.memory,
             memory_bytes: start.memory_bytes,
             believes: false,
             applied: None,

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use super::channel::{Channel, ChannelError};
+use super::clock;
+use super::memory::LEAST_PAGES;
 use crate::config::{Config, PeerAddress};
 use crate::proto::page::{ByteRate, JournalId, MigrationId};
 use crate::proto::wire::hello::{self, Agreement};
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::Shaper;
+use crate::store::spill;
 use crate::store::trust::TrustStore;
 use crate::transport::{CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
@@ -32,6 +35,9 @@ const LANES_IN_REPAIR: u64 = 4 << 20;
 
 /// A migration that has not asked for this long has ended, or uses another link. While it copies it asks ten times a second.
 const ASKED: Duration = Duration::from_secs(1);
+
+/// What was agreed on a link that nobody uses holds for this long; then both ends may have more or less room.
+const AGREED: Duration = Duration::from_secs(60);
 
 /// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
 const PROTECTED_RTT: Duration = Duration::from_millis(5);
@@ -58,6 +64,7 @@ pub(crate) struct Link {
     shaper: Option<Arc<Shaper>>,
     capacity: Option<ByteRate>,
     asks: std::sync::Mutex<Asks>,
+    made: Instant,
 }
 
 /// What the migrations on a link ask of it, each by its own measure of the path.
@@ -87,14 +94,44 @@ impl Links {
         &self.hello
     }
 
+    /// What it answers to a peer that connects: VMs come from there, and their dictionary spills to the disk here, so that no more of it is
+    /// agreed on than there is room for now.
+    pub(crate) async fn answer(&self) -> Hello {
+        let dir = self.config.state_dir.clone();
+        let room = tokio::task::spawn_blocking(move || spill::pages_with_room(&dir)).await;
+        // A disk that does not answer is none. So many pages stay in memory in any case.
+        let pages = room.map_or(0, |room| room.unwrap_or_default()).max(LEAST_PAGES);
+        let mut hello = self.hello.clone();
+        let most = &mut hello.limits.dictionary_pages;
+        *most = u32::try_from(pages).unwrap_or(u32::MAX).min(*most);
+        hello
+    }
+
     /// The link to `peer`: the one there is, or a new one.
     ///
     /// # Errors
     /// [`LinkError`], with what to do.
     pub(crate) async fn link(&self, peer: &str) -> Result<Arc<Link>, LinkError> {
+        self.link_if(peer, |_| true).await
+    }
+
+    /// The same for a migration that begins: what is agreed on it holds now.
+    ///
+    /// # Errors
+    /// [`LinkError`], with what to do.
+    pub(crate) async fn fresh_link(&self, peer: &str) -> Result<Arc<Link>, LinkError> {
+        let now = clock::now();
+        self.link_if(peer, |link| {
+            // One is the slot's own.
+            Arc::strong_count(link) > 1 || now.saturating_duration_since(link.made) < AGREED
+        })
+        .await
+    }
+
+    async fn link_if(&self, peer: &str, is_fit: impl Fn(&Arc<Link>) -> bool) -> Result<Arc<Link>, LinkError> {
         let slot = Arc::clone(self.links.lock().await.entry(peer.to_owned()).or_default());
         let mut slot = slot.lock().await;
-        if let Some(link) = slot.as_ref().filter(|link| link.is_alive()) {
+        if let Some(link) = slot.as_ref().filter(|link| link.is_alive() && is_fit(link)) {
             return Ok(Arc::clone(link));
         }
         let link = Arc::new(self.dial(peer).await?);
@@ -159,6 +196,7 @@ impl Links {
             shaper,
             capacity,
             asks: std::sync::Mutex::default(),
+            made: clock::now(),
         })
     }
 

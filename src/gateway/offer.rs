@@ -10,6 +10,7 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::launches;
+use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
 use crate::config::Vm;
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
@@ -53,14 +54,20 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
             open.migration, offer.vm
         ));
     }
-    DictionaryLimits::new(0, offer.regions).map_err(|error| error.to_string())?;
+    let regions = migrate::regions(&inventory);
+    if offer.regions > regions {
+        return Err(format!(
+            "the offer of {} names {} regions of memory and its inventory has {regions}",
+            offer.vm, offer.regions
+        ));
+    }
     Ok((vm, inventory))
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
 pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: Offer, mut channel: Channel) {
     let refusal = match accept(&core, &peer, known, &offer).await {
-        Ok((driver, vm)) => {
+        Ok((driver, vm, _memory)) => {
             let mut driver = driver;
             driver.adopt(channel);
             tracing::info!(migration = %offer.migration, vm, peer, "receiving");
@@ -82,27 +89,30 @@ async fn accept(
     peer: &str,
     known: &Known,
     offer: &Offer,
-) -> Result<(DestinationDriver, String), String> {
+) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
     let (vm, source) = look(core, offer)?;
-    let agreement = known.agreement;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
     }
-    let slots = offer.dictionary_pages.min(agreement.limits.dictionary_pages);
-    let dictionary = if offer.reduce {
-        let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
-        let memory = core.memory.reserve_pages(slots).ok_or_else(|| {
-            format!(
-                "{} has no memory left for another migration: wait, or raise memory_budget",
-                core.config.site
-            )
-        })?;
-        let shelf =
-            SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
-        Some((limits, super::inbound::Shelf { shelf, _memory: memory }))
+    let agreed = known.agreement.limits;
+    let slots = offer.dictionary_pages.min(agreed.dictionary_pages);
+    let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
+    let memory = core
+        .memory
+        .reserve(Need::at_destination(agreed.window_bytes, limits))
+        .map_err(|error| format!("{}: {error}", core.config.site))?;
+    // With a dictionary it is held for as long as something is restored, without one for as long as the migration is driven.
+    let (dictionary, memory) = if offer.reduce {
+        let (dir, pages) = (core.config.state_dir.clone(), memory.pages());
+        let shelf = tokio::task::spawn_blocking(move || SpillShelf::new(&dir, slots, pages))
+            .await
+            .expect("making a spill file does not panic")
+            .map_err(|error| format!("{}: {error}", core.config.site))?;
+        let shelf = super::inbound::Shelf { shelf, _memory: memory };
+        (Some((limits, shelf)), None)
     } else {
-        None
+        (None, Some(memory))
     };
     let (entry, orders) = core
         .registry
@@ -143,10 +153,10 @@ async fn accept(
             vmm: Some(vmm),
             source_journal: known.journal,
             decoder: Some(Decoder::new(dictionary)),
-            window_bytes: agreement.limits.window_bytes,
+            window_bytes: agreed.window_bytes,
         },
     );
-    Ok((driver, offer.vm.clone()))
+    Ok((driver, offer.vm.clone(), memory))
 }
 
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
