@@ -18,6 +18,7 @@ use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
 use crate::gateway::launches;
 use crate::gateway::links::Link;
+use crate::gateway::memory::Need;
 use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
@@ -31,6 +32,7 @@ use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage};
 use crate::shaper::Shaper;
+use crate::transport::tuning::UNSENT;
 
 /// Time for a hypervisor's monitor to answer.
 const MONITOR_DEADLINE: Duration = Duration::from_secs(5);
@@ -183,6 +185,12 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     let offer = checked.offer(entry.migration);
+    let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
+    let window_bytes = checked.link.agreement().limits.window_bytes;
+    let memory = core
+        .memory
+        .reserve(Need::at_source(window_bytes, dictionary))
+        .map_err(|error| format!("{}: {error}", core.config.site))?;
     let offered = async {
         let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
@@ -206,12 +214,6 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     }
     let now = clock::now();
     let memory_bytes = memory_of(&inventory);
-    let slots = link
-        .agreement()
-        .limits
-        .dictionary_pages
-        .min(dictionary_pages(&inventory));
-    let regions = regions(&inventory);
     let mut copying = Copying::new(
         &core.metrics,
         CopyingStart {
@@ -221,7 +223,8 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
             deadline: deadline.map(|deadline| now + deadline),
             shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
             cap,
-            dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
+            dictionary: Some(dictionary),
+            memory,
             memory_bytes,
             wire_at_start: link.wire_bytes(),
         },
@@ -308,7 +311,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     };
     let (vm, link) = tokio::join!(
         SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE),
-        core.links.link(&request.peer)
+        core.links.fresh_link(&request.peer)
     );
     let link = match link {
         Ok(link) => {
@@ -343,7 +346,15 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     };
     // The path's RTT as it was measured; a queue that happens to stand in it now is no part of the promise.
     let rtt = link.as_ref().map_or(core.config.link.rtt, |link| link.rtt());
-    let costs = FixedCosts::on_path(rtt);
+    let cap = request
+        .rate_bytes_per_second
+        .map(ByteRate)
+        .or(core.config.migration.rate);
+    let capacity = link.as_ref().and_then(|link| link.goodput());
+    let mut costs = FixedCosts::on_path(rtt, capacity.into_iter().chain(cap).min());
+    if capacity.is_none() {
+        costs.backlog += UNSENT;
+    }
     let budget = Budget::new(limit, &costs);
     fine &= note(
         "downtime limit",
@@ -361,10 +372,6 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else {
         return (checks, None);
     };
-    let cap = request
-        .rate_bytes_per_second
-        .map(ByteRate)
-        .or(core.config.migration.rate);
     let deadline = request
         .deadline_seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
@@ -439,7 +446,7 @@ impl Checked {
             inventory: serde_json::to_string(&self.inventory).expect("an inventory is plain data"),
             was_running: self.vm.was_running(),
             reduce: true,
-            dictionary_pages: dictionary_pages(&self.inventory),
+            dictionary_pages: dictionary_pages(&self.inventory).min(self.link.agreement().limits.dictionary_pages),
             regions: regions(&self.inventory),
         }
     }
@@ -578,7 +585,8 @@ fn memory_of(inventory: &VmInventory) -> u64 {
     inventory.base_memory_bytes + inventory.plugged_memory_bytes
 }
 
-fn regions(inventory: &VmInventory) -> u32 {
+/// Regions of the session dictionary that a guest has at most.
+pub(crate) fn regions(inventory: &VmInventory) -> u32 {
     u32::try_from(memory_of(inventory) / REGION_BYTES + EXTRA_REGIONS)
         .unwrap_or(u32::MAX)
         .min(DictionaryLimits::MAX_REGIONS)

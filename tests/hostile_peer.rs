@@ -32,6 +32,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 const RTT: Duration = Duration::from_millis(10);
+/// All that a guest of 64 MiB has.
 const REGIONS: u32 = 80;
 const JOURNAL: JournalId = JournalId([0x11; 16]);
 
@@ -294,6 +295,23 @@ async fn requests_out_of_turn_are_refused_in_words() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn channels_whose_request_never_comes_hold_up_no_other() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let link = stranger.link(JOURNAL).await;
+    // One after the other they would take the gateway's patience longer than this test's.
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        let (mut sender, receiver) = soon(link.control.open_bi()).await.unwrap();
+        sender.write_all(&[5, 0]).await.unwrap();
+        silent.push((sender, receiver));
+    }
+    let mut channel = Channel::open(&link.control, &Request::Ping(7)).await;
+    assert_eq!(channel.receive().await, Some(Reply::Pong(7)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn offers_that_cannot_be_are_refused_and_start_nothing() {
     need!(qemu());
     let scene = Scene::set().await;
@@ -314,6 +332,10 @@ async fn offers_that_cannot_be_are_refused_and_start_nothing() {
         },
         Offer {
             regions: u32::MAX,
+            ..good.clone()
+        },
+        Offer {
+            regions: REGIONS + 1,
             ..good.clone()
         },
     ];

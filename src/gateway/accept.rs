@@ -11,17 +11,25 @@ use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
 use super::lanes::Lanes;
 use super::{offer, recovery};
-use crate::proto::page::MigrationId;
+use crate::proto::page::{JournalId, MigrationId};
+use crate::proto::wire::hello::Agreement;
 use crate::proto::wire::message::Reply;
-use crate::proto::wire::{Hello, Request, SessionMessage};
+use crate::proto::wire::{Request, SessionMessage};
 use crate::transport::{CloseCode, PeerConnection};
 
 /// How long a peer may take to say what it opened a channel for.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What a peer said first, and what follows from it and from its answer.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) journal: JournalId,
+    pub(super) agreement: Agreement,
+}
+
 /// Serves a peer's control connection until it closes.
 pub(crate) async fn control(core: Arc<Core>, peer: String, connection: PeerConnection) {
-    let mut hello: Option<Hello> = None;
+    let mut known: Option<Arc<Known>> = None;
     loop {
         let channel = match connection.accept_bi().await {
             Ok((sender, receiver)) => Channel::new(sender, receiver),
@@ -30,46 +38,70 @@ pub(crate) async fn control(core: Arc<Core>, peer: String, connection: PeerConne
                 return;
             }
         };
-        if let Err(error) = serve(&core, &peer, &mut hello, channel).await {
-            tracing::warn!(peer, "{error}");
-            if matches!(error, ChannelError::Message(_)) {
-                connection.close_with(CloseCode::Protocol, &error.to_string());
-                return;
-            }
+        if let Some(known) = &known {
+            let (core, peer) = (Arc::clone(&core), peer.clone());
+            let (known, connection) = (Arc::clone(known), connection.clone());
+            // A request whose first packet is lost holds up no other; how many there are is bounded by the limit on open channels.
+            tokio::spawn(async move {
+                if let Err(error) = serve(&core, &peer, &known, channel).await {
+                    complain(&peer, &connection, &error);
+                }
+            });
+            continue;
+        }
+        match greet(&core, &peer, channel).await {
+            Ok(greeted) => known = greeted.map(Arc::new),
+            Err(error) => complain(&peer, &connection, &error),
         }
     }
 }
 
-async fn serve(
-    core: &Arc<Core>,
-    peer: &str,
-    hello: &mut Option<Hello>,
-    mut channel: Channel,
-) -> Result<(), ChannelError> {
-    let request = tokio::time::timeout(REQUEST_DEADLINE, channel.receiver.receive::<Request>())
+/// What is no message ends the connection, anything else only its channel.
+fn complain(peer: &str, connection: &PeerConnection, error: &ChannelError) {
+    tracing::warn!(peer, "{error}");
+    if matches!(error, ChannelError::Message(_)) {
+        connection.close_with(CloseCode::Protocol, &error.to_string());
+    }
+}
+
+/// The first request must be a hello; `None` where it was not, or nothing could be agreed on.
+async fn greet(core: &Core, peer: &str, mut channel: Channel) -> Result<Option<Known>, ChannelError> {
+    let Request::Hello(theirs) = request(&mut channel).await? else {
+        reply(channel, Reply::Refused("a hello comes first".to_owned())).await?;
+        return Ok(None);
+    };
+    let ours = core.links.answer().await;
+    match ours.agree(&theirs) {
+        Ok(agreement) => {
+            tracing::info!(
+                peer,
+                site = theirs.site,
+                software = theirs.software,
+                version = agreement.version,
+                "a peer connected"
+            );
+            reply(channel, Reply::Hello(ours)).await?;
+            Ok(Some(Known {
+                journal: theirs.journal,
+                agreement,
+            }))
+        }
+        Err(error) => {
+            reply(channel, Reply::Refused(error.to_string())).await?;
+            Ok(None)
+        }
+    }
+}
+
+async fn request(channel: &mut Channel) -> Result<Request, ChannelError> {
+    tokio::time::timeout(REQUEST_DEADLINE, channel.receiver.receive())
         .await
         .map_err(|_| ChannelError::Closed)??
-        .ok_or(ChannelError::Closed)?;
-    let Some(known) = hello.clone() else {
-        let Request::Hello(theirs) = request else {
-            return reply(channel, Reply::Refused("a hello comes first".to_owned())).await;
-        };
-        let ours = core.links.hello();
-        return match ours.agree(&theirs) {
-            Ok(agreement) => {
-                tracing::info!(
-                    peer,
-                    site = theirs.site,
-                    software = theirs.software,
-                    version = agreement.version,
-                    "a peer connected"
-                );
-                *hello = Some(theirs);
-                reply(channel, Reply::Hello(ours.clone())).await
-            }
-            Err(error) => reply(channel, Reply::Refused(error.to_string())).await,
-        };
-    };
+        .ok_or(ChannelError::Closed)
+}
+
+async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Channel) -> Result<(), ChannelError> {
+    let request = request(&mut channel).await?;
     match request {
         Request::Hello(_) => reply(channel, Reply::Refused("the hello came twice".to_owned())).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
@@ -78,17 +110,11 @@ async fn serve(
             reply(channel, Reply::Drives(drives)).await
         }
         Request::Check(offered) => {
-            let core = Arc::clone(core);
-            let peer = peer.to_owned();
-            tokio::spawn(async move {
-                let against = offer::check(&core, &peer, &offered).await;
-                let _ = reply(channel, Reply::Checked(against)).await;
-            });
-            Ok(())
+            let against = offer::check(core, peer, known.agreement.limits, &offered).await;
+            reply(channel, Reply::Checked(against)).await
         }
         Request::Open(offered) => {
-            // A vmm is started, which takes a while; other channels go on meanwhile.
-            tokio::spawn(offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel));
+            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
             Ok(())
         }
         Request::Attach { migration, epoch } => {
@@ -97,7 +123,7 @@ async fn serve(
                 epoch,
                 peer_journal: known.journal,
             };
-            tokio::spawn(attach(Arc::clone(core), peer.to_owned(), migration, attachment));
+            attach(Arc::clone(core), peer.to_owned(), migration, attachment).await;
             Ok(())
         }
     }

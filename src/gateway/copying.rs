@@ -4,29 +4,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::links::Link;
-use super::outbound::{LEAST_BACKLOG, Outbound};
+use super::memory::Reservation;
+use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::MigrationProgress;
 use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
 use crate::proto::page::ByteRate;
-use crate::proto::precopy::budget::BACKLOG;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::precopy::{
-    Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
+    Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
 };
 use crate::proto::reduce::DictionaryLimits;
 use crate::shaper::Shaper;
+use crate::transport::tuning::UNSENT;
 
-/// What QUIC may hold beyond the path's own BDP, in time.
-const QUEUED_IN_QUIC: Duration = Duration::from_millis(50);
-
-/// Room in QUIC's send window for lanes that wait for a lost packet: they are held whole until it is repaired.
-const LANES_IN_REPAIR: u64 = 4 << 20;
-
-/// Assumed until a rate is measured or configured.
-const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
+/// Whatever is measured, a path is not taken for slower: queues of bytes would not hold a lane.
+const LEAST_RATE: ByteRate = ByteRate(128 << 10);
 
 /// Settings are sent to the hypervisor again where they changed by more than this share.
 const WORTH_SETTING: f64 = 0.1;
@@ -47,7 +42,10 @@ pub(crate) struct Copying {
     shaper: Option<Arc<Shaper>>,
     cap: Option<ByteRate>,
     dictionary: Option<DictionaryLimits>,
+    /// Held until the migration is over.
+    _memory: Reservation,
     memory_bytes: u64,
+    believes: bool,
     applied: Option<Settings>,
     last: Option<Progress>,
     wire: WireRate,
@@ -68,6 +66,8 @@ pub(crate) struct CopyingStart {
     /// Cap of this migration, where there is one.
     pub(crate) cap: Option<ByteRate>,
     pub(crate) dictionary: Option<DictionaryLimits>,
+    /// What this gateway needs for it.
+    pub(crate) memory: Reservation,
     /// Memory of the guest.
     pub(crate) memory_bytes: u64,
     /// IP bytes of the link before the migration.
@@ -97,7 +97,9 @@ impl Copying {
             shaper: start.shaper,
             cap: start.cap,
             dictionary: start.dictionary,
+            _memory: start.memory,
             memory_bytes: start.memory_bytes,
+            believes: false,
             applied: None,
             last: None,
             wire: WireRate::default(),
@@ -122,6 +124,11 @@ impl Copying {
         self.policy.settings(self.path_rate(link), 1.0)
     }
 
+    /// The hypervisor cannot be told a bandwidth and goes by what it measures.
+    pub(crate) fn set_believes_itself(&mut self) {
+        self.believes = true;
+    }
+
     /// Takes in a look at the hypervisor. New settings, where they changed enough to be worth a command.
     ///
     /// # Errors
@@ -143,8 +150,9 @@ impl Copying {
         let saturated = outbound.was_saturated();
         self.path.observe(now, outbound.acknowledged_bytes(), saturated);
         let goodput = self.path_rate(link);
-        outbound.set_backlog_limit(goodput.bytes_in(BACKLOG));
-        link.set_send_window(goodput.bytes_in(link.rtt() + QUEUED_IN_QUIC) * 3 / 2 + LANES_IN_REPAIR);
+        outbound.set_backlog(Backlog::at(goodput));
+        link.ask(now, entry.migration, goodput);
+        let backlog_bytes = outbound.backlog_bytes() + self.unsent_in_quic(outbound, link);
 
         let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
         let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);
@@ -173,10 +181,11 @@ impl Copying {
         );
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
-        let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
+        let waiting = goodput.time_for(backlog_bytes);
+        let expected = transfer + waiting + self.costs.one_way + self.costs.syncs + self.costs.load;
         self.metrics.look(&Look {
             dirty_rate: sample.dirty_rate,
-            backlog_bytes: outbound.backlog_bytes(),
+            backlog_bytes,
             outstanding_bytes: outbound.outstanding_bytes(),
             expected_downtime: expected,
         });
@@ -201,6 +210,9 @@ impl Copying {
         entry.publish(look.clone());
         self.last = Some(look);
         match decision {
+            Decision::Continue(settings) if self.believes => {
+                Ok(self.worth_setting(settings.for_believed(ByteRate(ram.bytes_per_second))))
+            }
             Decision::Continue(settings) => Ok(self.worth_setting(settings)),
             Decision::GiveUp { reason } => Err(reason),
         }
@@ -318,13 +330,34 @@ impl Copying {
             .rate()
             .map_or(promised, |rate| ByteRate(rate.0 / 3 * 4).min(promised));
         let rate = self.cap.map_or(rate, |cap| cap.min(rate));
-        ByteRate(rate.0.max(LEAST_BACKLOG))
+        rate.max(LEAST_RATE)
+    }
+
+    /// What lanes hold beyond what flies. With a capacity, lanes are admitted as they leave and it is next to nothing; without one, the
+    /// connection keeps it within [`UNSENT`].
+    fn unsent_in_quic(&self, outbound: &Outbound, link: &Link) -> u64 {
+        let measured = self.path.rate().or_else(|| self.goodput.best());
+        match measured {
+            Some(rate) if link.capacity().is_none() => outbound
+                .outstanding_bytes()
+                .saturating_sub(rate.bytes_in(link.rtt()))
+                .min(rate.bytes_in(UNSENT)),
+            _ => 0,
+        }
     }
 
     fn worth_setting(&mut self, settings: Settings) -> Option<Settings> {
         let far = |before: f64, now: f64| (now - before).abs() > before * WORTH_SETTING;
+        let limit_changed = |applied: Settings| match self.believes {
+            // It follows what the hypervisor measures, which is never the same twice.
+            true => far(
+                applied.downtime_limit.as_secs_f64(),
+                settings.downtime_limit.as_secs_f64(),
+            ),
+            false => applied.downtime_limit != settings.downtime_limit,
+        };
         let changed = self.applied.is_none_or(|applied| {
-            applied.downtime_limit != settings.downtime_limit
+            limit_changed(applied)
                 || far(
                     applied.switchover_bandwidth.0 as f64,
                     settings.switchover_bandwidth.0 as f64,

@@ -2,18 +2,21 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
 use super::channel::{Channel, ChannelError};
+use super::clock;
+use super::memory::LEAST_PAGES;
 use crate::config::{Config, PeerAddress};
-use crate::proto::page::{ByteRate, JournalId};
+use crate::proto::page::{ByteRate, JournalId, MigrationId};
 use crate::proto::wire::hello::{self, Agreement};
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::Shaper;
+use crate::store::spill;
 use crate::store::trust::TrustStore;
 use crate::transport::{CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
@@ -23,6 +26,18 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Share of the controller's goodput that bulk is admitted at: what is admitted leaves at once, so that almost nothing unsent
 /// sits in QUIC, where nothing can overtake it.
 const ADMITTED_SHARE: f64 = 0.995;
+
+/// What QUIC may hold beyond the path's own BDP, in time.
+const QUEUED_IN_QUIC: Duration = Duration::from_millis(50);
+
+/// Room in QUIC's send window for lanes that wait for a lost packet: they are held whole until it is repaired.
+const LANES_IN_REPAIR: u64 = 4 << 20;
+
+/// A migration that has not asked for this long has ended, or uses another link. While it copies it asks ten times a second.
+const ASKED: Duration = Duration::from_secs(1);
+
+/// What was agreed on a link that nobody uses holds for this long; then both ends may have more or less room.
+const AGREED: Duration = Duration::from_secs(60);
 
 /// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
 const PROTECTED_RTT: Duration = Duration::from_millis(5);
@@ -48,7 +63,13 @@ pub(crate) struct Link {
     agreement: Agreement,
     shaper: Option<Arc<Shaper>>,
     capacity: Option<ByteRate>,
+    asks: std::sync::Mutex<Asks>,
+    made: Instant,
 }
+
+/// What the migrations on a link ask of it, each by its own measure of the path.
+#[derive(Debug, Default)]
+struct Asks(HashMap<MigrationId, (Instant, ByteRate)>);
 
 impl Links {
     pub(crate) fn new(
@@ -73,14 +94,44 @@ impl Links {
         &self.hello
     }
 
+    /// What it answers to a peer that connects: VMs come from there, and their dictionary spills to the disk here, so that no more of it is
+    /// agreed on than there is room for now.
+    pub(crate) async fn answer(&self) -> Hello {
+        let dir = self.config.state_dir.clone();
+        let room = tokio::task::spawn_blocking(move || spill::pages_with_room(&dir)).await;
+        // A disk that does not answer is none. So many pages stay in memory in any case.
+        let pages = room.map_or(0, |room| room.unwrap_or_default()).max(LEAST_PAGES);
+        let mut hello = self.hello.clone();
+        let most = &mut hello.limits.dictionary_pages;
+        *most = u32::try_from(pages).unwrap_or(u32::MAX).min(*most);
+        hello
+    }
+
     /// The link to `peer`: the one there is, or a new one.
     ///
     /// # Errors
     /// [`LinkError`], with what to do.
     pub(crate) async fn link(&self, peer: &str) -> Result<Arc<Link>, LinkError> {
+        self.link_if(peer, |_| true).await
+    }
+
+    /// The same for a migration that begins: what is agreed on it holds now.
+    ///
+    /// # Errors
+    /// [`LinkError`], with what to do.
+    pub(crate) async fn fresh_link(&self, peer: &str) -> Result<Arc<Link>, LinkError> {
+        let now = clock::now();
+        self.link_if(peer, |link| {
+            // One is the slot's own.
+            Arc::strong_count(link) > 1 || now.saturating_duration_since(link.made) < AGREED
+        })
+        .await
+    }
+
+    async fn link_if(&self, peer: &str, is_fit: impl Fn(&Arc<Link>) -> bool) -> Result<Arc<Link>, LinkError> {
         let slot = Arc::clone(self.links.lock().await.entry(peer.to_owned()).or_default());
         let mut slot = slot.lock().await;
-        if let Some(link) = slot.as_ref().filter(|link| link.is_alive()) {
+        if let Some(link) = slot.as_ref().filter(|link| link.is_alive() && is_fit(link)) {
             return Ok(Arc::clone(link));
         }
         let link = Arc::new(self.dial(peer).await?);
@@ -144,6 +195,8 @@ impl Links {
             agreement,
             shaper,
             capacity,
+            asks: std::sync::Mutex::default(),
+            made: clock::now(),
         })
     }
 
@@ -228,9 +281,21 @@ impl Link {
         self.capacity
     }
 
-    /// Bounds what QUIC holds of lanes, sent or not: what it holds beyond the path's own needs is a queue that nothing overtakes.
-    pub(crate) fn set_send_window(&self, bytes: u64) {
-        self.link.bulk.set_send_window(bytes);
+    /// A migration would fill this rate. What QUIC holds of lanes, sent or not, follows from all that are on the link: beyond the
+    /// path's own needs it is a queue that nothing overtakes. A promise that the path does not keep makes it no longer, since migrations
+    /// ask for what they measure.
+    pub(crate) fn ask(&self, now: Instant, migration: MigrationId, rate: ByteRate) {
+        let asked = self
+            .asks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .total(now, migration, rate);
+        if let Some(goodput) = self.goodput() {
+            let bdp = asked.min(goodput).bytes_in(self.rtt() + QUEUED_IN_QUIC);
+            self.link
+                .bulk
+                .bound_held((bdp + bdp / 2).saturating_add(LANES_IN_REPAIR));
+        }
     }
 
     /// IP bytes in both directions since the link was made.
@@ -248,6 +313,14 @@ impl Link {
         tracing::debug!("a link is given up: {reason}");
         self.link
             .close(CloseCode::Replaced, "the other connection of the link is lost");
+    }
+}
+
+impl Asks {
+    fn total(&mut self, now: Instant, migration: MigrationId, rate: ByteRate) -> ByteRate {
+        self.0.insert(migration, (now, rate));
+        self.0.retain(|_, (at, _)| now.saturating_duration_since(*at) < ASKED);
+        ByteRate(self.0.values().fold(0, |sum, (_, rate)| sum.saturating_add(rate.0)))
     }
 }
 
@@ -338,4 +411,23 @@ pub(crate) enum LinkError {
         /// Why.
         source: HelloError,
     },
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_asked_for_the_sum_of_what_its_migrations_want_and_forgets_those_that_ended() {
+        let start = Instant::now();
+        let mut asks = Asks::default();
+        let [one, two] = [MigrationId([1; 16]), MigrationId([2; 16])];
+        assert_eq!(asks.total(start, one, ByteRate(100)), ByteRate(100));
+        assert_eq!(asks.total(start, two, ByteRate(10)), ByteRate(110));
+        assert_eq!(asks.total(start, one, ByteRate(90)), ByteRate(100));
+        let later = start + ASKED;
+        assert_eq!(asks.total(later, two, ByteRate(10)), ByteRate(10));
+        assert_eq!(asks.total(later, one, ByteRate(u64::MAX)), ByteRate(u64::MAX));
+    }
 }

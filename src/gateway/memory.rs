@@ -1,13 +1,21 @@
-//! The memory budget, shared out to the migrations that are open.
+//! The memory budget, shared out to the migrations that are open, at both ends.
 //!
-//! Half of the budget is for what is on the way (windows of sessions and of QUIC, at both ends), the other half for the pages
-//! that dictionaries keep in memory. A migration that finds too little left is refused before anything moves.
+//! ```text
+//! source:       window + regions x 4.2 KiB + slots x 20.5 B + work
+//! destination:  window + regions x 4.2 KiB + slots x 16 B   + work + device state + pages of the dictionary
+//! ```
+//!
+//! Everything but the pages is what a migration may come to hold and is reserved in full; the pages are a quarter of what is left then,
+//! the others are in the spill file. A migration that finds too little is refused before anything moves. Worked example at the
+//! default of 512 MiB and a window of 64 MiB (1 Gbit/s, 150 ms): [`tests`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::config::Config;
 use crate::proto::page::{ByteRate, PAGE_SIZE};
+use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::Limits;
 use crate::proto::wire::hello::MIN_WINDOW;
 
@@ -17,10 +25,25 @@ const ASSUMED_RATE: ByteRate = ByteRate::from_bits_per_second(1_000_000_000);
 /// Most pages in a session dictionary: 4 GiB in memory and spill file together.
 const MOST_DICTIONARY_PAGES: u64 = 1 << 20;
 
-/// Least pages in memory that a dictionary is worth having with: 4 MiB.
-const LEAST_PAGES: u64 = 1 << 10;
+/// Pages of a dictionary that are always in memory: 4 MiB.
+pub(crate) const LEAST_PAGES: u64 = 1 << 10;
 
-/// What is left of the budget for dictionaries' pages.
+/// A region of the table that says which slot a page was last sent from, with its entry in the index of regions.
+const REGION_BYTES: u64 = 4096 + 128;
+
+/// A slot at the source, in tenths of a byte: a digest of 16 bytes and 9/10 of an entry of 4.
+const SOURCE_SLOT_TENTHS: u64 = 205;
+
+/// A slot at the destination: the digest of a page in the spill file.
+const DESTINATION_SLOT: u64 = 16;
+
+/// Batches that are encoded or restored, frames that wait for the vmm, and those kept for repairs.
+const WORK: u64 = 8 << 20;
+
+/// Device state that the destination holds back until ownership has moved.
+const DEVICE_STATE: u64 = 32 << 20;
+
+/// What is left of the budget.
 #[derive(Debug)]
 pub(crate) struct MemoryBudget {
     total: u64,
@@ -31,50 +54,112 @@ pub(crate) struct MemoryBudget {
 #[derive(Debug)]
 pub(crate) struct Reservation {
     bytes: u64,
+    pages: u64,
     left: Arc<AtomicU64>,
+}
+
+/// What one end of a migration may come to hold.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need {
+    bytes: u64,
+    least_pages: u64,
+    most_pages: u64,
+}
+
+impl Need {
+    /// At the source, with this session window.
+    pub(crate) fn at_source(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
+        Self {
+            bytes: common(window_bytes, dictionary) + u64::from(dictionary.slots()) * SOURCE_SLOT_TENTHS / 10,
+            least_pages: 0,
+            most_pages: 0,
+        }
+    }
+
+    /// At the destination, with this session window.
+    pub(crate) fn at_destination(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
+        let slots = u64::from(dictionary.slots());
+        Self {
+            bytes: common(window_bytes, dictionary) + slots * DESTINATION_SLOT + DEVICE_STATE,
+            least_pages: LEAST_PAGES.min(slots),
+            most_pages: slots,
+        }
+    }
+
+    /// Bytes, and pages of the dictionary among them, with `left` of the budget; `None` where that is too little.
+    fn of(self, left: u64) -> Option<(u64, u64)> {
+        let rest = left.checked_sub(self.bytes)?;
+        let page = PAGE_SIZE as u64;
+        let pages = (rest / 4 / page).clamp(self.least_pages, self.most_pages);
+        (pages * page <= rest).then_some((self.bytes + pages * page, pages))
+    }
+
+    fn least_bytes(self) -> u64 {
+        self.bytes + self.least_pages * PAGE_SIZE as u64
+    }
+}
+
+fn common(window_bytes: u64, dictionary: DictionaryLimits) -> u64 {
+    window_bytes
+        .saturating_add(u64::from(dictionary.regions()) * REGION_BYTES)
+        .saturating_add(WORK)
 }
 
 impl MemoryBudget {
     pub(crate) fn new(total: u64) -> Self {
         Self {
             total,
-            left: Arc::new(AtomicU64::new(total / 2)),
+            left: Arc::new(AtomicU64::new(total)),
         }
     }
 
-    /// What this gateway can hold for one migration on a link of this rate and RTT: a window of 4 BDP, since a lost packet is
-    /// repaired two round trips after it was first sent and what is behind it waits, within an eighth of the budget, which the
-    /// session and QUIC each take at both ends.
-    pub(crate) fn limits(&self, rate: Option<ByteRate>, rtt: Duration) -> Limits {
-        let wanted = rate.unwrap_or(ASSUMED_RATE).bytes_in(rtt).saturating_mul(4);
+    /// What this gateway can hold for one migration. The window is 4 BDP of the longest and fattest path that is configured, since a lost
+    /// packet is repaired two round trips after it was first sent and what is behind it waits, within an eighth of the budget. The
+    /// dictionary's digests are another eighth at most.
+    pub(crate) fn limits(&self, config: &Config) -> Limits {
+        let bdp = |rate: Option<ByteRate>, rtt: Duration| rate.unwrap_or(ASSUMED_RATE).bytes_in(rtt);
+        let link = &config.link;
+        let wanted = config
+            .peers
+            .iter()
+            .map(|peer| bdp(peer.rate.or(link.rate), peer.rtt.unwrap_or(link.rtt)))
+            .fold(bdp(link.rate, link.rtt), u64::max)
+            .saturating_mul(4);
+        let slots = (self.total / 8 * 10 / SOURCE_SLOT_TENTHS).min(MOST_DICTIONARY_PAGES);
         Limits {
             window_bytes: wanted.clamp(MIN_WINDOW, (self.total / 8).max(MIN_WINDOW)),
-            dictionary_pages: u32::try_from(MOST_DICTIONARY_PAGES).expect("2^20 fits"),
+            dictionary_pages: u32::try_from(slots).expect("2^20 fits"),
         }
     }
 
-    /// Memory for a dictionary of up to `pages` pages: all of it, or half of what is left.
-    pub(crate) fn reserve_pages(&self, pages: u32) -> Option<Reservation> {
-        let mut reserved = 0;
-        self.left
+    /// Memory for one end of a migration.
+    ///
+    /// # Errors
+    /// [`NoMemory`] where too little is left.
+    pub(crate) fn reserve(&self, need: Need) -> Result<Reservation, NoMemory> {
+        let before = self
+            .left
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| {
-                let bytes = (u64::from(pages) * PAGE_SIZE as u64).min(left / 2);
-                reserved = bytes;
-                (bytes >= LEAST_PAGES * PAGE_SIZE as u64 || bytes == u64::from(pages) * PAGE_SIZE as u64)
-                    .then_some(left - bytes)
+                need.of(left).map(|(bytes, _)| left - bytes)
             })
-            .ok()
-            .map(|_| Reservation {
-                bytes: reserved,
-                left: Arc::clone(&self.left),
-            })
+            .map_err(|left| NoMemory {
+                needed_mib: need.least_bytes().div_ceil(1 << 20),
+                left_mib: left >> 20,
+                total_mib: self.total >> 20,
+            })?;
+        let (bytes, pages) = need.of(before).expect("it was just found to fit");
+        Ok(Reservation {
+            bytes,
+            pages,
+            left: Arc::clone(&self.left),
+        })
     }
 }
 
 impl Reservation {
-    /// Pages that may be kept in memory.
+    /// Pages of the dictionary that may be kept in memory.
     pub(crate) fn pages(&self) -> u32 {
-        u32::try_from(self.bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX)
+        u32::try_from(self.pages).unwrap_or(u32::MAX)
     }
 }
 
@@ -84,32 +169,122 @@ impl Drop for Reservation {
     }
 }
 
+/// The budget has too little left for one more migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the migration needs {needed_mib} MiB of memory in the gateway and {left_mib} MiB of {total_mib} MiB are left: wait for \
+     another migration to end, or raise memory_budget"
+)]
+pub(crate) struct NoMemory {
+    needed_mib: u64,
+    left_mib: u64,
+    total_mib: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const MIB: u64 = 1 << 20;
+    const WINDOW: u64 = 64 * MIB;
+
+    /// The dictionary of a guest with so much memory, as its source asks for it.
+    fn dictionary(guest_bytes: u64) -> DictionaryLimits {
+        let slots = (guest_bytes / PAGE_SIZE as u64 * 5 / 4).min(MOST_DICTIONARY_PAGES);
+        let regions = guest_bytes / (4 * MIB) + 64;
+        DictionaryLimits::new(slots as u32, regions as u32).unwrap()
+    }
+
+    fn left(budget: &MemoryBudget) -> u64 {
+        budget.left.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn the_default_budget_takes_a_guest_of_4_gib_and_keeps_an_eighth_of_it_for_pages() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let need = Need::at_destination(WINDOW, dictionary(4 << 30));
+        // 64 window + 4.5 table + 16 digests + 8 work + 32 device state.
+        assert_eq!(need.bytes / MIB, 124);
+        let held = budget.reserve(need).unwrap();
+        assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 96);
+        let source = Need::at_source(WINDOW, dictionary(4 << 30));
+        assert_eq!(source.bytes / MIB, 96);
+        budget
+            .reserve(source)
+            .expect("it may send one of that size at the same time");
+    }
+
+    #[test]
+    fn the_default_budget_takes_three_guests_of_1_gib_and_says_why_not_the_fourth() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let need = Need::at_destination(WINDOW, dictionary(1 << 30));
+        let held: Vec<Reservation> = (0..3).map(|_| budget.reserve(need).unwrap()).collect();
+        let pages: Vec<u64> = held.iter().map(|held| held.pages * PAGE_SIZE as u64 / MIB).collect();
+        assert_eq!(pages, [100, 47, 8]);
+        let refused = budget.reserve(need).unwrap_err();
+        assert_eq!((refused.needed_mib, refused.left_mib), (115, 24));
+        assert!(refused.to_string().contains("raise memory_budget"), "{refused}");
+        drop(held);
+        assert_eq!(left(&budget), 512 * MIB);
+    }
+
+    #[test]
+    fn the_last_byte_can_be_had_and_not_one_more() {
+        let need = Need::at_destination(MIN_WINDOW, dictionary(1 << 30));
+        assert!(MemoryBudget::new(need.least_bytes()).reserve(need).is_ok());
+        let budget = MemoryBudget::new(need.least_bytes() - 1);
+        assert!(budget.reserve(need).is_err());
+        assert_eq!(left(&budget), need.least_bytes() - 1, "a refusal holds nothing");
+    }
+
     #[test]
     fn what_migrations_hold_never_exceeds_the_budget_and_comes_back() {
-        let budget = MemoryBudget::new(512 << 20);
+        let budget = MemoryBudget::new(512 * MIB);
         let mut held = Vec::new();
-        while let Some(reservation) = budget.reserve_pages(1 << 20) {
+        while let Ok(reservation) = budget.reserve(Need::at_destination(MIN_WINDOW, dictionary(1 << 30))) {
             held.push(reservation);
         }
         let sum: u64 = held.iter().map(|reservation| reservation.bytes).sum();
-        assert!(held.len() > 3 && sum <= 256 << 20, "{} {sum}", held.len());
+        assert!(
+            held.len() > 3 && sum + left(&budget) == 512 * MIB,
+            "{} {sum}",
+            held.len()
+        );
         drop(held);
-        assert_eq!(budget.left.load(Ordering::Relaxed), 256 << 20);
+        assert_eq!(left(&budget), 512 * MIB);
+    }
+
+    #[test]
+    fn regions_that_no_guest_here_has_are_beyond_the_budget() {
+        let regions = DictionaryLimits::new(1, DictionaryLimits::MAX_REGIONS).unwrap();
+        let budget = MemoryBudget::new(512 * MIB);
+        assert!(budget.reserve(Need::at_destination(MIN_WINDOW, regions)).is_err());
     }
 
     #[test]
     fn a_gigabit_at_150_ms_gets_four_bdp_unless_the_budget_is_small() {
-        let limits = |budget| {
-            MemoryBudget::new(budget)
-                .limits(None, Duration::from_millis(150))
-                .window_bytes
+        let config = Config::for_site("here");
+        let limits = |budget| MemoryBudget::new(budget).limits(&config);
+        assert_eq!(limits(1 << 30).window_bytes, 75_000_000);
+        assert_eq!(limits(512 * MIB).window_bytes, 64 * MIB);
+        assert_eq!(limits(MIB).window_bytes, MIN_WINDOW);
+        assert_eq!(u64::from(limits(512 * MIB).dictionary_pages), MOST_DICTIONARY_PAGES);
+        assert_eq!(limits(64 * MIB).dictionary_pages, 409_200);
+    }
+
+    #[test]
+    fn windows_are_made_for_the_peer_with_the_largest_bdp() {
+        let mut config = Config::for_site("here");
+        let budget = MemoryBudget::new(4 << 30);
+        let peer = |rate, rtt_ms| crate::config::Peer {
+            name: "far".to_owned(),
+            address: None,
+            rate,
+            rtt: Some(Duration::from_millis(rtt_ms)),
         };
-        assert_eq!(limits(1 << 30), 75_000_000);
-        assert_eq!(limits(512 << 20), 64 << 20);
-        assert_eq!(limits(1 << 20), MIN_WINDOW);
+        config.peers = vec![peer(None, 300), peer(Some(ByteRate(1_000_000)), 600)];
+        assert_eq!(budget.limits(&config).window_bytes, 150_000_000);
+        config.peers = vec![peer(None, 10)];
+        assert_eq!(budget.limits(&config).window_bytes, 75_000_000);
     }
 }

@@ -26,7 +26,7 @@ mod journal;
 mod lanes;
 pub(crate) mod launches;
 pub(crate) mod links;
-mod memory;
+pub(crate) mod memory;
 mod offer;
 mod outbound;
 pub mod pairing;
@@ -122,11 +122,12 @@ pub async fn run(
     }
     let trust = Arc::new(trust);
     let memory = MemoryBudget::new(config.memory_budget);
-    let limits = memory.limits(config.link.rate, config.link.rtt);
+    let limits = memory.limits(&config);
+    let farthest = config.peers.iter().filter_map(|peer| peer.rtt).max();
     let settings = TransportSettings {
         bulk_address: Some(config.bulk_listen()),
         link: config.link.rate,
-        rtt: config.link.rtt,
+        rtt: config.link.rtt.max(farthest.unwrap_or_default()),
         idle_timeout: IDLE_TIMEOUT,
         window_budget: limits.window_bytes,
         ..TransportSettings::new(config.listen)

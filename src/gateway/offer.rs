@@ -5,11 +5,13 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::Core;
+use super::accept::Known;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::inbound::Shelf;
 use super::launches;
+use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
 use crate::config::Vm;
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
@@ -18,15 +20,15 @@ use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
 use crate::proto::wire::message::Offer;
-use crate::proto::wire::{Hello, SessionMessage};
+use crate::proto::wire::{Limits, SessionMessage};
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
-pub(crate) async fn check(core: &Core, peer: &str, offer: &Offer) -> Vec<String> {
+pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer) -> Vec<String> {
     let tried = async {
         let (vm, source) = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
-        dictionary(core, offer, offer.dictionary_pages)?;
+        dictionary(core, offer, agreed).await?;
         let started = start_vm(core, vm, offer, &source).await;
         let found = match started {
             Ok(vmm) => {
@@ -68,14 +70,20 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
             open.migration, offer.vm
         ));
     }
-    DictionaryLimits::new(0, offer.regions).map_err(|error| error.to_string())?;
+    let regions = migrate::regions(&inventory);
+    if offer.regions > regions {
+        return Err(format!(
+            "the offer of {} names {} regions of memory and its inventory has {regions}",
+            offer.vm, offer.regions
+        ));
+    }
     Ok((vm, inventory))
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Offer, mut channel: Channel) {
-    let refusal = match accept(&core, &peer, &hello, &offer).await {
-        Ok((driver, vm)) => {
+pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: Offer, mut channel: Channel) {
+    let refusal = match accept(&core, &peer, known, &offer).await {
+        Ok((driver, vm, _memory)) => {
             let mut driver = driver;
             driver.adopt(channel);
             tracing::info!(migration = %offer.migration, vm, peer, "receiving");
@@ -94,17 +102,16 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
 async fn accept(
     core: &Arc<Core>,
     peer: &str,
-    hello: &Hello,
+    known: &Known,
     offer: &Offer,
-) -> Result<(DestinationDriver, String), String> {
+) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
     let (vm, source) = look(core, offer)?;
-    let agreement = core.links.hello().agree(hello).map_err(|error| error.to_string())?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
     }
-    let slots = offer.dictionary_pages.min(agreement.limits.dictionary_pages);
-    let dictionary = dictionary(core, offer, slots)?;
+    let agreed = known.agreement.limits;
+    let (dictionary, memory) = dictionary(core, offer, agreed).await?;
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
@@ -128,7 +135,7 @@ async fn accept(
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),
-        source_journal: hello.journal,
+        source_journal: known.journal,
         barriers: 0,
     });
     let (attach, attachments) = mpsc::channel(4);
@@ -142,29 +149,36 @@ async fn accept(
             machine,
             effects: Vec::new(),
             vmm: Some(vmm),
-            source_journal: hello.journal,
+            source_journal: known.journal,
             decoder: Some(Decoder::new(dictionary)),
-            window_bytes: agreement.limits.window_bytes,
+            window_bytes: agreed.window_bytes,
         },
     );
-    Ok((driver, offer.vm.clone()))
+    Ok((driver, offer.vm.clone(), memory))
 }
 
-/// What a stream is restored with, and the room for it.
-fn dictionary(core: &Core, offer: &Offer, slots: u32) -> Result<Option<(DictionaryLimits, Shelf)>, String> {
-    if !offer.reduce {
-        return Ok(None);
-    }
+/// What a stream is restored with, and the memory of the migration: held with the dictionary for as long as something is restored,
+/// without one for as long as the migration is driven.
+async fn dictionary(core: &Core, offer: &Offer, agreed: Limits) -> Result<(Restoring, Option<Reservation>), String> {
+    let slots = offer.dictionary_pages.min(agreed.dictionary_pages);
     let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
-    let memory = core.memory.reserve_pages(slots).ok_or_else(|| {
-        format!(
-            "{} has no memory left for another migration: wait, or raise memory_budget",
-            core.config.site
-        )
-    })?;
-    let shelf = SpillShelf::new(&core.config.state_dir, slots, memory.pages()).map_err(|error| error.to_string())?;
-    Ok(Some((limits, Shelf { shelf, _memory: memory })))
+    let memory = core
+        .memory
+        .reserve(Need::at_destination(agreed.window_bytes, limits))
+        .map_err(|error| format!("{}: {error}", core.config.site))?;
+    if !offer.reduce {
+        return Ok((None, Some(memory)));
+    }
+    let (dir, pages) = (core.config.state_dir.clone(), memory.pages());
+    let shelf = tokio::task::spawn_blocking(move || SpillShelf::new(&dir, slots, pages))
+        .await
+        .expect("making a spill file does not panic")
+        .map_err(|error| format!("{}: {error}", core.config.site))?;
+    Ok((Some((limits, Shelf { shelf, _memory: memory })), None))
 }
+
+/// What a decoder restores with.
+type Restoring = Option<(DictionaryLimits, Shelf)>;
 
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
 async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {

@@ -8,28 +8,26 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::proto::page::MigrationId;
+use crate::proto::page::{ByteRate, MigrationId};
+use crate::proto::precopy::Backlog;
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::reduce::PageCounts;
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
 use crate::shaper::Shaper;
-use crate::transport::{LaneError, send_lane};
-
-/// Most bytes that are read from a vmm at once; one batch of the encoder.
-const READ_BYTES: usize = 256 << 10;
+use crate::transport::{LaneError, PeerConnection, send_lane};
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
 const CHUNKS_AHEAD: usize = 2;
 
-/// The least backlog: below it a lane would go out half empty.
-pub(crate) const LEAST_BACKLOG: u64 = 128 << 10;
+/// Assumed until a rate is measured or configured.
+pub(crate) const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
 
 /// One migration's stream on its way to the peer.
 #[derive(Debug)]
@@ -56,15 +54,20 @@ struct Shared {
     /// The backlog may have shrunk.
     to_read: Notify,
     stopped: AtomicBool,
+    /// [`Backlog`], as two numbers.
     backlog_limit: AtomicU64,
+    read_bytes: AtomicU64,
+    /// Bytes of the frame that is out of the session and not yet in QUIC: it waits for the shapers or the window.
+    leaving_bytes: AtomicU64,
     /// The sender found nothing to send since this was last asked.
     ran_dry: AtomicBool,
     /// Bytes of the vmm stream between the socket and a frame.
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
+    /// What the peer may have on the way; it never states more as queued.
+    window_bytes: u64,
     queued_at_peer: AtomicU64,
-    sent_bytes: AtomicU64,
 }
 
 impl Outbound {
@@ -75,18 +78,21 @@ impl Outbound {
         window_bytes: u64,
         encoder: Encoder,
     ) -> (Self, oneshot::Receiver<StreamEnd>) {
+        let backlog = Backlog::at(UNKNOWN_RATE);
         let shared = Arc::new(Shared {
             session: Mutex::new(SourceSession::new(migration, window_bytes)),
             to_send: Notify::new(),
             to_read: Notify::new(),
             stopped: AtomicBool::new(false),
-            backlog_limit: AtomicU64::new(LEAST_BACKLOG),
+            backlog_limit: AtomicU64::new(backlog.limit_bytes),
+            read_bytes: AtomicU64::new(backlog.read_bytes),
+            leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
+            window_bytes,
             queued_at_peer: AtomicU64::new(0),
-            sent_bytes: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
@@ -113,13 +119,15 @@ impl Outbound {
     /// The connection's, as text for the operator.
     pub(crate) async fn send(
         &self,
-        connection: &quinn::Connection,
+        connection: &PeerConnection,
         shapers: &[Arc<Shaper>],
         protects_tail: bool,
     ) -> Result<(), LaneError> {
         let shared = &self.shared;
         let epoch = self.epoch();
         loop {
+            // Also of a frame that an earlier sender was about to send: it is among the unsent again.
+            shared.leaving_bytes.store(0, Ordering::Relaxed);
             if shared.stopped.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -141,13 +149,14 @@ impl Outbound {
                 continue;
             };
             let bytes = frame.lane_bytes();
+            shared.leaving_bytes.store(bytes, Ordering::Relaxed);
             for shaper in shapers {
                 shaper.admit(bytes).await;
             }
             let sequence = frame.header.sequence;
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             shared.session().sent_on(epoch, sequence, lane.id().index());
-            shared.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+            shared.leaving_bytes.store(0, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {
                 self.protect_tail(connection, shapers).await?;
@@ -156,16 +165,17 @@ impl Outbound {
     }
 
     /// Once the stream has ended and everything has left: parity over what is in flight.
-    async fn protect_tail(&self, connection: &quinn::Connection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
+    async fn protect_tail(&self, connection: &PeerConnection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
         let tail = self.shared.session().tail();
         if tail.is_empty() {
             return Ok(());
         }
-        let path = connection.stats().path;
-        // What was not seen among so many packets is rarer than one of them.
-        let loss = path.lost_packets.max(1) as f64 / path.sent_packets.max(1) as f64;
-        let protection = Protection::against(loss, path.current_mtu);
+        let measures = connection.stats();
+        let protection = Protection::against(connection.loss_at_most(), measures.mtu);
         for run in tail {
+            if self.shared.stopped.load(Ordering::Acquire) || self.shared.session().is_finished() {
+                break;
+            }
             let repair = tokio::task::spawn_blocking(move || repair_frame(&run, protection));
             let repair = repair.await.expect("computing parity does not panic");
             for shaper in shapers {
@@ -203,16 +213,16 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that may wait unsent before the vmm is made to wait.
-    pub(crate) fn set_backlog_limit(&self, bytes: u64) {
-        self.shared
-            .backlog_limit
-            .store(bytes.max(LEAST_BACKLOG), Ordering::Relaxed);
+    /// What may wait before the vmm is made to wait.
+    pub(crate) fn set_backlog(&self, backlog: Backlog) {
+        self.shared.backlog_limit.store(backlog.limit_bytes, Ordering::Relaxed);
+        self.shared.read_bytes.store(backlog.read_bytes, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
-    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there.
     pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
+        let bytes = bytes.min(self.shared.window_bytes);
         self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
@@ -224,7 +234,7 @@ impl Outbound {
 
     /// Whether frames have been waiting for the path all the time since the last call.
     pub(crate) fn was_saturated(&self) -> bool {
-        let waiting = self.shared.session().unsent_bytes() > 0;
+        let waiting = self.shared.session().unsent_bytes() + self.shared.leaving_bytes.load(Ordering::Relaxed) > 0;
         !self.shared.ran_dry.swap(!waiting, Ordering::Relaxed) && waiting
     }
 
@@ -233,13 +243,12 @@ impl Outbound {
         self.shared.session().outstanding_bytes()
     }
 
-    /// Frame bytes that the far decoder has acknowledged.
+    /// Frame bytes that the far decoder has acknowledged: those that exist and are not kept any more, whatever is sent again.
     pub(crate) fn acknowledged_bytes(&self) -> u64 {
-        let outstanding = self.shared.session().outstanding_bytes();
-        self.shared
-            .sent_bytes
-            .load(Ordering::Relaxed)
-            .saturating_sub(outstanding)
+        // Frames are counted under the session's lock.
+        let session = self.shared.session();
+        let kept = session.outstanding_bytes() + session.unsent_bytes();
+        self.shared.frame_bytes.load(Ordering::Relaxed).saturating_sub(kept)
     }
 
     /// Bytes so far.
@@ -270,6 +279,7 @@ impl Shared {
 
     fn backlog(&self) -> u64 {
         self.session().unsent_bytes()
+            + self.leaving_bytes.load(Ordering::Relaxed)
             + self.encoding_bytes.load(Ordering::Relaxed)
             + self.queued_at_peer.load(Ordering::Relaxed)
     }
@@ -289,7 +299,8 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             }
             notified.await;
         }
-        buffer.reserve(READ_BYTES);
+        let most = shared.read_bytes.load(Ordering::Relaxed) as usize;
+        buffer.reserve(most);
         let stop = async {
             loop {
                 let notified = shared.to_read.notified();
@@ -299,16 +310,18 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
                 notified.await;
             }
         };
+        let mut room = (&mut buffer).limit(most);
         let first = tokio::select! {
-            read = vmm.read_buf(&mut buffer) => read?,
+            read = vmm.read_buf(&mut room) => read?,
             () = stop => return Ok(false),
         };
         if first == 0 {
             return Ok(true);
         }
         // What is there already goes into the same batch: larger groups reduce better and cost fewer lanes.
-        while buffer.len() < READ_BYTES {
-            match vmm.try_read_buf(&mut buffer) {
+        while buffer.len() < most {
+            let rest = most - buffer.len();
+            match vmm.try_read_buf(&mut (&mut buffer).limit(rest)) {
                 Ok(0) | Err(_) => break,
                 Ok(_) => {}
             }
@@ -347,5 +360,92 @@ impl Shared {
         }
         drop(session);
         self.to_send.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    const WINDOW: u64 = 8 << 20;
+
+    /// An outbound stream with `frames` frames of plain bytes, and the vmm's end of its socket.
+    async fn with_frames(frames: u64) -> (Outbound, UnixStream) {
+        let (mut vmm, ours) = UnixStream::pair().unwrap();
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        for frame in 1..=frames {
+            vmm.write_all(&[1; 1000]).await.unwrap();
+            let encoded = async {
+                while outbound.shared.session().frames() < frame {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(30), encoded)
+                .await
+                .expect("what is written becomes a frame");
+        }
+        (outbound, vmm)
+    }
+
+    fn held(next: u64) -> Held {
+        Held {
+            next,
+            beyond: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_queue_beyond_the_agreed_window_counts_as_the_window() {
+        let (outbound, _vmm) = with_frames(1).await;
+        let before = outbound.backlog_bytes();
+        outbound.set_queued_at_peer(u64::MAX);
+        assert_eq!(outbound.backlog_bytes(), before + WINDOW);
+        outbound.set_queued_at_peer(WINDOW - 1);
+        assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
+    }
+
+    #[tokio::test]
+    async fn more_than_the_backlog_allows_is_never_taken_from_the_vmm() {
+        let (mut vmm, ours) = UnixStream::pair().unwrap();
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        let backlog = Backlog::at(ByteRate(5_000_000));
+        outbound.set_backlog(backlog);
+        let most = backlog.limit_bytes + backlog.read_bytes;
+        let feeding = tokio::spawn(async move { vmm.write_all(&[1; 4 << 20]).await });
+        let full = async {
+            while outbound.backlog_bytes() <= backlog.limit_bytes {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), full)
+            .await
+            .expect("the vmm has more than is taken");
+        // Frames have headers of their own.
+        assert!(
+            outbound.totals().vmm_bytes <= most,
+            "{} of {most}",
+            outbound.totals().vmm_bytes
+        );
+        outbound.stop();
+        feeding.abort();
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_again_after_a_cut_is_not_acknowledged() {
+        let (outbound, _vmm) = with_frames(4).await;
+        let sent = std::iter::from_fn(|| outbound.shared.session().poll_transmit()).count();
+        assert_eq!((sent, outbound.acknowledged_bytes()), (4, 0));
+        outbound.on_ack(&held(1)).unwrap();
+        let one = outbound.acknowledged_bytes();
+        assert_eq!(one, outbound.totals().wire_bytes / 4);
+        outbound.resume(1, &held(1)).unwrap();
+        assert_eq!(outbound.acknowledged_bytes(), one);
+        // The decoder went on while the source did not hear of it.
+        outbound.resume(2, &held(3)).unwrap();
+        assert_eq!(outbound.acknowledged_bytes(), 3 * one);
     }
 }

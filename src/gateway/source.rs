@@ -20,7 +20,7 @@ use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
 use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm, VmEvent};
 use crate::api::Phase;
-use crate::hypervisor::qemu::{MigrationStatus, PermitConditions, SourceError};
+use crate::hypervisor::qemu::{MigrationStatus, PermitConditions, SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
     AbortReason, Doubt, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent,
     SourceState, StreamSum, VmmFact,
@@ -382,7 +382,9 @@ impl SourceDriver {
         let migrate = async {
             let vm = self.vmm.connected().await?;
             vm.prepare(settings.downtime_limit).await?;
-            vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await?;
+            if vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await? == SwitchoverBandwidth::NotSupported {
+                copying.set_believes_itself();
+            }
             vm.migrate(&socket.path).await
         };
         let migrate = async { migrate.await.map_err(|error: SourceError| error.to_string()) };
@@ -761,7 +763,7 @@ impl SourceDriver {
     /// Tells the vmm how long it may plan to stop and how fast the rest will be taken.
     async fn apply(&mut self, settings: Settings) -> Result<(), SourceError> {
         let vm = self.vmm.connected().await?;
-        // A QEMU that cannot be told (before 8.2) goes by what our socket took lately, which the same path bounds.
+        // A QEMU that cannot be told (before 8.2) goes by what our socket took lately; its limit accounts for that.
         vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await?;
         vm.set_downtime_limit(settings.downtime_limit).await
     }

@@ -276,7 +276,7 @@ impl Metrics {
 pub struct Look {
     /// What it dirties.
     pub dirty_rate: ByteRate,
-    /// Encoded for it and not yet given to the transport.
+    /// Taken from it and not on its way yet, and what waits at the peer.
     pub backlog_bytes: u64,
     /// Given to the transport for it and not yet acknowledged.
     pub outstanding_bytes: u64,

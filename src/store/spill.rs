@@ -207,6 +207,16 @@ impl Spill {
     }
 }
 
+/// Pages for which a spill file in `dir` has room now, with a quarter of what is free left to others. Blocks on the disk.
+///
+/// # Errors
+/// What the system says of the directory.
+pub fn pages_with_room(dir: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(dir)?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    Ok(free / 4 * 3 / PAGE_SIZE as u64)
+}
+
 /// A file in `dir` that only this process can reach.
 fn unnamed_file(dir: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -252,7 +262,12 @@ pub enum SpillError {
         source: io::Error,
     },
     /// The disk has no room for the file.
-    #[error("there is no room for a spill file of {bytes} bytes in {}; free some, or configure a smaller dictionary", dir.display())]
+    #[error(
+        "{} has no room left for the {} MiB that the gateways agreed on when they connected: free some, or start it again once no other \
+         migration runs between them, and they agree on less",
+        dir.display(),
+        bytes >> 20
+    )]
     NoRoom {
         /// The directory.
         dir: PathBuf,
@@ -375,8 +390,18 @@ mod tests {
     }
 
     #[test]
+    fn a_file_for_as_many_pages_as_there_is_room_for_can_be_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let pages = pages_with_room(dir.path()).unwrap();
+        assert!(pages > 0);
+        // Not more than a test may claim of the disk.
+        assert!(SpillShelf::new(dir.path(), pages.min(10_000) as u32, 1).is_ok());
+    }
+
+    #[test]
     fn a_file_system_without_room_is_known_at_once() {
         // procfs has no room at all.
+        assert_eq!(pages_with_room(Path::new("/proc")).unwrap(), 0);
         let refused = SpillShelf::new(Path::new("/proc"), 9, 8);
         assert!(matches!(refused, Err(SpillError::NoRoom { bytes, .. }) if bytes == 9 * PAGE_SIZE as u64));
     }

@@ -3,17 +3,19 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use quinn::{Connection, Endpoint, VarInt};
+use tokio::time::MissedTickBehavior;
 
 use super::congestion::LinkRate;
 use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
 use super::tls::ConnectionKind;
 use super::trust::Fingerprint;
-use super::tuning::{LINK_BYTES_PER_PACKET, STREAM_BYTES_PER_PACKET};
+use super::tuning::{stream_rate, window_of_flight};
 use crate::proto::page::ByteRate;
+use crate::proto::rate::LossMeter;
 
 /// Why a connection is closed; the number travels, the reason beside it is for the peer's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,7 @@ pub(super) struct Inner {
     fingerprint: Fingerprint,
     kind: ConnectionKind,
     path: Path,
+    loss: Mutex<LossMeter>,
 }
 
 /// How the packets of a connection leave this site.
@@ -73,15 +76,16 @@ impl PeerConnection {
         kind: ConnectionKind,
         path: Path,
     ) -> Self {
-        let unpaced = path.rate.is_none();
+        let unpaced_bulk = path.rate.is_none() && kind == ConnectionKind::Bulk;
         let inner = Arc::new(Inner {
             connection,
             peer,
             fingerprint,
             kind,
             path,
+            loss: Mutex::default(),
         });
-        if unpaced {
+        if unpaced_bulk {
             tokio::spawn(bound_unsent(Arc::downgrade(&inner)));
         }
         Self(inner)
@@ -122,6 +126,9 @@ impl PeerConnection {
     #[must_use]
     pub fn stats(&self) -> ConnectionMeasures {
         let stats = self.0.connection.stats();
+        self.0
+            .loss()
+            .observe(now(), stats.path.sent_packets, stats.path.lost_packets);
         let header = header_bytes(self.0.connection.remote_address());
         let counters = self.0.path.route.counters();
         ConnectionMeasures {
@@ -140,9 +147,29 @@ impl PeerConnection {
             shaper_wait: counters.wait_time(),
         }
     }
+
+    /// Share of packets that the path lost of late, as far as was seen: never 0.
+    #[must_use]
+    pub fn loss_at_most(&self) -> f64 {
+        let _ = self.stats();
+        self.0.loss().share_at_most()
+    }
+
+    /// Bounds what QUIC holds of streams, sent or not, below the window of the connection. Only where a capacity is
+    /// configured; otherwise the connection follows its controller by itself.
+    pub fn bound_held(&self, bytes: u64) {
+        if self.0.path.rate.is_some() {
+            self.0.connection.set_send_window(bytes.min(self.0.path.window));
+        }
+    }
 }
 
 impl Inner {
+    fn loss(&self) -> std::sync::MutexGuard<'_, LossMeter> {
+        // Plain numbers, always consistent.
+        self.loss.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.connection.close_reason().is_some()
     }
@@ -175,24 +202,32 @@ impl Drop for Inner {
     }
 }
 
-/// Where CUBIC governs, keeps the send window near twice what it lets fly, so that at most about one round trip's worth of data waits
-/// in QUIC unsent: without a known rate nothing above can tell how much that would be.
+/// Where CUBIC governs, keeps the send window at what it lets fly and a little more: without a known rate nothing above can tell
+/// how much that would be. Nobody else sets it then.
 async fn bound_unsent(connection: Weak<Inner>) {
     let mut ticks = tokio::time::interval(UNSENT_CHECK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut before = 0;
     loop {
         ticks.tick().await;
         let Some(inner) = connection.upgrade().filter(|inner| !inner.is_closed()) else {
             return;
         };
-        let flying = inner.connection.stats().path.cwnd;
-        inner
-            .connection
-            .set_send_window((2 * flying + UNSENT_ALLOWANCE).min(inner.path.window));
+        let path = inner.connection.stats().path;
+        let window = window_of_flight(path.cwnd, path.rtt).min(inner.path.window);
+        if window != before {
+            inner.connection.set_send_window(window);
+            before = window;
+        }
     }
 }
 
-const UNSENT_CHECK: Duration = Duration::from_millis(100);
-const UNSENT_ALLOWANCE: u64 = 256 * 1024;
+/// Several times in a round trip of a long link, so that a slow start that doubles in each is not held back.
+const UNSENT_CHECK: Duration = Duration::from_millis(20);
+
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
 
 impl Deref for PeerConnection {
     type Target = Connection;
@@ -287,17 +322,15 @@ impl PeerLink {
         }
     }
 
-    /// Stream bytes a second that this link can carry now: the controller's rate less headers and measured loss. `None`
+    /// Stream bytes a second that this link can carry now: the controller's rate less headers and what is lost of late. `None`
     /// where no capacity is configured. Admit bulk at slightly less than this, and almost nothing unsent sits in QUIC.
     #[must_use]
     pub fn goodput(&self) -> Option<ByteRate> {
         let measures = self.bulk.stats();
         let rate = measures.rate?;
         let rate = self.bulk.0.path.budget.rate().map_or(rate, |cap| cap.min(rate));
-        let arrived = measures.sent_packets.saturating_sub(measures.lost_packets).max(1);
-        let payload = u128::from(rate.0) * u128::from(STREAM_BYTES_PER_PACKET) / u128::from(LINK_BYTES_PER_PACKET);
-        let goodput = payload * u128::from(arrived) / u128::from(measures.sent_packets.max(1));
-        Some(ByteRate(u64::try_from(goodput).unwrap_or(rate.0)))
+        let header = header_bytes(self.bulk.remote_address());
+        Some(stream_rate(rate, measures.mtu, header, self.bulk.0.loss().share()))
     }
 
     /// Closes both connections.

@@ -45,12 +45,22 @@ pub const LANE_BYTES: usize = 512 * 1024;
 /// The largest UDP payload that path MTU discovery tries: 1500 minus 40 for IPv6 and 8 for UDP.
 pub const MAX_UDP_PAYLOAD: u16 = 1452;
 
-/// Bytes of stream data in a full packet: 1452 minus a short header (1 + 8 connection id + 4 packet number), the AEAD tag
+/// Bytes of a full packet that are not stream data: a short header (1 + 8 connection id + 4 packet number), the AEAD tag
 /// (16), and a STREAM frame header (1 + up to 4 stream id + up to 4 offset + 2 length).
-pub const STREAM_BYTES_PER_PACKET: u64 = 1412;
+pub const STREAM_OVERHEAD: u64 = 40;
 
 /// What a full packet takes of a link's rate, as `tc` counts it: IPv4, UDP and Ethernet headers included.
-pub const LINK_BYTES_PER_PACKET: u64 = MAX_UDP_PAYLOAD as u64 + 28 + 14;
+pub const LINK_BYTES_PER_PACKET: u64 = MAX_UDP_PAYLOAD as u64 + 28 + ETHERNET_HEADER;
+
+/// Two addresses and a type.
+pub const ETHERNET_HEADER: u64 = 14;
+
+/// What waits unsent in QUIC at most where no capacity is configured, in time at what its controller lets fly: enough that
+/// the controller never finds nothing to send while lanes are written. With a capacity, lanes are admitted as they leave.
+pub const UNSENT: Duration = Duration::from_millis(40);
+
+/// The least of it. A lane is held whole while one of its packets is repaired; with less room than one, the link would stand still meanwhile.
+const LEAST_UNSENT: u64 = 128 * 1024;
 
 /// What the windows are made for where no rate is configured.
 const ASSUMED_RATE: ByteRate = ByteRate::from_bits_per_second(1_000_000_000);
@@ -61,6 +71,24 @@ const MIN_LANES: u64 = 128;
 const IDLE_LANE_BYTES: u64 = 64 * 1024;
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const MAX_ACK_DELAY: Duration = Duration::from_millis(5);
+
+/// The send window where quinn's own controller governs and lets `flying` bytes fly a round trip: those and [`UNSENT`].
+#[must_use]
+pub fn window_of_flight(flying: u64, rtt: Duration) -> u64 {
+    let rtt = rtt.max(Duration::from_micros(100));
+    let unsent = u128::from(flying) * UNSENT.as_nanos() / rtt.as_nanos();
+    let unsent = u64::try_from(unsent).unwrap_or(u64::MAX).max(LEAST_UNSENT);
+    flying.saturating_add(unsent)
+}
+
+/// Stream bytes a second in packets of `mtu` bytes of UDP payload, each with `header` bytes of IP and UDP, on a link of this `rate` of
+/// which it loses the share `loss`.
+#[must_use]
+pub fn stream_rate(rate: ByteRate, mtu: u16, header: u64, loss: f64) -> ByteRate {
+    let mtu = u64::from(mtu);
+    let share = mtu.saturating_sub(STREAM_OVERHEAD) as f64 / (mtu + header + ETHERNET_HEADER) as f64;
+    ByteRate((rate.0 as f64 * share * (1.0 - loss)) as u64)
+}
 
 /// Quantities derived from one path; see the head of this file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +210,36 @@ mod tests {
                 idle_timeout: Duration::from_secs(10),
             }
         );
+    }
+
+    #[test]
+    fn what_waits_unsent_in_quic_is_40_ms_of_what_flies_and_room_for_a_lane() {
+        let flying = 18_750_000;
+        assert_eq!(
+            window_of_flight(flying, Duration::from_millis(150)) - flying,
+            5_000_000,
+            "a gigabit at 150 ms"
+        );
+        assert_eq!(
+            window_of_flight(1_250_000, Duration::from_millis(10)) - 1_250_000,
+            5_000_000
+        );
+        assert_eq!(
+            window_of_flight(46_000, Duration::from_millis(150)),
+            46_000 + LEAST_UNSENT
+        );
+        assert_eq!(window_of_flight(u64::MAX, Duration::ZERO), u64::MAX);
+    }
+
+    #[test]
+    fn goodput_follows_from_the_packets_that_the_path_takes() {
+        let gigabit = ByteRate(125_000_000);
+        let share = |mtu, header, loss| stream_rate(gigabit, mtu, header, loss).0;
+        assert_eq!(share(1452, 28, 0.0), 125_000_000 * 1412 / 1494);
+        assert_eq!(share(1452, 48, 0.0), 125_000_000 * 1412 / 1514);
+        assert_eq!(share(1200, 28, 0.0), 125_000_000 * 1160 / 1242);
+        assert_eq!(share(1452, 28, 0.5), 125_000_000 * 706 / 1494);
+        assert_eq!(share(1452, 28, 1.0), 0);
     }
 
     #[test]

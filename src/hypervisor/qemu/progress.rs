@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::state::MigrationStatus;
 use crate::hypervisor::qmp::{QmpClient, QmpError};
@@ -51,9 +51,16 @@ pub struct RamProgress {
     /// Pages dirtied per second, over the last round.
     #[serde(rename = "dirty-pages-rate")]
     pub dirty_pages_per_second: u64,
+    /// What QEMU measured at the socket lately (`mbps`), in bytes per second: the bandwidth that it believes in, unless it was told one.
+    #[serde(rename = "mbps", deserialize_with = "from_megabits")]
+    pub bytes_per_second: u64,
     /// Rounds begun: how often the dirty log was read.
     #[serde(rename = "dirty-sync-count")]
     pub rounds: u64,
+}
+
+fn from_megabits<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    Ok((f64::deserialize(deserializer)? * 125_000.0) as u64)
 }
 
 impl MigrationProgress {
@@ -143,6 +150,7 @@ mod tests {
             (ram.normal_pages, ram.zero_pages, ram.rounds, ram.dirty_pages_per_second),
             (376, 20000, 3, 12)
         );
+        assert_eq!(ram.bytes_per_second, 11_787_500);
     }
 
     #[test]

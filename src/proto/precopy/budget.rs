@@ -4,14 +4,53 @@
 //! budget = limit - (one-way delay + backlog + syncs + load + one retransmission)
 //! ```
 //!
-//! Worked example at 150 ms RTT: limit 500 ms - (75 one way + 10 backlog + 20 syncs + 30 load + 150 retransmission) = 215 ms, which
-//! at 1 Gbit/s is 27 MB on the wire.
+//! Worked example at 150 ms RTT and 1 Gbit/s: limit 500 ms - (75 one way + 10 backlog + 20 syncs + 30 load + 150 retransmission) =
+//! 215 ms, which is 27 MB on the wire.
 
 use std::time::Duration;
+
+use crate::proto::page::ByteRate;
 
 /// What may wait unsent in the gateway, in time at the path's goodput: the vmm believes that it has been carried, and the guest
 /// stands still until it is. Enough for the encoder to be a few batches ahead of a gigabit (256 KiB in 2 ms).
 pub const BACKLOG: Duration = Duration::from_millis(10);
+
+/// Most bytes taken from a vmm at once, one batch of the encoder: two of the groups that it compresses as a whole.
+const MOST_READ: u64 = 256 << 10;
+
+/// The least: less would go out in lanes that are half empty.
+const LEAST_READ: u64 = 32 << 10;
+
+/// What may wait in the gateway on its way from the vmm to the path, in bytes.
+///
+/// While more than the limit waits, nothing is read; so at most the limit and one read wait, together
+/// `max(BACKLOG x goodput, 2 x read)`: 10 ms on links from 450 Mbit/s on, 20 ms at 100 Mbit/s, 55 ms at 10 Mbit/s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes that are read from the vmm at once.
+    pub read_bytes: u64,
+    /// While more than this waits, nothing is read.
+    pub limit_bytes: u64,
+}
+
+impl Backlog {
+    /// On a path that takes `goodput`.
+    #[must_use]
+    pub fn at(goodput: ByteRate) -> Self {
+        let bytes = goodput.bytes_in(BACKLOG);
+        let read_bytes = bytes.clamp(LEAST_READ, MOST_READ);
+        Self {
+            read_bytes,
+            limit_bytes: bytes.saturating_sub(read_bytes).max(read_bytes),
+        }
+    }
+
+    /// How long all of it takes at `goodput`.
+    #[must_use]
+    pub fn time_at(&self, goodput: ByteRate) -> Duration {
+        goodput.time_for(self.limit_bytes + self.read_bytes)
+    }
+}
 
 /// What a switchover costs whatever the guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +68,14 @@ pub struct FixedCosts {
 }
 
 impl FixedCosts {
-    /// The costs on a path of this RTT, with the other figures as measured with QEMU 7.2 and 10.0 (2026-11): device state
-    /// loads in 5-30 ms, two records sync in 2-20 ms, the backlog is bounded at [`BACKLOG`] of goodput.
+    /// The costs on a path of this RTT that takes `goodput`, where that is known beforehand. The other figures are as measured with QEMU 7.2
+    /// and 10.0 (2026-11): device state loads in 5-30 ms, two records sync in 2-20 ms.
     #[must_use]
-    pub fn on_path(rtt: Duration) -> Self {
+    pub fn on_path(rtt: Duration, goodput: Option<ByteRate>) -> Self {
+        let backlog = goodput.map_or(BACKLOG, |goodput| Backlog::at(goodput).time_at(goodput));
         Self {
             one_way: rtt / 2,
-            backlog: BACKLOG,
+            backlog: backlog.max(BACKLOG),
             syncs: Duration::from_millis(20),
             load: Duration::from_millis(30),
             retransmission: rtt,
@@ -99,14 +139,25 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     #[test]
-    fn half_a_second_at_150_ms_leaves_215_ms_for_bytes() {
-        let budget = Budget::new(MS(500), &FixedCosts::on_path(MS(150))).unwrap();
+    fn half_a_second_at_150_ms_and_a_gigabit_leaves_215_ms_for_bytes() {
+        let gigabit = Some(ByteRate(118_000_000));
+        let budget = Budget::new(MS(500), &FixedCosts::on_path(MS(150), gigabit)).unwrap();
         assert_eq!(budget.transfer, MS(500 - 75 - 10 - 20 - 30 - 150));
     }
 
     #[test]
+    fn a_slow_path_costs_the_time_of_the_least_backlog() {
+        let backlog = |bytes_per_second| FixedCosts::on_path(MS(150), Some(ByteRate(bytes_per_second))).backlog;
+        assert_eq!(backlog(1_180_000_000), MS(10));
+        assert_eq!(backlog(2 * MOST_READ * 100), MS(10));
+        assert_eq!(backlog(11_800_000), MS(20));
+        assert_eq!(backlog(2 * LEAST_READ * 10), MS(100));
+        assert!(backlog(0) > MS(1_000_000));
+    }
+
+    #[test]
     fn a_limit_at_the_fixed_costs_is_refused_and_one_just_above_is_not() {
-        let costs = FixedCosts::on_path(MS(150));
+        let costs = FixedCosts::on_path(MS(150), None);
         assert!(Budget::new(costs.total(), &costs).is_err());
         assert!(Budget::new(costs.total() + MS(1), &costs).is_ok());
     }

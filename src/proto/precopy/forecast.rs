@@ -57,7 +57,7 @@ impl Forecast {
     /// The forecast for `input`.
     #[must_use]
     pub fn of(input: &ForecastInput) -> Self {
-        let costs = FixedCosts::on_path(input.rtt);
+        let costs = FixedCosts::on_path(input.rtt, Some(input.goodput));
         let fixed = costs.one_way + costs.syncs + costs.load;
         let frames = input.goodput.0.max(1) as f64;
         // A zero page costs 9 bytes of the vmm stream, and next to nothing on the wire.
@@ -117,7 +117,7 @@ mod tests {
             rtt,
             first_pass_ratio: 2.0,
             resend_ratio: 1.5,
-            budget: Budget::new(Duration::from_millis(500), &FixedCosts::on_path(rtt)).unwrap(),
+            budget: Budget::new(Duration::from_millis(500), &FixedCosts::on_path(rtt, None)).unwrap(),
         }
     }
 

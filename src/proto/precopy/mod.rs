@@ -12,7 +12,7 @@ pub mod outlook;
 pub mod policy;
 pub mod rounds;
 
-pub use budget::{Budget, BudgetError, FixedCosts};
+pub use budget::{Backlog, Budget, BudgetError, FixedCosts};
 pub use estimate::{GoodputMeter, PathMeter, RatioMeter};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};

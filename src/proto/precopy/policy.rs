@@ -57,6 +57,26 @@ pub struct Settings {
     pub switchover_bandwidth: ByteRate,
 }
 
+impl Settings {
+    /// For a vmm that cannot be told a bandwidth and believes in one of its own: it stops the guest at `remaining <= believed x limit`,
+    /// so the limit is shortened until that means `remaining <= bandwidth x limit` as it was. Never lengthened: what it believes changes
+    /// between two looks.
+    #[must_use]
+    pub fn for_believed(self, believed: ByteRate) -> Self {
+        let share = self.switchover_bandwidth.0 as f64 / believed.0.max(1) as f64;
+        if share >= 1.0 {
+            return self;
+        }
+        Self {
+            downtime_limit: self.downtime_limit.mul_f64(share).max(LEAST_LIMIT),
+            ..self
+        }
+    }
+}
+
+/// The shortest `downtime-limit` that a vmm is given: its own unit.
+const LEAST_LIMIT: Duration = Duration::from_millis(1);
+
 /// The policy of one migration.
 #[derive(Debug)]
 pub struct Policy {
@@ -187,7 +207,7 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     fn budget() -> Budget {
-        Budget::new(MS(500), &FixedCosts::on_path(MS(150))).unwrap()
+        Budget::new(MS(500), &FixedCosts::on_path(MS(150), None)).unwrap()
     }
 
     fn sample(now: Instant, round: u32, remaining_bytes: u64) -> Sample {
@@ -226,6 +246,21 @@ mod tests {
             allowance_after(|round| if round % 2 == 0 { 50_000_000 } else { 70_000_000 }, 40),
             budget().transfer
         );
+    }
+
+    #[test]
+    fn a_vmm_that_overrates_the_path_is_given_a_shorter_limit_for_the_same_bytes() {
+        let settings = Settings {
+            downtime_limit: MS(200),
+            switchover_bandwidth: ByteRate(100_000_000),
+        };
+        let limit = |believed| settings.for_believed(ByteRate(believed)).downtime_limit;
+        assert_eq!(limit(400_000_000), MS(50));
+        assert_eq!(limit(100_000_001).as_millis(), 199);
+        assert_eq!(limit(u64::MAX), LEAST_LIMIT);
+        for believed in [0, 1, 50_000_000, 100_000_000] {
+            assert_eq!(limit(believed), MS(200), "nothing is known, or the path is underrated");
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
-//! Rates: how fast a link of known capacity is filled, and how a rate is kept exactly. Arithmetic only.
+//! Rates: how fast a link of known capacity is filled, how a rate is kept exactly, what a path loses. Arithmetic only.
 
 mod bucket;
 mod controller;
+mod loss;
 
 pub use bucket::TokenBucket;
 pub use controller::{ControllerSettings, LinkController, RoundTrip};
+pub use loss::LossMeter;

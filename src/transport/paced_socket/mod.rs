@@ -29,7 +29,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::Sleep;
 
 use super::congestion::LinkRate;
-use super::tuning::MAX_UDP_PAYLOAD;
+use super::tuning::{ETHERNET_HEADER, MAX_UDP_PAYLOAD};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::TokenBucket;
 
@@ -166,9 +166,6 @@ impl Route {
         self.link.charge(bytes);
     }
 }
-
-/// Two addresses and a type.
-const ETHERNET_HEADER: u64 = 14;
 
 /// See the head of this file.
 pub(super) struct PacedSocket {
