@@ -437,7 +437,8 @@ mod tests {
     #[tokio::test]
     async fn what_is_sent_again_after_a_cut_is_not_acknowledged() {
         let (outbound, _vmm) = with_frames(4).await;
-        let sent = std::iter::from_fn(|| outbound.shared.session().poll_transmit()).count();
+        let epoch = outbound.epoch();
+        let sent = std::iter::from_fn(|| outbound.shared.session().poll_transmit(epoch)).count();
         assert_eq!((sent, outbound.acknowledged_bytes()), (4, 0));
         outbound.on_ack(&held(1)).unwrap();
         let one = outbound.acknowledged_bytes();

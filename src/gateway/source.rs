@@ -382,7 +382,8 @@ impl SourceDriver {
         let migrate = async {
             let vm = self.vmm.connected().await?;
             vm.prepare(settings.downtime_limit).await?;
-            if vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await? == SwitchoverBandwidth::NotSupported {
+            if vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await? == SwitchoverBandwidth::NotSupported
+            {
                 copying.set_believes_itself();
             }
             vm.migrate(&socket.path).await
