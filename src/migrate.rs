@@ -24,6 +24,7 @@ use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
 use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, Forecast, ForecastInput};
@@ -101,7 +102,8 @@ pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<D
 }
 
 async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
-    match agree(&core, &entry, &request).await {
+    let metrics = Arc::new(core.metrics.migration(api::Role::Source));
+    match agree(&core, &entry, &request, &metrics).await {
         Ok(agreed) => {
             let Agreed {
                 vmm,
@@ -135,8 +137,8 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 api::Outcome::Refused
             };
             tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
-            core.metrics.migration(api::Role::Source).ended(outcome);
             let now = clock::now();
+            metrics.ended(now, outcome);
             entry.finish(Some(empty_report(&entry, now, outcome, reason)), now);
         }
     }
@@ -152,8 +154,14 @@ struct Agreed {
     was_running: bool,
 }
 
-async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> Result<Agreed, String> {
+async fn agree(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    request: &StartRequest,
+    metrics: &Arc<ActiveMigration>,
+) -> Result<Agreed, String> {
     entry.set_phase(Phase::Checking);
+    metrics.enters(clock::now(), Phase::Checking);
     let (checks, checked) = check(core, request, Thoroughness::OwnSide).await;
     let failed: Vec<String> = checks
         .into_iter()
@@ -166,6 +174,7 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     let checked = checked.ok_or("the checks did not come to an end")?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
+    metrics.enters(clock::now(), Phase::Preparing);
     let offer = checked.offer(entry.migration);
     let offered = async {
         let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;
@@ -199,20 +208,18 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         .dictionary_pages
         .min(dictionary_pages(&inventory));
     let regions = regions(&inventory);
-    let mut copying = Copying::new(
-        &core.metrics,
-        CopyingStart {
-            now,
-            budget,
-            costs,
-            deadline: deadline.map(|deadline| now + deadline),
-            shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
-            cap,
-            dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
-            memory_bytes,
-            wire_at_start: link.wire_bytes(),
-        },
-    );
+    let mut copying = Copying::new(CopyingStart {
+        metrics: Arc::clone(metrics),
+        now,
+        budget,
+        costs,
+        deadline: deadline.map(|deadline| now + deadline),
+        shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
+        cap,
+        dictionary: Some(DictionaryLimits::new(slots, regions).map_err(|error| error.to_string())?),
+        memory_bytes,
+        wire_at_start: link.wire_bytes(),
+    });
     let settings = copying.first_settings(&link);
     let prepared = async {
         vm.prepare(settings.downtime_limit).await?;
@@ -522,9 +529,9 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
             report.vmm_bytes = copying.totals().vmm_bytes;
             report.reduction_ratio = copying.reduction_ratio();
             report.pages = copying.pages();
-            copying.ended(outcome);
+            copying.ended(now, outcome);
         }
-        None => core.metrics.migration(api::Role::Source).ended(outcome),
+        None => core.metrics.migration(api::Role::Source).ended(now, outcome),
     }
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);

@@ -15,7 +15,7 @@ use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
-use crate::metrics::{ActiveMigration, Direction};
+use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
 use crate::proto::ownership::{
     AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
@@ -196,10 +196,10 @@ impl DestinationDriver {
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
-        if let Some(active) = self.active.take() {
-            active.ended(outcome);
-        }
         let now = super::clock::now();
+        if let Some(active) = self.active.take() {
+            active.ended(now, outcome);
+        }
         self.entry
             .finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
     }
@@ -346,6 +346,10 @@ impl DestinationDriver {
         };
         active.add_vmm_bytes(Direction::Out, now.vmm_bytes.saturating_sub(self.counted.vmm_bytes));
         active.add_frame_bytes(Direction::In, now.frame_bytes.saturating_sub(self.counted.frame_bytes));
+        active.look(&Look {
+            waiting: inbound.waiting(),
+            ..Look::default()
+        });
         self.counted = now;
     }
 
@@ -390,6 +394,7 @@ impl DestinationDriver {
             }
             () = tokio::time::sleep_until(next_look.into()) => {
                 self.look().await;
+                self.count();
                 self.looked = super::clock::now();
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event),

@@ -71,6 +71,8 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, hello: Hello, offer: Off
         Err(reason) => reason,
     };
     tracing::info!(migration = %offer.migration, vm = offer.vm, peer, "refused: {refusal}");
+    let refused = core.metrics.migration(Role::Destination);
+    refused.ended(super::clock::now(), Outcome::Refused);
     let _ = channel.sender.send(&SessionMessage::Refused { reason: refusal }).await;
     channel.sender.finish();
     launches::remove_silent_logs(&core).await;

@@ -13,6 +13,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::metrics::{Stage, Waiting};
 use crate::proto::page::MigrationId;
 use crate::proto::precopy::rounds::Totals;
 use crate::proto::reduce::PageCounts;
@@ -41,7 +42,7 @@ pub(crate) struct Outbound {
 #[derive(Debug)]
 pub(crate) enum StreamEnd {
     /// The vmm closed its socket after this stream. Whether that was success, the vmm has to be asked.
-    Eof(StreamSummary, PageCounts),
+    Eof(StreamSummary),
     /// The vmm's socket failed.
     Failed(std::io::Error),
     /// The migration was given up before.
@@ -63,6 +64,7 @@ struct Shared {
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
+    pages: Mutex<PageCounts>,
     queued_at_peer: AtomicU64,
     sent_bytes: AtomicU64,
 }
@@ -85,6 +87,7 @@ impl Outbound {
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
+            pages: Mutex::default(),
             queued_at_peer: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
         });
@@ -97,7 +100,7 @@ impl Outbound {
             let read = read(&reading, vmm, chunks).await;
             let summary = worker.await;
             let _ = ended.send(match (read, summary) {
-                (Ok(true), Ok((summary, pages))) => StreamEnd::Eof(summary, pages),
+                (Ok(true), Ok(summary)) => StreamEnd::Eof(summary),
                 (Err(error), _) => StreamEnd::Failed(error),
                 (Ok(false), _) | (_, Err(_)) => StreamEnd::Stopped,
             });
@@ -208,20 +211,10 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
-    pub(crate) fn backlog_bytes(&self) -> u64 {
-        self.shared.backlog()
-    }
-
     /// Whether frames have been waiting for the path all the time since the last call.
     pub(crate) fn was_saturated(&self) -> bool {
         let waiting = self.shared.session().unsent_bytes() > 0;
         !self.shared.ran_dry.swap(!waiting, Ordering::Relaxed) && waiting
-    }
-
-    /// Bytes sent and not yet acknowledged by the far decoder.
-    pub(crate) fn outstanding_bytes(&self) -> u64 {
-        self.shared.session().outstanding_bytes()
     }
 
     /// Frame bytes that the far decoder has acknowledged.
@@ -231,6 +224,20 @@ impl Outbound {
             .sent_bytes
             .load(Ordering::Relaxed)
             .saturating_sub(outstanding)
+    }
+
+    /// What waits on this side of the path.
+    pub(crate) fn waiting(&self) -> Waiting {
+        let session = self.shared.session();
+        Waiting::default()
+            .with(Stage::Reduce, self.shared.encoding_bytes.load(Ordering::Relaxed))
+            .with(Stage::Frames, session.unsent_bytes())
+            .with(Stage::Transport, session.outstanding_bytes())
+    }
+
+    /// Pages so far, by how they were encoded.
+    pub(crate) fn pages(&self) -> PageCounts {
+        *self.shared.pages()
     }
 
     /// Bytes so far.
@@ -257,6 +264,11 @@ impl Shared {
     fn session(&self) -> MutexGuard<'_, SourceSession> {
         // The session is left consistent by every method, also where a caller panicked after it.
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pages(&self) -> MutexGuard<'_, PageCounts> {
+        // Plain numbers, always consistent.
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn backlog(&self) -> u64 {
@@ -315,15 +327,17 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
 }
 
 /// The encoder's thread: until the reader has ended.
-fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> (StreamSummary, PageCounts) {
+fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> StreamSummary {
     let mut frames = Vec::new();
     while let Some(chunk) = chunks.blocking_recv() {
         encoder.feed(&chunk, &mut frames);
+        *shared.pages() = encoder.pages();
         shared.push(&mut frames, false);
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
         shared.to_read.notify_one();
     }
-    let summary = encoder.finish(&mut frames);
+    let (summary, pages) = encoder.finish(&mut frames);
+    *shared.pages() = pages;
     shared.push(&mut frames, true);
     summary
 }
