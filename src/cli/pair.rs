@@ -29,7 +29,7 @@ pub(super) struct Args {
     #[arg(long)]
     invite: bool,
 
-    /// How long the code can be used [default: 10m]
+    /// How long the code can be used, at most 24h [default: 10m]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with_all = ["code", "peer"])]
     valid_for: Option<Duration>,
 

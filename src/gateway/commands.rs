@@ -200,7 +200,13 @@ fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refus
         None => exchange::DEFAULT_VALIDITY,
     };
     let code = pairing::invite(&core.invitations, &local, address, valid_for)
-        .map_err(|error| Refusal::new(RefusalKind::Conflict, error.to_string()))?;
+        .map_err(|error| {
+            let kind = match error {
+                pairing::InviteError::TooLong => RefusalKind::Invalid,
+                _ => RefusalKind::Conflict,
+            };
+            Refusal::new(kind, error.to_string())
+        })?;
     watch_invitations(core);
     Ok(Invitation {
         code: code.to_string(),
@@ -300,12 +306,16 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
         .await
         .expect("removing trust does not panic")
         .map_err(|error| Refusal::new(RefusalKind::Internal, error.to_string()))?;
-    if removed.is_none() {
+    let Some(removed) = removed else {
         return Err(Refusal::new(
             RefusalKind::NotFound,
             format!("{peer} is not paired; longhaul peers shows who is"),
         ));
-    }
+    };
+    core.invitations
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .withdraw(&removed.fingerprint);
     core.anchors.remove(peer);
     let reason = "the gateways are not paired any more";
     core.transport.close_peer(peer, CloseCode::Unpaired, reason);
