@@ -139,7 +139,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
             tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
             let now = clock::now();
             metrics.ended(now, outcome);
-            entry.finish(Some(empty_report(&entry, now, outcome, reason)), now);
+            entry.finish(empty_report(&entry, now, outcome, reason), now);
         }
     }
 }
@@ -536,7 +536,7 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
     entry.set_advice(None);
-    entry.finish(Some(report), now);
+    entry.finish(report, now);
 }
 
 /// A report without figures, of a migration that did not carry any or is seen from its other end.

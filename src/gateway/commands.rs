@@ -199,14 +199,13 @@ fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refus
         Some(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| invalid(error.to_string()))?,
         None => exchange::DEFAULT_VALIDITY,
     };
-    let code = pairing::invite(&core.invitations, &local, address, valid_for)
-        .map_err(|error| {
-            let kind = match error {
-                pairing::InviteError::TooLong => RefusalKind::Invalid,
-                _ => RefusalKind::Conflict,
-            };
-            Refusal::new(kind, error.to_string())
-        })?;
+    let code = pairing::invite(&core.invitations, &local, address, valid_for).map_err(|error| {
+        let kind = match error {
+            pairing::InviteError::TooLong => RefusalKind::Invalid,
+            _ => RefusalKind::Conflict,
+        };
+        Refusal::new(kind, error.to_string())
+    })?;
     watch_invitations(core);
     Ok(Invitation {
         code: code.to_string(),

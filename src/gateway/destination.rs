@@ -18,8 +18,8 @@ use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
 use crate::proto::ownership::{
-    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
-    StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Doubt, Effect, JournalRecord, Message, RecordKind,
+    Role, StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -164,7 +164,20 @@ impl DestinationDriver {
         self.core.inbound.remove(self.entry.migration);
         self.contact.drop_channel();
         if !self.entry.has_ended() {
-            self.entry.finish(None, super::clock::now());
+            let (outcome, reason) = if matches!(self.machine.state(), DestinationState::JournalLost) {
+                (Outcome::InDoubt, Doubt::JournalFailed.to_string())
+            } else {
+                (
+                    Outcome::Refused,
+                    "the source asked about it and it was never here".to_owned(),
+                )
+            };
+            let now = super::clock::now();
+            if let Some(active) = self.active.take().filter(|_| outcome == Outcome::InDoubt) {
+                active.ended(now, outcome);
+            }
+            self.entry
+                .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
         }
     }
 
@@ -201,7 +214,7 @@ impl DestinationDriver {
             active.ended(now, outcome);
         }
         self.entry
-            .finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
+            .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {

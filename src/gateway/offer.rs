@@ -121,7 +121,7 @@ async fn accept(
             launches::end(core, offer.migration);
             let now = super::clock::now();
             let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
-            entry.finish(Some(report), now);
+            entry.finish(report, now);
             return Err(reason);
         }
     };

@@ -7,7 +7,9 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{Cancellation, Event, MigrationStatus, MigrationSummary, Phase, Progress, Refusal, Report, Role};
+use crate::api::{
+    Cancellation, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Progress, Refusal, Report, Role,
+};
 use crate::proto::ownership;
 use crate::proto::page::MigrationId;
 
@@ -96,7 +98,7 @@ impl Registry {
         let seconds = report.total_seconds;
         let mut entries = self.entries();
         let (entry, _) = Self::push(&mut entries, report.migration, &report.vm, &report.peer, role, now);
-        entry.finish(Some(report), now);
+        entry.finish(report, now);
         entry.state().ended_after = Some(seconds);
     }
 
@@ -213,19 +215,19 @@ impl Entry {
     }
 
     /// It is over.
-    pub(crate) fn finish(&self, report: Option<Report>, now: Instant) {
+    pub(crate) fn finish(&self, report: Report, now: Instant) {
         let mut state = self.state();
         state.phase = Some(Phase::Done);
-        state.percent = 100.0;
+        if report.outcome == Outcome::Completed {
+            state.percent = 100.0;
+        }
         state.ended_after = Some(now.saturating_duration_since(self.started).as_secs_f64());
         for watcher in state.watchers.drain(..) {
-            if let Some(report) = &report {
-                // The queue may be full of looks; the report is worth a task that waits for room.
-                let event = Event::Report(Box::new(report.clone()));
-                tokio::spawn(async move { watcher.send(event).await });
-            }
+            // The queue may be full of looks; the report is worth a task that waits for room.
+            let event = Event::Report(Box::new(report.clone()));
+            tokio::spawn(async move { watcher.send(event).await });
         }
-        state.report = report;
+        state.report = Some(report);
     }
 
     /// Whether it is over.
@@ -291,8 +293,7 @@ impl Entry {
             Some(report) => {
                 let _ = watcher.try_send(Event::Report(Box::new(report.clone())));
             }
-            None if state.ended_after.is_none() => state.watchers.push(watcher),
-            None => {}
+            None => state.watchers.push(watcher),
         }
         events
     }

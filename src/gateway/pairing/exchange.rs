@@ -145,7 +145,8 @@ impl Invitations {
 
     /// The gateway with this key is not trusted any more: what it has used does not let it in again.
     pub fn withdraw(&mut self, joiner: &Fingerprint) {
-        self.open.retain(|invitation| invitation.used_by.as_ref() != Some(joiner));
+        self.open
+            .retain(|invitation| invitation.used_by.as_ref() != Some(joiner));
     }
 
     fn expire(&mut self, now: Instant) {
