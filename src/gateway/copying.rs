@@ -166,12 +166,9 @@ impl Copying {
             reduction_ratio: self.ratio.pessimistic(),
         };
         let decision = self.policy.decide(&sample);
-        let outlook = self.tracker.update(
-            &sample,
-            self.memory_bytes,
-            self.policy.allowed_transfer(),
-            self.policy.is_stuck(),
-        );
+        let outlook = self
+            .tracker
+            .update(&sample, self.memory_bytes, self.policy.allowed_transfer());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let expected = transfer + self.costs.one_way + self.costs.syncs + self.costs.load;
