@@ -19,7 +19,7 @@ pub(super) fn text(answer: &DryRun) -> String {
     if let Some(forecast) = &answer.forecast {
         let _ = writeln!(
             text,
-            "forecast: {} in total, {} on the wire, downtime {}, while the guest dirties {}/s",
+            "forecast: {} in total, {} after reduction, downtime {}, while the guest dirties {}/s",
             seconds(forecast.total_seconds),
             bytes(forecast.wire_bytes),
             seconds(forecast.downtime_seconds),

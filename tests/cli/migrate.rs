@@ -103,6 +103,23 @@ fn the_exit_code_says_where_the_vm_is() {
     }
 }
 
+/// What every report has, whatever came of the migration.
+const REPORT: [&str; 13] = [
+    "vm",
+    "peer",
+    "outcome",
+    "reason",
+    "total_seconds",
+    "downtime_seconds",
+    "rounds",
+    "vmm_bytes",
+    "wire_bytes",
+    "reduction_ratio",
+    "pages",
+    "stream_digest",
+    "forecast",
+];
+
 #[test]
 fn the_report_alone_goes_to_stdout_and_has_its_stable_names() {
     let directory = tempfile::tempdir().unwrap();
@@ -114,22 +131,7 @@ fn the_report_alone_goes_to_stdout_and_has_its_stable_names() {
     let said = text(&output.stdout);
     assert_eq!(said.lines().count(), 1, "{said}");
     let report: serde_json::Value = serde_json::from_str(&said).unwrap();
-    for name in [
-        "vm",
-        "peer",
-        "outcome",
-        "reason",
-        "total_seconds",
-        "downtime_seconds",
-        "rounds",
-        "vmm_bytes",
-        "wire_bytes",
-        "reduction_ratio",
-        "pages",
-        "stream_digest",
-        "forecast",
-        "migration",
-    ] {
+    for name in REPORT {
         assert!(report.get(name).is_some(), "{name} is missing in {said}");
     }
     for name in ["zero", "same", "reference", "delta", "literal", "raw"] {
@@ -231,6 +233,10 @@ fn a_refused_start_touched_nothing() {
         (report["outcome"].as_str(), report["vm"].as_str()),
         (Some("refused"), Some("db-1"))
     );
+    for name in REPORT {
+        assert!(report.get(name).is_some(), "{name} is missing in {report}");
+    }
+    assert_eq!(report.get("migration"), None, "there is no migration");
 }
 
 #[test]
