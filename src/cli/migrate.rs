@@ -77,10 +77,9 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
     let started = match client.start(&request).await {
         Ok(started) => started,
         Err(ClientError::Refused(refusal)) => return Err(refused(&request, &refusal, args.output.format)),
-        Err(error @ ClientError::Unreachable { .. }) => return Err(error.into()),
-        Err(error @ (ClientError::Lost { .. } | ClientError::Garbled { .. })) => {
-            let advice = "the migration may have started: see `longhaul list` once the gateway runs";
-            return Err(Failure::unknown(format!("{error}; {advice}")));
+        Err(error) => {
+            let look = "`longhaul list` tells, once the gateway runs";
+            return Err(Failure::of_change(&error, look));
         }
     };
     if args.detach {

@@ -175,6 +175,31 @@ fn no_is_2_with_a_sentence() {
 }
 
 #[test]
+fn a_gateway_that_dies_before_it_answers_may_have_done_it() {
+    let id = ID.to_string();
+    for (args, code, look) in [
+        (vec!["cancel", &id], 3, "longhaul status"),
+        (vec!["resolve", "db-1", "--runs-at-peer"], 3, "longhaul list"),
+        (vec!["unpair", "tokyo"], 3, "longhaul peers"),
+        (vec!["pair", "lh1.Zm9v"], 3, "longhaul peers"),
+        // Who only looks has done nothing.
+        (vec!["list"], 2, "went away before it answered"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("control.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let dies = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = std::io::Read::read(&mut stream, &mut [0; 64]).unwrap();
+        });
+        let output = longhaul(&args, &socket).output().unwrap();
+        dies.join().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+        assert!(text(&output.stderr).contains(look), "{args:?} {output:?}");
+    }
+}
+
+#[test]
 fn what_a_person_states_is_what_is_resolved() {
     let directory = tempfile::tempdir().unwrap();
     let (gateway, told) = knows(&directory);
