@@ -93,6 +93,23 @@ fn the_shipped_pair_of_sites_is_valid() {
     let b = parse(&shipped("site-b.toml")).unwrap();
     assert_eq!((a.site.as_str(), b.site.as_str()), ("site-a", "site-b"));
     assert!(b.vm("demo").unwrap().command.is_some());
+
+    // Something has to make the directory of their sockets, and nothing may remove it under a VM that lives on.
+    let unit = shipped("longhaul.service");
+    let set = |key: &str| unit.lines().find_map(|line| line.strip_prefix(&format!("{key}=")));
+    let directory = Path::new("/run").join(set("RuntimeDirectory").unwrap());
+    assert_eq!(set("RuntimeDirectoryPreserve"), Some("yes"));
+    for site in [&a, &b] {
+        assert_eq!(site.vm("demo").unwrap().qmp.parent(), Some(directory.as_path()));
+    }
+}
+
+#[test]
+fn the_unit_goes_on_trying_to_start_the_gateway_for_which_a_paused_vm_may_wait() {
+    let unit = shipped("longhaul.service");
+    let lines: Vec<&str> = unit.lines().collect();
+    assert!(lines.contains(&"StartLimitIntervalSec=0") && lines.contains(&"Restart=on-failure"));
+    assert!(!unit.contains("RestartPreventExitStatus"));
 }
 
 #[test]

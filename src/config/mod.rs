@@ -32,7 +32,7 @@ pub const DEFAULT_SOCKET: &str = "/var/lib/longhaul/control.sock";
 pub struct Config {
     /// Name of this site, as other sites see it. No default: two sites of one name could not be told apart.
     pub site: String,
-    /// Directory of everything that outlives the process: identity, trust, journal, page store, control socket.
+    /// Directory of everything that outlives the process: identity, trust, journal, control socket; and of spilled pages.
     pub state_dir: PathBuf,
     /// UDP address of the control connection; bulk data uses the port after it.
     pub listen: SocketAddr,
