@@ -390,8 +390,14 @@ fn the_gateway_is_found_by_the_state_dir_of_its_configuration() {
     let directory = tempfile::tempdir().unwrap();
     let (_gateway, _told) = knows(&directory);
     let file = directory.path().join("gateway.toml");
-    std::fs::write(&file, format!("site = \"a\"\nstate_dir = {:?}\n", directory.path())).unwrap();
+    let text = format!("state_dir = {:?}\nsite = \"no name\"\n", directory.path());
+    std::fs::write(&file, text).unwrap();
     let output = plain(&["fingerprint", "--config", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = plain(&["fingerprint"])
+        .env("LONGHAUL_STATE_DIR", directory.path())
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
