@@ -169,7 +169,7 @@ async fn agree(
         .map(|check| check.detail)
         .collect();
     if !failed.is_empty() {
-        return Err(failed.join(" "));
+        return Err(in_one_line(&failed));
     }
     let checked = checked.ok_or("the checks did not come to an end")?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
@@ -384,7 +384,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
             "destination",
             match answer {
                 Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
-                Ok(Reply::Checked(against)) => Err(against.join(" ")),
+                Ok(Reply::Checked(against)) => Err(in_one_line(&against)),
                 Ok(Reply::Refused(reason)) => Err(reason),
                 Ok(_) => Err(format!("{} answered something else", request.peer)),
                 Err(error) => Err(error.to_string()),
@@ -479,23 +479,21 @@ impl Checked {
             resend_ratio: RESEND_RATIO,
             budget: self.budget,
         });
-        let known = if sample.is_some() {
-            ""
-        } else {
-            "; what the guest writes could not be sampled"
-        };
         api::Forecast {
             total_seconds: forecast.total.as_secs_f64(),
             wire_bytes: forecast.wire_bytes,
             downtime_seconds: forecast.downtime.as_secs_f64(),
             dirty_bytes_per_second: dirty_rate.0 as f64,
+            dirty_rate_known: sample.is_some(),
             converges: forecast.converges,
-            reason: forecast.reason.unwrap_or_else(|| {
-                format!(
-                    "the guest writes {:.1} MB/s and the link carries more{known}",
+            reason: match (forecast.reason, sample) {
+                (Some(reason), _) => reason,
+                (None, Some(_)) => format!(
+                    "the guest writes {:.1} MB/s and the link carries more",
                     dirty_rate.0 as f64 / 1e6
-                )
-            }),
+                ),
+                (None, None) => "what the guest writes could not be sampled, and is taken for nothing here".to_owned(),
+            },
         }
     }
 }
@@ -547,6 +545,18 @@ pub(crate) fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, r
     }
 }
 
+/// Sentences behind each other; some end with their mark and some do not.
+pub(crate) fn in_one_line(sentences: &[String]) -> String {
+    let mut text = String::new();
+    for sentence in sentences {
+        if !text.is_empty() {
+            text.push_str(if text.ends_with(['.', '?', '!']) { " " } else { ". " });
+        }
+        text.push_str(sentence);
+    }
+    text
+}
+
 fn vm_of<'a>(core: &'a Core, request: &StartRequest) -> Result<&'a Vm, Refusal> {
     core.config.vm(&request.vm).ok_or_else(|| {
         Refusal::new(
@@ -574,4 +584,15 @@ fn dictionary_pages(inventory: &VmInventory) -> u32 {
     u32::try_from(memory_of(inventory) / PAGE_SIZE as u64 * 5 / 4)
         .unwrap_or(u32::MAX)
         .min(DictionaryLimits::MAX_SLOTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_do_not_run_together() {
+        let sentences = ["a is not b", "Switch it off.", "Is it running?", "c"].map(str::to_owned);
+        assert_eq!(in_one_line(&sentences), "a is not b. Switch it off. Is it running? c");
+    }
 }

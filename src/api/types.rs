@@ -77,8 +77,10 @@ pub struct Forecast {
     pub wire_bytes: u64,
     /// From the pause at the source to the resume at the destination.
     pub downtime_seconds: f64,
-    /// Dirty rate that was sampled.
+    /// Dirty rate that was sampled; 0 where it could not be.
     pub dirty_bytes_per_second: f64,
+    /// Whether the hypervisor could sample it. Where not, the forecast is that of a guest that writes nothing.
+    pub dirty_rate_known: bool,
     /// Whether the rounds get small enough to keep the downtime limit.
     pub converges: bool,
     /// Why it does or does not, with what would help.

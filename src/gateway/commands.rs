@@ -53,9 +53,9 @@ fn answer(core: &Arc<Core>, command: Command) {
         Command::Cancel { migration, reply } => {
             reply.send(entry(core, migration).and_then(|entry| entry.request_cancel()));
         }
-        Command::Resolve { request, reply } => {
+        Command::Resolve { request, by, reply } => {
             let core = Arc::clone(core);
-            tokio::spawn(async move { reply.send(resolve(&core, request).await) });
+            tokio::spawn(async move { reply.send(resolve(&core, request, by).await) });
         }
         Command::Peers { reply } => {
             let core = Arc::clone(core);
@@ -92,7 +92,7 @@ fn entry(core: &Core, migration: MigrationId) -> Result<Arc<Entry>, Refusal> {
     })
 }
 
-async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Refusal> {
+async fn resolve(core: &Core, request: ResolveRequest, by: String) -> Result<Resolution, Refusal> {
     let open = core.registry.open_for_vm(&request.vm).ok_or_else(|| {
         Refusal::new(
             RefusalKind::NotFound,
@@ -106,10 +106,7 @@ async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Ref
         Statement::PeerIsFenced => Claim::PeerIsFenced,
         Statement::RunsAtPeer | Statement::LostHere => Claim::PeerOwns,
     };
-    let resolution = ownership::Resolution {
-        claim,
-        by: "control socket".to_owned(),
-    };
+    let resolution = ownership::Resolution { claim, by };
     match open.resolve(resolution).await {
         Ok(result) => Ok(Resolution {
             migration: open.migration,

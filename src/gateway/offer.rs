@@ -171,7 +171,7 @@ async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> 
     if !fatal.is_empty() {
         vmm.abandon().await;
         let sentences: Vec<String> = fatal.into_iter().map(|mismatch| mismatch.sentence).collect();
-        return Err(sentences.join(" "));
+        return Err(migrate::in_one_line(&sentences));
     }
     Ok(vmm)
 }

@@ -69,8 +69,8 @@ fn knows(directory: &TempDir) -> (Gateway, Receiver<String>) {
                     "the destination may run it already",
                 )));
             }
-            Command::Resolve { request, reply } => {
-                tell(format!("{} {:?}", request.vm, request.statement));
+            Command::Resolve { request, by, reply } => {
+                tell(format!("{} {:?} by {by}", request.vm, request.statement));
                 reply.send(Ok(Resolution {
                     migration: ID,
                     result: "db-1 runs here".into(),
@@ -211,7 +211,9 @@ fn what_a_person_states_is_what_is_resolved() {
         let output = gateway.run(&["resolve", "db-1", flag]);
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         assert_eq!(text(&output.stdout).trim(), "db-1 runs here");
-        assert_eq!(told.recv_timeout(DEADLINE).unwrap(), format!("db-1 {statement:?}"));
+        let stated = told.recv_timeout(DEADLINE).unwrap();
+        let by = stated.strip_prefix(&format!("db-1 {statement:?} by ")).unwrap();
+        assert!(!by.is_empty() && by != "an unknown user", "{stated}");
     }
     for args in [
         vec!["resolve", "db-1"],
