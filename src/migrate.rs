@@ -25,6 +25,7 @@ use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
 use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, Forecast, ForecastInput};
@@ -114,9 +115,10 @@ pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<D
 }
 
 async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
+    let metrics = Arc::new(core.metrics.migration(api::Role::Source));
     // Nothing of the VM is changed before both sites agree, so this can be let go of anywhere.
     let agreed = tokio::select! {
-        agreed = agree(&core, &entry, &request) => agreed,
+        agreed = agree(&core, &entry, &request, &metrics) => agreed,
         () = entry.cancel.cancelled() => Err("the operator cancelled it".to_owned()),
     };
     match agreed {
@@ -153,9 +155,9 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 api::Outcome::Refused
             };
             tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
-            core.metrics.migration(api::Role::Source).ended(outcome);
             let now = clock::now();
-            entry.finish(Some(empty_report(&entry, now, outcome, reason)), now);
+            metrics.ended(now, outcome);
+            entry.finish(empty_report(&entry, now, outcome, reason), now);
         }
     }
 }
@@ -170,8 +172,14 @@ struct Agreed {
     was_running: bool,
 }
 
-async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> Result<Agreed, String> {
+async fn agree(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    request: &StartRequest,
+    metrics: &Arc<ActiveMigration>,
+) -> Result<Agreed, String> {
     entry.set_phase(Phase::Checking);
+    metrics.enters(clock::now(), Phase::Checking);
     let (checks, checked) = check(core, request, Thoroughness::OwnSide).await;
     let failed: Vec<String> = checks
         .into_iter()
@@ -179,11 +187,12 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
         .map(|check| check.detail)
         .collect();
     if !failed.is_empty() {
-        return Err(sentences(&failed));
+        return Err(in_one_line(&failed));
     }
     let checked = checked.ok_or("the checks did not come to an end")?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
+    metrics.enters(clock::now(), Phase::Preparing);
     let offer = checked.offer(entry.migration);
     let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
     let window_bytes = checked.link.agreement().limits.window_bytes;
@@ -214,21 +223,19 @@ async fn agree(core: &Arc<Core>, entry: &Arc<Entry>, request: &StartRequest) -> 
     }
     let now = clock::now();
     let memory_bytes = memory_of(&inventory);
-    let mut copying = Copying::new(
-        &core.metrics,
-        CopyingStart {
-            now,
-            budget,
-            costs,
-            deadline: deadline.map(|deadline| now + deadline),
-            shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
-            cap,
-            dictionary: Some(dictionary),
-            memory,
-            memory_bytes,
-            wire_at_start: link.wire_bytes(),
-        },
-    );
+    let mut copying = Copying::new(CopyingStart {
+        metrics: Arc::clone(metrics),
+        now,
+        budget,
+        costs,
+        deadline: deadline.map(|deadline| now + deadline),
+        shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
+        cap,
+        dictionary: Some(dictionary),
+        memory,
+        memory_bytes,
+        wire_at_start: link.wire_bytes(),
+    });
     // Somebody may have paused or continued it since it was looked at; what it is now is recorded before anything is changed.
     vm.note_state().await.map_err(|error| error.to_string())?;
     let was_running = vm.was_running();
@@ -393,7 +400,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
             "destination",
             match answer {
                 Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
-                Ok(Reply::Checked(against)) => Err(against.join(" ")),
+                Ok(Reply::Checked(against)) => Err(in_one_line(&against)),
                 Ok(Reply::Refused(reason)) => Err(reason),
                 Ok(_) => Err(format!("{} answered something else", request.peer)),
                 Err(error) => Err(error.to_string()),
@@ -488,23 +495,21 @@ impl Checked {
             resend_ratio: RESEND_RATIO,
             budget: self.budget,
         });
-        let known = if sample.is_some() {
-            ""
-        } else {
-            "; what the guest writes could not be sampled"
-        };
         api::Forecast {
             total_seconds: forecast.total.as_secs_f64(),
             wire_bytes: forecast.wire_bytes,
             downtime_seconds: forecast.downtime.as_secs_f64(),
             dirty_bytes_per_second: dirty_rate.0 as f64,
+            dirty_rate_known: sample.is_some(),
             converges: forecast.converges,
-            reason: forecast.reason.unwrap_or_else(|| {
-                format!(
-                    "the guest writes {:.1} MB/s and the link carries more{known}",
+            reason: match (forecast.reason, sample) {
+                (Some(reason), _) => reason,
+                (None, Some(_)) => format!(
+                    "the guest writes {:.1} MB/s and the link carries more",
                     dirty_rate.0 as f64 / 1e6
-                )
-            }),
+                ),
+                (None, None) => "what the guest writes could not be sampled, and is taken for nothing here".to_owned(),
+            },
         }
     }
 }
@@ -538,14 +543,13 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
             report.vmm_bytes = copying.totals().vmm_bytes;
             report.reduction_ratio = copying.reduction_ratio();
             report.pages = copying.pages();
-            copying.ended(outcome);
+            copying.ended(now, outcome);
         }
-        None => core.metrics.migration(api::Role::Source).ended(outcome),
+        None => core.metrics.migration(api::Role::Source).ended(now, outcome),
     }
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
-    entry.clear_advice();
-    entry.finish(Some(report), now);
+    entry.finish(report, now);
 }
 
 /// A report without figures, of a migration that did not carry any or is seen from its other end.
@@ -556,17 +560,16 @@ pub(crate) fn empty_report(entry: &Entry, now: Instant, outcome: api::Outcome, r
     }
 }
 
-/// Several findings as one text.
-fn sentences(findings: &[String]) -> String {
-    match findings {
-        [only] => only.clone(),
-        several => {
-            let ended = several
-                .iter()
-                .map(|finding| format!("{}.", finding.trim_end_matches('.')));
-            ended.collect::<Vec<_>>().join(" ")
+/// Sentences behind each other; some end with their mark and some do not.
+pub(crate) fn in_one_line(sentences: &[String]) -> String {
+    let mut text = String::new();
+    for sentence in sentences {
+        if !text.is_empty() {
+            text.push_str(if text.ends_with(['.', '?', '!']) { " " } else { ". " });
         }
+        text.push_str(sentence);
     }
+    text
 }
 
 fn vm_of<'a>(core: &'a Core, request: &StartRequest) -> Result<&'a Vm, Refusal> {
@@ -597,4 +600,15 @@ fn dictionary_pages(inventory: &VmInventory) -> u32 {
     u32::try_from(memory_of(inventory) / PAGE_SIZE as u64 * 5 / 4)
         .unwrap_or(u32::MAX)
         .min(DictionaryLimits::MAX_SLOTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_do_not_run_together() {
+        let sentences = ["a is not b", "Switch it off.", "Is it running?", "c"].map(str::to_owned);
+        assert_eq!(in_one_line(&sentences), "a is not b. Switch it off. Is it running? c");
+    }
 }

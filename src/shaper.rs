@@ -125,10 +125,10 @@ impl Shaper {
         self.limit.load().rate
     }
 
-    /// Time for which admissions were held back so far, of one caller at a time.
+    /// Time for which admissions were held back since this was last asked, of one caller at a time.
     #[must_use]
-    pub fn waited(&self) -> Duration {
-        Duration::from_nanos(self.waited_nanos.load(Ordering::Relaxed))
+    pub fn take_waited(&self) -> Duration {
+        Duration::from_nanos(self.waited_nanos.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -248,13 +248,14 @@ mod tests {
         let before = Instant::now();
         shaper.admit(480_000).await;
         assert_eq!(
-            (before.elapsed(), shaper.waited()),
+            (before.elapsed(), shaper.take_waited()),
             (Duration::ZERO, Duration::ZERO),
             "5 ms are 500 kB"
         );
         shaper.admit(1_000_000).await;
         assert!(before.elapsed() >= Duration::from_millis(9), "{:?}", before.elapsed());
-        assert_eq!(shaper.waited(), before.elapsed());
+        assert_eq!(shaper.take_waited(), before.elapsed());
+        assert_eq!(shaper.take_waited(), Duration::ZERO, "it is counted once");
     }
 
     #[tokio::test(start_paused = true)]

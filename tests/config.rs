@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Problem};
+use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Problem, stated_state_dir};
 use longhaul::hypervisor::qemu::LaunchValues;
 use longhaul::proto::page::ByteRate;
 
@@ -93,6 +93,23 @@ fn the_shipped_pair_of_sites_is_valid() {
     let b = parse(&shipped("site-b.toml")).unwrap();
     assert_eq!((a.site.as_str(), b.site.as_str()), ("site-a", "site-b"));
     assert!(b.vm("demo").unwrap().command.is_some());
+
+    // Something has to make the directory of their sockets, and nothing may remove it under a VM that lives on.
+    let unit = shipped("longhaul.service");
+    let set = |key: &str| unit.lines().find_map(|line| line.strip_prefix(&format!("{key}=")));
+    let directory = Path::new("/run").join(set("RuntimeDirectory").unwrap());
+    assert_eq!(set("RuntimeDirectoryPreserve"), Some("yes"));
+    for site in [&a, &b] {
+        assert_eq!(site.vm("demo").unwrap().qmp.parent(), Some(directory.as_path()));
+    }
+}
+
+#[test]
+fn the_unit_goes_on_trying_to_start_the_gateway_for_which_a_paused_vm_may_wait() {
+    let unit = shipped("longhaul.service");
+    let lines: Vec<&str> = unit.lines().collect();
+    assert!(lines.contains(&"StartLimitIntervalSec=0") && lines.contains(&"Restart=on-failure"));
+    assert!(!unit.contains("RestartPreventExitStatus"));
 }
 
 #[test]
@@ -139,11 +156,11 @@ command = ["qemu", "{nonsense}"]
         (Some(11), "migration.downtime_limit"),
         (Some(12), "migration.after_success"),
         (Some(16), "peer[1].address"),
-        (Some(18), "peer[2].name"),
-        (Some(21), "vm[1].command"),
+        (Some(19), "peer[2].name"),
         (Some(22), "vm[1].name"),
         (Some(23), "vm[1].qmp"),
         (Some(24), "vm[1].disks"),
+        (Some(25), "vm[1].command"),
         (Some(27), "vm[2].name"),
         (Some(27), "vm[2].qmp"),
         (None, "site"),
@@ -153,6 +170,52 @@ command = ["qemu", "{nonsense}"]
     }
     // The command has four mistakes of its own: a placeholder, -incoming defer, -S, and {qmp}.
     assert_eq!(found.len(), expected.len() + 3, "{problems:#?}");
+}
+
+#[test]
+fn what_no_gateway_could_work_with_is_a_mistake() {
+    let wrong = |text: &str| parse(&format!("site = \"a\"\n{text}\n")).unwrap_err().remove(0);
+    for (text, key, word) in [
+        ("advertise = \"0.0.0.0:4646\"", "advertise", "reach this gateway"),
+        ("advertise = \"[::]\"", "advertise", "reach this gateway"),
+        ("[link]\nrtt = \"10000h\"", "link.rtt", "above 10s"),
+        ("[[peer]]\nname = \"b\"\nrtt = \"11s\"", "peer[1].rtt", "above 10s"),
+        ("[metrics]\nlisten = \"127.0.0.1:0\"", "metrics.listen", "port from 1"),
+    ] {
+        let problem = wrong(text);
+        assert_eq!(problem.key, key, "{problem}");
+        assert!(problem.message.contains(word), "{problem}");
+    }
+    assert!(parse("site = \"a\"\nadvertise = \"192.0.2.1\"\n[link]\nrtt = \"10s\"\n").is_ok());
+}
+
+#[test]
+fn a_key_that_is_there_twice_is_named() {
+    let problems = parse("site = \"a\"\nlisten = \"0.0.0.0:4646\"\nsite = \"b\"\n").unwrap_err();
+    assert_eq!(
+        (problems[0].line, problems[0].key.as_str()),
+        (Some(3), "site"),
+        "{problems:?}"
+    );
+}
+
+#[test]
+fn who_asks_the_gateway_needs_no_more_of_the_file_than_its_state_dir() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("gateway.toml");
+    for (text, expected) in [
+        (
+            "state_dir = \"/srv/a\"\nmemory_budget = \"none\"\nnonsense = 1\n",
+            Some("/srv/a"),
+        ),
+        ("state_dir = \"/srv/a\"\nsite = \n[[vm]\n", Some("/srv/a")),
+        ("site = \"a\"\n", None),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        assert_eq!(stated_state_dir(&file).unwrap(), expected.map(PathBuf::from), "{text}");
+    }
+    std::fs::write(&file, "state_dir = \"srv\"\n").unwrap();
+    assert!(matches!(stated_state_dir(&file), Err(ConfigError::Invalid { .. })));
 }
 
 #[test]

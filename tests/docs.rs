@@ -71,6 +71,19 @@ fn the_guide_has_a_row_for_each_metric_and_no_other() {
     assert_eq!(documented, exported);
 }
 
+#[test]
+fn an_alert_names_only_series_that_are_exported() {
+    let alerts = read("config/longhaul-alerts.yml");
+    let named: BTreeSet<&str> = alerts
+        .lines()
+        .filter(|line| line.trim_start().starts_with("expr:"))
+        .flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'))
+        .filter(|word| word.starts_with("longhaul_"))
+        .collect();
+    let exported: BTreeSet<&str> = SERIES.iter().map(|series| series.name).collect();
+    assert!(named.len() > 2 && named.is_subset(&exported), "{named:?}");
+}
+
 /// `longhaul VERB … --flag …` wherever it stands in a text: a name and the flags behind it, up to what ends a command.
 fn commands(text: &str) -> Vec<(String, Vec<String>)> {
     // A text in the sources may go on in the next line.

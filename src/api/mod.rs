@@ -66,6 +66,8 @@ pub enum Command {
     Resolve {
         /// What is stated.
         request: ResolveRequest,
+        /// Who states it: the user behind the other end of the socket, as the system knows it.
+        by: String,
         /// What came of it.
         reply: Reply<Resolution>,
     },

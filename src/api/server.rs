@@ -10,11 +10,13 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 
 use axum::body::{Body, Bytes};
+use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path as UrlPath, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
+use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
@@ -118,11 +120,34 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let ControlSocket { listener, place } = socket;
-    let served = axum::serve(listener, routes(commands))
-        .with_graceful_shutdown(shutdown)
-        .await;
+    let routes = routes(commands).into_make_service_with_connect_info::<Asker>();
+    let served = axum::serve(listener, routes).with_graceful_shutdown(shutdown).await;
     drop(place);
     served
+}
+
+/// Who asks, for the record: the name of a user, or its number.
+#[derive(Clone, Debug)]
+struct Asker(String);
+
+impl Connected<IncomingStream<'_, UnixListener>> for Asker {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self(match stream.io().peer_cred() {
+            Ok(credentials) => user(credentials.uid()),
+            Err(_) => "an unknown user".to_owned(),
+        })
+    }
+}
+
+fn user(id: u32) -> String {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    // passwd(5): name, password, id, and more.
+    let name = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(id) && name.len() <= MAX_NAME_BYTES).then_some(name)
+    });
+    name.map_or_else(|| format!("uid {id}"), str::to_owned)
 }
 
 fn routes(commands: mpsc::Sender<Command>) -> Router {
@@ -208,9 +233,10 @@ async fn follow(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) 
 
 async fn resolve(
     State(commands): State<Commands>,
+    ConnectInfo(Asker(by)): ConnectInfo<Asker>,
     Request(request): Request<super::ResolveRequest>,
 ) -> impl IntoResponse {
-    commands.answer(|reply| Command::Resolve { request, reply }).await
+    commands.answer(|reply| Command::Resolve { request, by, reply }).await
 }
 
 async fn peers(State(commands): State<Commands>) -> impl IntoResponse {
@@ -325,12 +351,21 @@ pub enum BindError {
     },
 }
 
+/// useradd(8) takes no longer ones.
+const MAX_NAME_BYTES: usize = 32;
+
 /// The largest request is an invitation code with its quotes.
 const MAX_REQUEST_BYTES: usize = 16 << 10;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_user_is_known_by_name_or_else_by_number() {
+        assert_eq!(user(0), "root");
+        assert_eq!(user(u32::MAX - 1), "uid 4294967294");
+    }
 
     #[tokio::test]
     async fn a_second_gateway_is_refused_and_a_dead_ones_socket_is_replaced() {

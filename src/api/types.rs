@@ -73,12 +73,14 @@ pub struct Check {
 pub struct Forecast {
     /// From start to running at the destination.
     pub total_seconds: f64,
-    /// IP bytes in both directions.
+    /// Bytes of frames: after reduction, without headers and repairs.
     pub wire_bytes: u64,
     /// From the pause at the source to the resume at the destination.
     pub downtime_seconds: f64,
-    /// Dirty rate that was sampled.
+    /// Dirty rate that was sampled; 0 where it could not be.
     pub dirty_bytes_per_second: f64,
+    /// Whether the hypervisor could sample it. Where not, the forecast is that of a guest that writes nothing.
+    pub dirty_rate_known: bool,
     /// Whether the rounds get small enough to keep the downtime limit.
     pub converges: bool,
     /// Why it does or does not, with what would help.
@@ -187,9 +189,9 @@ pub struct Round {
     pub seconds: f64,
     /// Bytes that the hypervisor gave.
     pub vmm_bytes: u64,
-    /// IP bytes in both directions.
+    /// Bytes of frames: after reduction, without headers and repairs.
     pub wire_bytes: u64,
-    /// What the guest dirtied meanwhile.
+    /// What the guest dirtied meanwhile, and the next round begins with; of the last round: what was left at the last look.
     pub dirty_bytes: u64,
 }
 
@@ -340,11 +342,12 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Bytes that the source hypervisor gave.
     pub vmm_bytes: u64,
-    /// IP bytes in both directions, repairs included.
+    /// IP bytes on the link to the peer meanwhile, in both directions, repairs included. Migrations to one peer at the same
+    /// time share its link, and each counts all of it.
     pub wire_bytes: u64,
-    /// `vmm_bytes` / bytes of our frames, >= 1.
+    /// `vmm_bytes` / bytes of frames, >= 1.
     pub reduction_ratio: f64,
-    /// Pages by how they were sent.
+    /// Pages by how they were sent, also where it did not arrive.
     pub pages: Pages,
     /// BLAKE3 of the vmm stream, hexadecimal, equal at both ends; `None` where it did not end.
     pub stream_digest: Option<String>,

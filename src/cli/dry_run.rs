@@ -19,16 +19,20 @@ pub(super) fn text(answer: &DryRun) -> String {
     if let Some(forecast) = &answer.forecast {
         let _ = writeln!(
             text,
-            "forecast: {} in total, {} on the wire, downtime {}, while the guest dirties {}/s",
+            "forecast: {} in total, {} after reduction, downtime {}, while the guest dirties {}",
             seconds(forecast.total_seconds),
             bytes(forecast.wire_bytes),
             seconds(forecast.downtime_seconds),
-            bytes(forecast.dirty_bytes_per_second.max(0.0) as u64)
+            if forecast.dirty_rate_known {
+                format!("{}/s", bytes(forecast.dirty_bytes_per_second.max(0.0) as u64))
+            } else {
+                "an unknown amount".to_owned()
+            }
         );
-        let verdict = if forecast.converges {
-            "it converges"
-        } else {
-            "it does NOT converge"
+        let verdict = match (forecast.converges, forecast.dirty_rate_known) {
+            (true, true) => "it converges",
+            (true, false) => "whether it converges is not known",
+            (false, _) => "it does NOT converge",
         };
         let _ = writeln!(text, "{verdict}: {}", forecast.reason);
     }

@@ -7,9 +7,9 @@ use super::control::ControlArgs;
 use super::output::{Format, OutputArgs, note, result};
 use super::watch::{Interrupt, PatienceArgs, Signals, watch};
 use super::{Failure, NO, YES, dry_run};
-use crate::api::{ClientError, Refusal, StartRequest};
+use crate::api::{ClientError, Outcome, Refusal, Report, StartRequest};
 use crate::config::units::{parse_duration, parse_name};
-use crate::proto::page::ByteRate;
+use crate::proto::page::{ByteRate, MigrationId};
 
 /// Moves a running VM to another site.
 ///
@@ -77,10 +77,9 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
     let started = match client.start(&request).await {
         Ok(started) => started,
         Err(ClientError::Refused(refusal)) => return Err(refused(&request, &refusal, args.output.format)),
-        Err(error @ ClientError::Unreachable { .. }) => return Err(error.into()),
-        Err(error @ (ClientError::Lost { .. } | ClientError::Garbled { .. })) => {
-            let advice = "the migration may have started: see `longhaul list` once the gateway runs";
-            return Err(Failure::unknown(format!("{error}; {advice}")));
+        Err(error) => {
+            let look = "`longhaul list` tells, once the gateway runs";
+            return Err(Failure::of_change(&error, look));
         }
     };
     if args.detach {
@@ -102,15 +101,15 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
     .await
 }
 
-/// Scripts that read JSON get the object that says so, too.
+/// Scripts that read JSON get the object that says so, too: a report but for the id, since there is no migration.
 fn refused(request: &StartRequest, refusal: &Refusal, format: Format) -> Failure {
     if format == Format::Json {
-        let report = serde_json::json!({
-            "vm": request.vm,
-            "peer": request.peer,
-            "outcome": "refused",
-            "reason": refusal.message,
-        });
+        let nothing = MigrationId([0; 16]);
+        let report = Report::without_figures(nothing, &request.vm, &request.peer, Outcome::Refused, &refusal.message);
+        let mut report = serde_json::to_value(report).expect("a report is plain data");
+        if let Some(fields) = report.as_object_mut() {
+            fields.remove("migration");
+        }
         result(&report.to_string());
     }
     Failure::no(refusal.to_string())

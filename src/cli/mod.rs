@@ -1,7 +1,7 @@
 //! The command line: one file for each verb. Parsing does no work; `run` of a verb does it.
 //!
 //! Results go to stdout, everything else to stderr. The exit code of `migrate` says where the VM is
-//! ([`Where`](crate::api::Where)); other verbs say 0 for yes and 2 for no.
+//! ([`Where`](crate::api::Where)); other verbs say 0 for yes, 2 for no, and 3 where they cannot know.
 
 mod attach;
 mod cancel;
@@ -140,7 +140,18 @@ impl Failure {
         }
     }
 
-    /// Where the VM is cannot be told from here; the message says what to do.
+    /// A request that changes something failed. Where the answer was lost it may have been carried out; `look` says how to see
+    /// that.
+    fn of_change(error: &ClientError, look: &str) -> Self {
+        match error {
+            ClientError::Lost { .. } | ClientError::Garbled { .. } => {
+                Self::unknown(format!("{error}; it may have been done all the same: {look}"))
+            }
+            ClientError::Unreachable { .. } | ClientError::Refused(_) => Self::no(error.to_string()),
+        }
+    }
+
+    /// What has become of it cannot be told from here; the message says what to do.
     fn unknown(message: impl Into<String>) -> Self {
         Self {
             code: Where::Unknown.exit_code(),
@@ -158,7 +169,8 @@ impl From<ClientError> for Failure {
 /// The verb did it, or the answer is yes.
 const YES: u8 = 0;
 
-/// The verb did nothing, or the answer is no. Usage errors have this code too (clap).
+/// The verb did nothing, or the answer is no. Usage errors have this code too (clap). A verb that cannot know whether it did
+/// something fails by [`Failure::of_change`].
 const NO: u8 = 2;
 
 const EXAMPLES: &str = "\
@@ -179,7 +191,8 @@ Exit codes of migrate and attach say where the VM is:
   1  failed or cancelled: running at the source
   2  usage, configuration or a failed pre-check: nothing was touched
   3  unknown or paused: needs a person, and what to do is printed
-Other verbs, and migrate --dry-run: 0 yes, 2 no.";
+Other verbs, and migrate --dry-run: 0 yes, 2 no; 3 where the gateway went away before it answered, so that it may have
+been done.";
 
 #[cfg(test)]
 mod tests {

@@ -29,7 +29,7 @@ pub(super) struct Args {
     #[arg(long)]
     invite: bool,
 
-    /// How long the code can be used [default: 10m]
+    /// How long the code can be used, at most 24h [default: 10m]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with_all = ["code", "peer"])]
     valid_for: Option<Duration>,
 
@@ -57,7 +57,8 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
     let client = args.control.client()?;
     if let Some(code) = args.code {
         let code = if code == "-" { read_code()? } else { code };
-        let paired = client.accept_invite(&AcceptInvite { code }).await?;
+        let answer = client.accept_invite(&AcceptInvite { code }).await;
+        let paired = answer.map_err(|error| Failure::of_change(&error, LOOK))?;
         args.output.result(&paired, text);
         return Ok(YES);
     }
@@ -67,7 +68,8 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
             fingerprint,
             address: address.to_string(),
         };
-        let paired = client.pair_by_fingerprint(&request).await?;
+        let answer = client.pair_by_fingerprint(&request).await;
+        let paired = answer.map_err(|error| Failure::of_change(&error, LOOK))?;
         args.output.result(&paired, text);
         note("now do the same at the other site, with the fingerprint of this one");
         return Ok(YES);
@@ -110,4 +112,6 @@ Examples:
   longhaul pair - < code.txt
   longhaul pair --peer tokyo --fingerprint sha256:… --address tokyo.example.net:4646
 
-Exit codes: 0 done, 2 not (nothing was trusted).";
+Exit codes: 0 done, 2 not (nothing was trusted), 3 the gateway went away before it answered: `longhaul peers` tells.";
+
+const LOOK: &str = "`longhaul peers` tells who is trusted";

@@ -98,20 +98,25 @@ fn line(progress: &Progress, percent: f64) -> String {
         Phase::Precopy => format!("precopy round {}", progress.round),
         phase => phase.word().replace('_', "-"),
     };
-    let eta = match (progress.eta_seconds, progress.converging, &progress.eta_reason) {
+    format!(
+        "{phase}  {percent:.0} %  {}  reduction {:.1}  dirty {}/s  {}",
+        wire_rate(progress.wire_bytes_per_second),
+        progress.reduction_ratio,
+        bytes(progress.dirty_bytes_per_second.max(0.0) as u64),
+        eta(progress),
+    )
+}
+
+/// When it will be over, and what there is to explain.
+pub(super) fn eta(progress: &Progress) -> String {
+    match (progress.eta_seconds, progress.converging, &progress.eta_reason) {
         (Some(eta), _, None) => format!("ETA {}", seconds(eta)),
-        (Some(eta), _, Some(reason)) => format!("ETA {} ({reason})", seconds(eta)),
+        (Some(eta), _, Some(reason)) => format!("ETA {}, longer than it was: {reason}", seconds(eta)),
         (None, false, Some(reason)) => format!("not converging: {reason}"),
         (None, false, None) => "not converging".to_owned(),
         (None, true, Some(reason)) => format!("ETA unknown: {reason}"),
         (None, true, None) => "ETA unknown".to_owned(),
-    };
-    format!(
-        "{phase}  {percent:.0} %  {}  reduction {:.1}  dirty {}/s  {eta}",
-        wire_rate(progress.wire_bytes_per_second),
-        progress.reduction_ratio,
-        bytes(progress.dirty_bytes_per_second.max(0.0) as u64),
-    )
+    }
 }
 
 const BAR_STEPS: u64 = 1000;
@@ -154,7 +159,7 @@ mod tests {
             eta_reason: Some("the dirty rate doubled".into()),
             ..progress.clone()
         };
-        assert!(line(&grew, 62.4).ends_with("ETA 12.0 s (the dirty rate doubled)"));
+        assert!(line(&grew, 62.4).ends_with("ETA 12.0 s, longer than it was: the dirty rate doubled"));
         let diverges = Progress {
             eta_seconds: None,
             converging: false,

@@ -39,7 +39,7 @@ pub(super) fn text(report: &Report) -> String {
     if let Some(forecast) = &report.forecast {
         let _ = writeln!(
             text,
-            "  forecast was: {}, {} on the wire, downtime {}",
+            "  forecast was: {}, {} after reduction, downtime {}",
             seconds(forecast.total_seconds),
             bytes(forecast.wire_bytes),
             seconds(forecast.downtime_seconds)

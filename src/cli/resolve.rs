@@ -45,7 +45,8 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         (false, false) => Statement::LostHere,
     };
     let request = ResolveRequest { vm: args.vm, statement };
-    let resolution = args.control.client()?.resolve(&request).await?;
+    let answer = args.control.client()?.resolve(&request).await;
+    let resolution = answer.map_err(|error| Failure::of_change(&error, LOOK))?;
     args.output.result(&resolution, |resolution| resolution.result.clone());
     Ok(YES)
 }
@@ -57,4 +58,7 @@ Examples:
   longhaul resolve db-1 --runs-at-peer   at the source, when you see it run at the destination
   longhaul resolve db-1 --lost-here      at the destination, when its copy died right after it was committed
 
-Exit codes: 0 resolved, 2 not (nothing was touched).";
+Exit codes: 0 resolved, 2 not (nothing was touched), 3 the gateway went away before it answered: it may be resolved all
+the same, and `longhaul list` and `longhaul status ID` tell.";
+
+const LOOK: &str = "`longhaul list` and `longhaul status ID` tell, once the gateway runs";

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::control::ControlArgs;
 use super::output::{OutputArgs, seconds};
+use super::progress::eta;
 use super::{Failure, YES, report};
 use crate::api::MigrationStatus;
 use crate::proto::page::MigrationId;
@@ -45,12 +46,8 @@ fn text(status: &MigrationStatus) -> String {
             summary.migration
         ),
     };
-    if let Some(reason) = status
-        .progress
-        .as_ref()
-        .and_then(|progress| progress.eta_reason.as_deref())
-    {
-        let _ = writeln!(text, "  {reason}");
+    if let Some(progress) = status.progress.as_ref().filter(|_| status.report.is_none()) {
+        let _ = writeln!(text, "  {}", eta(progress));
     }
     if let Some(advice) = &status.advice {
         let _ = writeln!(text, "  {advice}");

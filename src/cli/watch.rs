@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::output::OutputArgs;
 use super::progress::Display;
 use super::{Failure, report};
-use crate::api::{Cancellation, Client, ClientError, Event, Following, RefusalKind, Where};
+use crate::api::{Cancellation, Client, ClientError, Event, Following, Phase, RefusalKind, Where};
 use crate::config::units::parse_duration;
 use crate::proto::page::MigrationId;
 
@@ -63,6 +63,7 @@ pub(super) async fn watch(
         migration,
         following: None,
         tries: 0,
+        is_absent: false,
         seen: false,
         patience,
     };
@@ -70,7 +71,7 @@ pub(super) async fn watch(
     let mut cancelling = false;
     loop {
         tokio::select! {
-            event = watcher.next(&mut display) => match event? {
+            event = watcher.next(&display) => match event? {
                 Event::Progress(progress) => display.progress(&progress),
                 Event::Notice(text) => display.notice(&text),
                 Event::Report(report) => {
@@ -116,8 +117,10 @@ struct Watcher {
     client: Client,
     migration: MigrationId,
     following: Option<Following>,
-    /// Failed tries to reach the gateway since it was lost.
+    /// Tries to hear of the migration since the gateway last told something.
     tries: u32,
+    /// It has been said that the gateway is gone.
+    is_absent: bool,
     /// Whether the gateway has ever answered.
     seen: bool,
     patience: PatienceArgs,
@@ -125,14 +128,24 @@ struct Watcher {
 
 impl Watcher {
     /// The next event. Cancel-safe: what has been tried is kept in `self`.
-    async fn next(&mut self, display: &mut Display) -> Result<Event, Failure> {
+    async fn next(&mut self, display: &Display) -> Result<Event, Failure> {
         loop {
             if let Some(following) = &mut self.following {
                 match following.next().await {
-                    Ok(Some(event)) => return Ok(event),
-                    Ok(None) | Err(ClientError::Lost { .. }) => {
+                    Ok(Some(event)) => {
+                        (self.tries, self.is_absent) = (0, false);
+                        return Ok(event);
+                    }
+                    Ok(None) => {
                         self.following = None;
-                        display.notice("the gateway went away; waiting for it to come back");
+                        if let Some(event) = self.ended().await? {
+                            return Ok(event);
+                        }
+                        self.note_absence(display);
+                    }
+                    Err(ClientError::Lost { .. }) => {
+                        self.following = None;
+                        self.note_absence(display);
                     }
                     Err(error) => return Err(self.lost_sight(&error)),
                 }
@@ -142,9 +155,11 @@ impl Watcher {
             }
             self.tries += 1;
             match self.client.follow(self.migration).await {
+                Ok(_) if self.is_out_of_patience() => {
+                    return Err(self.lost_sight(&"the gateway answers and tells nothing of the migration"));
+                }
                 Ok(following) => {
                     self.following = Some(following);
-                    self.tries = 0;
                     self.seen = true;
                 }
                 Err(error @ ClientError::Refused(_)) if !self.seen => return Err(error.into()),
@@ -154,12 +169,41 @@ impl Watcher {
                 Err(ClientError::Refused(refusal)) if refusal.kind != RefusalKind::Unavailable => {
                     return Err(self.lost_sight(&refusal));
                 }
-                Err(error) if !self.seen || RETRY_INTERVAL * self.tries > self.patience.wait => {
+                Err(error) if !self.seen || self.is_out_of_patience() => {
                     return Err(self.lost_sight(&error));
                 }
                 Err(_) => {}
             }
         }
+    }
+
+    /// Its stream has ended without a report: because the gateway stops, or because the migration has ended. The status tells.
+    async fn ended(&self) -> Result<Option<Event>, Failure> {
+        let Ok(status) = self.client.status(self.migration).await else {
+            return Ok(None);
+        };
+        match status.report {
+            Some(report) => Ok(Some(Event::Report(Box::new(report)))),
+            None if status.summary.phase == Phase::Done => {
+                let advice = status.advice.unwrap_or_else(|| "look where the VM runs".to_owned());
+                Err(Failure::unknown(format!(
+                    "migration {} is over and left no report: {advice}",
+                    self.migration
+                )))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Says once, until it is heard of again, that the gateway is gone.
+    fn note_absence(&mut self, display: &Display) {
+        if !std::mem::replace(&mut self.is_absent, true) {
+            display.notice("the gateway went away; waiting for it to come back");
+        }
+    }
+
+    fn is_out_of_patience(&self) -> bool {
+        RETRY_INTERVAL * self.tries > self.patience.wait
     }
 
     /// A gateway records that a migration begins before it touches the VM, and remembers what it has recorded.

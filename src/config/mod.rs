@@ -7,7 +7,7 @@
 mod section;
 pub mod units;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -24,15 +24,15 @@ use crate::proto::page::ByteRate;
 /// Where the configuration is when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/longhaul/gateway.toml";
 
-/// Where the control socket is when nothing else is said: in the default `state_dir`.
-pub const DEFAULT_SOCKET: &str = "/var/lib/longhaul/control.sock";
+/// `state_dir` when nothing else is said.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/longhaul";
 
 /// Everything a gateway is told. Defaults are in [`Config::for_site`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Name of this site, as other sites see it. No default: two sites of one name could not be told apart.
     pub site: String,
-    /// Directory of everything that outlives the process: identity, trust, journal, page store, control socket.
+    /// Directory of everything that outlives the process: identity, trust, journal, control socket; and of spilled pages.
     pub state_dir: PathBuf,
     /// UDP address of the control connection; bulk data uses the port after it.
     pub listen: SocketAddr,
@@ -179,7 +179,7 @@ impl Config {
     pub fn for_site(site: &str) -> Self {
         Self {
             site: site.to_owned(),
-            state_dir: PathBuf::from("/var/lib/longhaul"),
+            state_dir: PathBuf::from(DEFAULT_STATE_DIR),
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT)),
             advertise: None,
             memory_budget: 512 << 20,
@@ -210,25 +210,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Unreadable`] where the file cannot be read, [`ConfigError::Invalid`] with every mistake in it.
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, ConfigError> {
-        let unreadable = |source| ConfigError::Unreadable {
-            path: path.to_owned(),
-            source,
-        };
-        let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
-        if bytes > MAX_FILE_BYTES {
-            let message = format!("the file has {bytes} bytes; a configuration has at most {MAX_FILE_BYTES}");
-            let problem = Problem {
-                line: None,
-                key: String::new(),
-                message,
-            };
-            return Err(ConfigError::Invalid {
-                path: path.to_owned(),
-                problems: vec![problem],
-            });
-        }
-        let text = std::fs::read_to_string(path).map_err(unreadable)?;
-        Self::parse(&text, overrides).map_err(|problems| ConfigError::Invalid {
+        Self::parse(&read_file(path)?, overrides).map_err(|problems| ConfigError::Invalid {
             path: path.to_owned(),
             problems,
         })
@@ -248,7 +230,7 @@ impl Config {
     /// The control socket of the gateway.
     #[must_use]
     pub fn control_socket(&self) -> PathBuf {
-        self.state_dir.join("control.sock")
+        control_socket_in(&self.state_dir)
     }
 
     /// UDP address of bulk data: the port after `listen`.
@@ -282,7 +264,7 @@ impl Config {
         set(&mut config.site, top.required("site", parse_name));
         set(&mut config.state_dir, top.value("state_dir", parse_absolute));
         set(&mut config.listen, top.value("listen", parse_listen));
-        config.advertise = top.value("advertise", PeerAddress::from_str);
+        config.advertise = top.value("advertise", parse_advertise);
         set(&mut config.memory_budget, top.value("memory_budget", parse_budget));
         if config.control_socket().as_os_str().len() > MAX_SOCKET_PATH_BYTES {
             top.mistake(
@@ -293,7 +275,7 @@ impl Config {
 
         let mut link = top.section("link");
         config.link.rate = link.value("rate", ByteRate::from_str);
-        set(&mut config.link.rtt, link.value("rtt", parse_duration));
+        set(&mut config.link.rtt, link.value("rtt", parse_rtt));
         link.finish();
 
         let mut metrics = top.section("metrics");
@@ -326,7 +308,7 @@ impl Config {
                 name: section.required("name", parse_name).unwrap_or_default(),
                 address: section.value("address", PeerAddress::from_str),
                 rate: section.value("rate", ByteRate::from_str),
-                rtt: section.value("rtt", parse_duration),
+                rtt: section.value("rtt", parse_rtt),
             };
             if !peer.name.is_empty() && config.peer(&peer.name).is_some() {
                 section.mistake("name", format!("the peer {:?} is there already", peer.name));
@@ -372,6 +354,54 @@ impl Config {
     }
 }
 
+/// The control socket of the gateway whose `state_dir` this is.
+#[must_use]
+pub fn control_socket_in(state_dir: &Path) -> PathBuf {
+    state_dir.join("control.sock")
+}
+
+/// The `state_dir` that the file at `path` states. For who asks the gateway that runs: whatever else is wrong in the file must
+/// not keep anybody from it.
+///
+/// # Errors
+/// The file cannot be read, or its `state_dir` cannot be used.
+pub fn stated_state_dir(path: &Path) -> Result<Option<PathBuf>, ConfigError> {
+    let text = read_file(path)?;
+    let stated = section::stated_text(&text, "state_dir");
+    stated.map(|text| parse_absolute(&text)).transpose().map_err(|message| {
+        let problem = Problem {
+            line: None,
+            key: "state_dir".to_owned(),
+            message: message.to_owned(),
+        };
+        ConfigError::Invalid {
+            path: path.to_owned(),
+            problems: vec![problem],
+        }
+    })
+}
+
+fn read_file(path: &Path) -> Result<String, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
+    if bytes > MAX_FILE_BYTES {
+        let message = format!("the file has {bytes} bytes; a configuration has at most {MAX_FILE_BYTES}");
+        let problem = Problem {
+            line: None,
+            key: String::new(),
+            message,
+        };
+        return Err(ConfigError::Invalid {
+            path: path.to_owned(),
+            problems: vec![problem],
+        });
+    }
+    std::fs::read_to_string(path).map_err(unreadable)
+}
+
 /// Reads the command of the VM `name`, whose QMP socket is `qmp`.
 ///
 /// # Errors
@@ -411,9 +441,29 @@ fn parse_metrics_listen(text: &str) -> Result<Option<SocketAddr>, &'static str> 
     if text == "off" {
         return Ok(None);
     }
-    text.parse()
-        .map(Some)
-        .map_err(|_| "write an IP address and a port, for example 127.0.0.1:9646, or off")
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() > 0 => Ok(Some(address)),
+        Ok(_) => Err("use a port from 1 to 65535, so that it is known where to scrape"),
+        Err(_) => Err("write an IP address and a port, for example 127.0.0.1:9646, or off"),
+    }
+}
+
+fn parse_advertise(text: &str) -> Result<PeerAddress, String> {
+    let address: PeerAddress = text.parse().map_err(|error: units::InvalidAddress| error.to_string())?;
+    if address.host.parse::<IpAddr>().is_ok_and(|host| host.is_unspecified()) {
+        return Err(
+            "other sites cannot call every address; write the one under which they reach this gateway".to_owned(),
+        );
+    }
+    Ok(address)
+}
+
+fn parse_rtt(text: &str) -> Result<Duration, String> {
+    let rtt = parse_duration(text).map_err(|error| error.to_string())?;
+    if rtt > MAX_RTT {
+        return Err(format!("no path has an RTT above {}", units::show_duration(MAX_RTT)));
+    }
+    Ok(rtt)
 }
 
 fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {
@@ -506,6 +556,9 @@ const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// `sun_path` has 108 bytes, the last of them zero (unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// Sixteen times that of a geostationary satellite.
+const MAX_RTT: Duration = Duration::from_secs(10);
 
 /// Queues and the smallest useful dictionary.
 const MIN_MEMORY_BUDGET: u64 = 64 << 20;

@@ -70,11 +70,12 @@ impl<'a> Source<'a> {
                 offset: 0,
                 table: table.into_inner(),
                 asked: Vec::new(),
+                lines: BTreeMap::new(),
             });
         }
         let problem = |error: &toml::de::Error| Problem {
             line: error.span().map(|span| self.line(span.start)),
-            key: String::new(),
+            key: self.repeated_key(error),
             message: error.message().to_owned(),
         };
         Err(errors.iter().map(problem).collect())
@@ -85,6 +86,13 @@ impl<'a> Source<'a> {
         let mut problems = self.problems.into_inner();
         problems.sort_by_key(|problem| problem.line.unwrap_or(usize::MAX));
         problems
+    }
+
+    /// The key that is there twice, where that is the mistake; toml says only where it is.
+    fn repeated_key(&self, error: &toml::de::Error) -> String {
+        let span = error.span().filter(|_| error.message() == "duplicate key");
+        let key = span.and_then(|span| self.text.get(span)).unwrap_or_default();
+        key.trim().to_owned()
     }
 
     fn line(&self, offset: usize) -> usize {
@@ -107,6 +115,8 @@ pub(super) struct Section<'a> {
     offset: usize,
     table: DeTable<'a>,
     asked: Vec<&'static str>,
+    /// Where the values stood that have been taken.
+    lines: BTreeMap<&'static str, usize>,
 }
 
 impl<'a> Section<'a> {
@@ -199,6 +209,7 @@ impl<'a> Section<'a> {
             offset,
             table,
             asked: Vec::new(),
+            lines: BTreeMap::new(),
         }
     }
 
@@ -227,6 +238,7 @@ impl<'a> Section<'a> {
                         offset,
                         table,
                         asked: Vec::new(),
+                        lines: BTreeMap::new(),
                     });
                 }
                 other => {
@@ -240,7 +252,8 @@ impl<'a> Section<'a> {
 
     /// Records a mistake that only shows when several values are seen together.
     pub(super) fn mistake(&self, key: &str, message: impl Into<String>) {
-        self.source.add(self.line(), self.key(key), message.into());
+        let line = self.lines.get(key).copied().or_else(|| self.line());
+        self.source.add(line, self.key(key), message.into());
     }
 
     /// Whatever was not asked for is unknown.
@@ -255,7 +268,9 @@ impl<'a> Section<'a> {
 
     fn take(&mut self, key: &'static str) -> Option<Spanned<DeValue<'a>>> {
         self.asked.push(key);
-        self.table.remove(key)
+        let value = self.table.remove(key)?;
+        self.lines.insert(key, self.source.line(value.span().start));
+        Some(value)
     }
 
     fn key(&self, key: &str) -> String {
@@ -270,6 +285,12 @@ impl<'a> Section<'a> {
     fn line(&self) -> Option<usize> {
         (self.offset > 0).then(|| self.source.line(self.offset))
     }
+}
+
+/// The text under `key` at the top of a file that may be full of mistakes.
+pub(super) fn stated_text(text: &str, key: &str) -> Option<String> {
+    let (table, _) = DeTable::parse_recoverable(text);
+    table.get_ref().get(key)?.get_ref().as_str().map(str::to_owned)
 }
 
 /// The flag that stands for a key: `link.rate` → `link-rate`.

@@ -1,6 +1,6 @@
 //! Commands of the control API, and the look at connections that metrics need.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::pairing::{self, InviteCode, Local, exchange};
+use super::registry::Entry;
 use super::{Core, clock};
 use crate::api::{
     AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
@@ -52,9 +53,9 @@ fn answer(core: &Arc<Core>, command: Command) {
         Command::Cancel { migration, reply } => {
             reply.send(entry(core, migration).and_then(|entry| entry.request_cancel()));
         }
-        Command::Resolve { request, reply } => {
+        Command::Resolve { request, by, reply } => {
             let core = Arc::clone(core);
-            tokio::spawn(async move { reply.send(resolve(&core, request).await) });
+            tokio::spawn(async move { reply.send(resolve(&core, request, by).await) });
         }
         Command::Peers { reply } => {
             let core = Arc::clone(core);
@@ -82,7 +83,7 @@ fn answer(core: &Arc<Core>, command: Command) {
     }
 }
 
-fn entry(core: &Core, migration: MigrationId) -> Result<Arc<super::registry::Entry>, Refusal> {
+fn entry(core: &Core, migration: MigrationId) -> Result<Arc<Entry>, Refusal> {
     core.registry.get(migration).ok_or_else(|| {
         Refusal::new(
             RefusalKind::NotFound,
@@ -91,7 +92,7 @@ fn entry(core: &Core, migration: MigrationId) -> Result<Arc<super::registry::Ent
     })
 }
 
-async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Refusal> {
+async fn resolve(core: &Core, request: ResolveRequest, by: String) -> Result<Resolution, Refusal> {
     let open = core.registry.open_for_vm(&request.vm).ok_or_else(|| {
         Refusal::new(
             RefusalKind::NotFound,
@@ -124,10 +125,7 @@ async fn resolve(core: &Core, request: ResolveRequest) -> Result<Resolution, Ref
             ));
         }
     };
-    let resolution = ownership::Resolution {
-        claim,
-        by: "control socket".to_owned(),
-    };
+    let resolution = ownership::Resolution { claim, by };
     match open.resolve(resolution).await {
         Ok(result) => Ok(Resolution {
             migration: open.migration,
@@ -217,8 +215,13 @@ fn invite(core: &Arc<Core>, request: &InviteRequest) -> Result<Invitation, Refus
         Some(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| invalid(error.to_string()))?,
         None => exchange::DEFAULT_VALIDITY,
     };
-    let code = pairing::invite(&core.invitations, &local, address, valid_for)
-        .map_err(|error| Refusal::new(RefusalKind::Conflict, error.to_string()))?;
+    let code = pairing::invite(&core.invitations, &local, address, valid_for).map_err(|error| {
+        let kind = match error {
+            pairing::InviteError::TooLong => RefusalKind::Invalid,
+            _ => RefusalKind::Conflict,
+        };
+        Refusal::new(kind, error.to_string())
+    })?;
     watch_invitations(core);
     Ok(Invitation {
         code: code.to_string(),
@@ -318,12 +321,16 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
         .await
         .expect("removing trust does not panic")
         .map_err(|error| Refusal::new(RefusalKind::Internal, error.to_string()))?;
-    if removed.is_none() {
+    let Some(removed) = removed else {
         return Err(Refusal::new(
             RefusalKind::NotFound,
             format!("{peer} is not paired; longhaul peers shows who is"),
         ));
-    }
+    };
+    core.invitations
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .withdraw(&removed.fingerprint);
     core.anchors.remove(peer);
     let reason = "the gateways are not paired any more";
     core.transport.close_peer(peer, CloseCode::Unpaired, reason);
@@ -332,16 +339,35 @@ async fn unpair(core: &Arc<Core>, peer: &str) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Looks at every connection from time to time, whoever opened it, and tells the metrics what has been added.
+/// Looks at every peer and connection from time to time, whoever opened it, and tells the metrics what has been added.
 pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
     let mut seen: HashMap<usize, ConnectionMeasures> = HashMap::new();
     let mut connected: HashSet<String> = HashSet::new();
+    let mut shown: BTreeSet<String> = BTreeSet::new();
     loop {
-        tokio::time::sleep(every).await;
+        // Every trusted peer has its series from the start, reached or not, and loses them with the trust.
+        let trusted: BTreeSet<String> = core.trust.peers().into_keys().collect();
+        for peer in shown.difference(&trusted) {
+            core.metrics.forget_peer(peer);
+        }
+        let unfinished = core.registry.open();
+        let count = |matches: &dyn Fn(&Entry) -> bool| {
+            let migrations = unfinished.iter().filter(|entry| matches(entry)).count();
+            u32::try_from(migrations).unwrap_or(u32::MAX)
+        };
+        for peer in &trusted {
+            let migrations = count(&|entry| entry.peer == *peer);
+            core.metrics.peer(peer).set_open_migrations(migrations);
+        }
+        core.metrics.set_in_doubt(count(&Entry::needs_person));
+        core.metrics.add_shaper_wait(core.links.take_waited().await);
+
         let mut open: HashMap<usize, ConnectionMeasures> = HashMap::new();
         let mut reached: HashSet<String> = HashSet::new();
         for connection in core.transport.open_connections() {
-            let Some(peer) = connection.peer() else { continue };
+            let Some(peer) = connection.peer().filter(|peer| trusted.contains(*peer)) else {
+                continue;
+            };
             let now = connection.stats();
             let before = seen.get(&connection.stable_id()).copied().unwrap_or_default();
             add(&core.metrics.peer(peer), &before, &now, connection.kind());
@@ -355,15 +381,11 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
         for peer in reached.difference(&connected) {
             core.metrics.peer(peer).connected();
         }
-        for peer in connected.difference(&reached) {
-            // One that is not trusted any more has no series, and must not get them again.
-            if core.trust.get(peer).is_some() {
-                core.metrics.peer(peer).disconnected();
-            }
+        for peer in connected.difference(&reached).filter(|peer| trusted.contains(*peer)) {
+            core.metrics.peer(peer).disconnected();
         }
-        (seen, connected) = (open, reached);
-        let doubtful = core.registry.open().iter().filter(|entry| entry.needs_person()).count();
-        core.metrics.set_in_doubt(u32::try_from(doubtful).unwrap_or(u32::MAX));
+        (seen, connected, shown) = (open, reached, trusted);
+        tokio::time::sleep(every).await;
     }
 }
 

@@ -9,14 +9,14 @@ use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::MigrationProgress;
-use crate::metrics::{ActiveMigration, Direction, Look, Metrics};
+use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
-use crate::proto::precopy::rounds::Totals;
+use crate::proto::precopy::rounds::{Round, Totals};
 use crate::proto::precopy::{
     Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
 };
-use crate::proto::reduce::DictionaryLimits;
+use crate::proto::reduce::{DictionaryLimits, PageCounts};
 use crate::shaper::Shaper;
 use crate::transport::tuning::UNSENT;
 
@@ -29,9 +29,10 @@ const WORTH_SETTING: f64 = 0.1;
 /// The figures of one migration.
 #[derive(Debug)]
 pub(crate) struct Copying {
-    metrics: ActiveMigration,
+    metrics: Arc<ActiveMigration>,
     counted: Totals,
-    phase: Option<(Phase, Instant)>,
+    /// Never goes back: a guest that somebody else pauses and lets go on would seem to switch over twice.
+    phase: Phase,
     policy: Policy,
     costs: FixedCosts,
     tracker: ProgressTracker,
@@ -58,6 +59,7 @@ pub(crate) struct Copying {
 /// What a migration's copying begins with.
 #[derive(Debug)]
 pub(crate) struct CopyingStart {
+    pub(crate) metrics: Arc<ActiveMigration>,
     pub(crate) now: Instant,
     pub(crate) budget: Budget,
     pub(crate) costs: FixedCosts,
@@ -82,11 +84,11 @@ struct WireRate {
 }
 
 impl Copying {
-    pub(crate) fn new(metrics: &Arc<Metrics>, start: CopyingStart) -> Self {
+    pub(crate) fn new(start: CopyingStart) -> Self {
         Self {
-            metrics: metrics.migration(api::Role::Source),
+            metrics: start.metrics,
             counted: Totals::default(),
-            phase: None,
+            phase: Phase::Preparing,
             policy: Policy::new(start.now, start.budget, start.deadline),
             costs: start.costs,
             tracker: ProgressTracker::default(),
@@ -152,15 +154,15 @@ impl Copying {
         let goodput = self.path_rate(link);
         outbound.set_backlog(Backlog::at(goodput));
         link.ask(now, entry.migration, goodput);
-        let backlog_bytes = outbound.backlog_bytes() + self.unsent_in_quic(outbound, link);
+        let unsent_in_quic = self.unsent_in_quic(outbound, link);
+        let backlog_bytes = outbound.backlog_bytes() + unsent_in_quic;
 
         let round = u32::try_from(ram.rounds).unwrap_or(u32::MAX);
-        let ended = self.rounds.observe(now, round, self.totals, ram.remaining_bytes);
-        if let Some(round) = ended {
-            self.metrics.round_ended(round.duration);
-            tracing::info!(migration = %entry.migration, round = round.number, seconds = round.duration.as_secs_f64(),
-                vmm_bytes = round.vmm_bytes, frame_bytes = round.wire_bytes, remaining = ram.remaining_bytes, "round");
-        }
+        // From the switchover on QEMU counts what it sends while the guest stands still as one more round.
+        let ended = (self.phase == Phase::Precopy)
+            .then(|| self.rounds.observe(now, round, self.totals, ram.remaining_bytes))
+            .flatten();
+        self.note_round(ended, entry);
         let sample = Sample {
             now,
             round,
@@ -173,28 +175,24 @@ impl Copying {
             reduction_ratio: self.ratio.pessimistic(),
         };
         let decision = self.policy.decide(&sample);
-        let outlook = self.tracker.update(
-            &sample,
-            self.memory_bytes,
-            self.policy.allowed_transfer(),
-            self.policy.is_stuck(),
-        );
+        let outlook = self
+            .tracker
+            .update(&sample, self.memory_bytes, self.policy.allowed_transfer());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let waiting = goodput.time_for(backlog_bytes);
         let expected = transfer + waiting + self.costs.one_way + self.costs.syncs + self.costs.load;
         self.metrics.look(&Look {
             dirty_rate: sample.dirty_rate,
-            backlog_bytes,
-            outstanding_bytes: outbound.outstanding_bytes(),
             expected_downtime: expected,
+            waiting: outbound.waiting(unsent_in_quic),
         });
         self.count();
         let look = Progress {
             migration: entry.migration,
             vm: entry.vm.clone(),
             peer: entry.peer.clone(),
-            phase: Phase::Precopy,
+            phase: self.phase,
             round,
             percent: outlook.percent,
             elapsed_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
@@ -220,17 +218,17 @@ impl Copying {
 
     /// The hypervisor's stream begins, and with it the first round: over all memory, however short it is.
     pub(crate) fn begin_stream(&mut self, now: Instant) {
-        self.rounds.observe(now, 1, Totals::default(), self.memory_bytes);
+        self.rounds.observe(now, 1, Totals::default(), 0);
     }
 
     /// A new phase, with the figures of the last look. `totals`: what the stream has come to meanwhile, where there is one.
     pub(crate) fn show(&mut self, now: Instant, phase: Phase, totals: Option<Totals>, entry: &Entry) {
         self.totals = totals.unwrap_or(self.totals);
+        self.enter(now, phase);
+        let phase = self.phase;
         if phase > Phase::Precopy {
-            self.rounds.finish(now, self.totals);
-        }
-        if let Some((before, since)) = self.phase.replace((phase, now)) {
-            self.metrics.phase_ended(before, now.saturating_duration_since(since));
+            let last = self.rounds.finish(now, self.totals);
+            self.note_round(last, entry);
         }
         let mut look = self.last.clone().unwrap_or_else(|| Progress {
             migration: entry.migration,
@@ -255,26 +253,36 @@ impl Copying {
         self.last = Some(look);
     }
 
+    fn note_round(&self, ended: Option<Round>, entry: &Entry) {
+        let Some(round) = ended else { return };
+        self.metrics.round_ended(round.duration);
+        tracing::info!(migration = %entry.migration, round = round.number, seconds = round.duration.as_secs_f64(),
+            vmm_bytes = round.vmm_bytes, frame_bytes = round.wire_bytes, dirty_bytes = round.dirty_bytes, "round");
+    }
+
+    fn enter(&mut self, now: Instant, phase: Phase) {
+        if phase > self.phase {
+            self.metrics.enters(now, phase);
+            self.phase = phase;
+        }
+    }
+
     /// The destination's vmm has taken this much.
     pub(crate) fn delivered(&mut self, vmm_bytes: u64) {
         self.delivered_bytes = self.delivered_bytes.max(vmm_bytes);
     }
 
-    /// The stream has ended: pages by how they were sent.
-    pub(crate) fn set_pages(&mut self, pages: Pages) {
-        self.pages = pages;
-    }
-
-    /// The last figures, once everything is sent.
-    pub(crate) fn close(&mut self, totals: Totals) {
+    /// The last figures, once everything is sent or nothing more will be.
+    pub(crate) fn close(&mut self, totals: Totals, pages: PageCounts) {
         self.totals = totals;
+        self.pages = pages.into();
         self.count();
         self.metrics.add_pages(&self.pages);
     }
 
     /// It has ended: counted by outcome.
-    pub(crate) fn ended(self, outcome: api::Outcome) {
-        self.metrics.ended(outcome);
+    pub(crate) fn ended(self, now: Instant, outcome: api::Outcome) {
+        self.metrics.ended(now, outcome);
     }
 
     fn count(&mut self) {
@@ -283,6 +291,9 @@ impl Copying {
             .add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
         self.metrics
             .add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
+        if let Some(shaper) = &self.shaper {
+            self.metrics.add_shaper_wait(shaper.take_waited());
+        }
     }
 
     pub(crate) fn pages(&self) -> Pages {
@@ -316,7 +327,7 @@ impl Copying {
                 seconds: round.duration.as_secs_f64(),
                 vmm_bytes: round.vmm_bytes,
                 wire_bytes: round.wire_bytes,
-                dirty_bytes: round.remaining_bytes,
+                dirty_bytes: round.dirty_bytes,
             })
             .collect()
     }

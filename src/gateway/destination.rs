@@ -15,11 +15,11 @@ use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use crate::api::{self, Outcome, Phase};
-use crate::metrics::{ActiveMigration, Direction};
+use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
 use crate::proto::ownership::{
-    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
-    StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Doubt, Effect, JournalRecord, Message, RecordKind,
+    Role, StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -173,7 +173,20 @@ impl DestinationDriver {
         // While this driver's queue still exists: another one cannot have begun.
         self.core.drivers.remove(self.entry.migration);
         if !self.entry.has_ended() {
-            self.entry.finish(None, super::clock::now());
+            let (outcome, reason) = if matches!(self.machine.state(), DestinationState::JournalLost) {
+                (Outcome::InDoubt, Doubt::JournalFailed.to_string())
+            } else {
+                (
+                    Outcome::Refused,
+                    "the source asked about it and it was never here".to_owned(),
+                )
+            };
+            let now = super::clock::now();
+            if let Some(active) = self.active.take().filter(|_| outcome == Outcome::InDoubt) {
+                active.ended(now, outcome);
+            }
+            self.entry
+                .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
         }
     }
 
@@ -205,12 +218,12 @@ impl DestinationDriver {
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
-        if let Some(active) = self.active.take() {
-            active.ended(outcome);
-        }
         let now = super::clock::now();
+        if let Some(active) = self.active.take() {
+            active.ended(now, outcome);
+        }
         self.entry
-            .finish(Some(migrate::empty_report(&self.entry, now, outcome, reason)), now);
+            .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
     }
 
     fn feed(&mut self, event: &DestinationEvent) {
@@ -356,6 +369,10 @@ impl DestinationDriver {
         };
         active.add_vmm_bytes(Direction::Out, now.vmm_bytes.saturating_sub(self.counted.vmm_bytes));
         active.add_frame_bytes(Direction::In, now.frame_bytes.saturating_sub(self.counted.frame_bytes));
+        active.look(&Look {
+            waiting: inbound.waiting(),
+            ..Look::default()
+        });
         self.counted = now;
     }
 
@@ -400,6 +417,7 @@ impl DestinationDriver {
             }
             () = tokio::time::sleep_until(next_look.into()) => {
                 self.look().await;
+                self.count();
                 self.looked = super::clock::now();
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event),

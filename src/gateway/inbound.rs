@@ -14,6 +14,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
+use crate::metrics::{Stage, Waiting};
 use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
 use crate::proto::wire::Frame;
@@ -189,6 +190,13 @@ impl Inbound {
     /// Bytes of frames that wait for the decoder or, restored, for the vmm.
     pub(crate) fn queued_bytes(&self) -> u64 {
         self.shared.receiving().session.ready_bytes() + self.shared.writing_bytes.load(Ordering::Relaxed)
+    }
+
+    /// What waits on this side of the path.
+    pub(crate) fn waiting(&self) -> Waiting {
+        Waiting::default()
+            .with(Stage::Restore, self.shared.receiving().session.ready_bytes())
+            .with(Stage::Vmm, self.shared.writing_bytes.load(Ordering::Relaxed))
     }
 
     /// How far the stream has come; changes wake the receiver.

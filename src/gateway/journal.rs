@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::metrics::Metrics;
 use crate::proto::ownership::JournalRecord;
 use crate::proto::page::{JournalId, MigrationId};
 use crate::store::journal::{Journal, JournalError};
@@ -23,14 +24,18 @@ enum Work {
 
 impl JournalHandle {
     /// Hands the journal to a thread of its own; it is closed when the last handle is dropped.
-    pub(crate) fn spawn(mut journal: Journal) -> Self {
+    pub(crate) fn spawn(mut journal: Journal, metrics: Arc<Metrics>) -> Self {
         let id = journal.id();
         let (work, mut queue) = mpsc::channel(64);
         tokio::task::spawn_blocking(move || {
             while let Some(work) = queue.blocking_recv() {
                 match work {
                     Work::Append(record, reply) => {
-                        let _ = reply.send(journal.append(*record).map_err(Arc::new));
+                        let appended = journal.append(*record);
+                        if appended.is_err() {
+                            metrics.count_journal_error();
+                        }
+                        let _ = reply.send(appended.map_err(Arc::new));
                     }
                     Work::Reserve(reply) => {
                         let _ = reply.send(journal.reserve().map_err(Arc::new));

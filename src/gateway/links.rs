@@ -139,6 +139,14 @@ impl Links {
         Ok(link)
     }
 
+    /// Time for which bulk waited since this was last asked, because the capacity of its link was used up. A link that is being
+    /// dialled is asked the next time.
+    pub(crate) async fn take_waited(&self) -> Duration {
+        let slots: Vec<Arc<Slot>> = self.links.lock().await.values().cloned().collect();
+        let waited = |slot: &Arc<Slot>| Some(slot.try_lock().ok()?.as_ref()?.shaper()?.take_waited());
+        slots.iter().filter_map(waited).sum()
+    }
+
     /// How long to wait for a link and one answer on it: eight trips there and back, with time for a lost packet.
     pub(crate) fn patience(&self, peer: &str) -> Duration {
         let rtt = self

@@ -111,7 +111,7 @@ pub async fn run(
     let open = journal.open_migrations();
     let owed = recovery::owed(journal.records());
     let ended = history::reports(journal.records(), &config.site);
-    let journal = JournalHandle::spawn(journal);
+    let journal = JournalHandle::spawn(journal, Arc::clone(&metrics));
     remove_left_over_sockets(&config);
 
     let identity = Identity::load_or_create(&config.state_dir, clock::wall())?;

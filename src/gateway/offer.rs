@@ -94,6 +94,8 @@ pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: Of
         Err(reason) => reason,
     };
     tracing::info!(migration = %offer.migration, vm = offer.vm, peer, "refused: {refusal}");
+    let refused = core.metrics.migration(Role::Destination);
+    refused.ended(super::clock::now(), Outcome::Refused);
     let _ = channel.sender.send(&SessionMessage::Refused { reason: refusal }).await;
     channel.sender.finish();
     launches::remove_silent_logs(&core).await;
@@ -128,7 +130,7 @@ async fn accept(
             launches::end(core, offer.migration);
             let now = super::clock::now();
             let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
-            entry.finish(Some(report), now);
+            entry.finish(report, now);
             return Err(reason);
         }
     };
@@ -205,7 +207,7 @@ async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> 
     if !fatal.is_empty() {
         vmm.abandon().await;
         let sentences: Vec<String> = fatal.into_iter().map(|mismatch| mismatch.sentence).collect();
-        return Err(sentences.join(" "));
+        return Err(migrate::in_one_line(&sentences));
     }
     Ok(vmm)
 }

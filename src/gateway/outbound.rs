@@ -13,6 +13,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::Backlog;
 use crate::proto::precopy::rounds::Totals;
@@ -39,7 +40,7 @@ pub(crate) struct Outbound {
 #[derive(Debug)]
 pub(crate) enum StreamEnd {
     /// The vmm closed its socket after this stream. Whether that was success, the vmm has to be asked.
-    Eof(StreamSummary, PageCounts),
+    Eof(StreamSummary),
     /// The vmm's socket failed.
     Failed(std::io::Error),
     /// The migration was given up before.
@@ -67,6 +68,7 @@ struct Shared {
     frame_bytes: AtomicU64,
     /// What the peer may have on the way; it never states more as queued.
     window_bytes: u64,
+    pages: Mutex<PageCounts>,
     queued_at_peer: AtomicU64,
 }
 
@@ -92,6 +94,7 @@ impl Outbound {
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
             window_bytes,
+            pages: Mutex::default(),
             queued_at_peer: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
@@ -103,7 +106,7 @@ impl Outbound {
             let read = read(&reading, vmm, chunks).await;
             let summary = worker.await;
             let _ = ended.send(match (read, summary) {
-                (Ok(true), Ok((summary, pages))) => StreamEnd::Eof(summary, pages),
+                (Ok(true), Ok(summary)) => StreamEnd::Eof(summary),
                 (Err(error), _) => StreamEnd::Failed(error),
                 (Ok(false), _) | (_, Err(_)) => StreamEnd::Stopped,
             });
@@ -251,6 +254,24 @@ impl Outbound {
         self.shared.frame_bytes.load(Ordering::Relaxed).saturating_sub(kept)
     }
 
+    /// What waits on this side of the path. `unsent_in_quic`: of what QUIC was given, what it has not sent yet.
+    pub(crate) fn waiting(&self, unsent_in_quic: u64) -> Waiting {
+        let session = self.shared.session();
+        let unsent = session.unsent_bytes() + self.shared.leaving_bytes.load(Ordering::Relaxed);
+        Waiting::default()
+            .with(Stage::Reduce, self.shared.encoding_bytes.load(Ordering::Relaxed))
+            .with(Stage::Frames, unsent + unsent_in_quic)
+            .with(
+                Stage::Transport,
+                session.outstanding_bytes().saturating_sub(unsent_in_quic),
+            )
+    }
+
+    /// Pages so far, by how they were encoded.
+    pub(crate) fn pages(&self) -> PageCounts {
+        *self.shared.pages()
+    }
+
     /// Bytes so far.
     pub(crate) fn totals(&self) -> Totals {
         Totals {
@@ -275,6 +296,11 @@ impl Shared {
     fn session(&self) -> MutexGuard<'_, SourceSession> {
         // The session is left consistent by every method, also where a caller panicked after it.
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pages(&self) -> MutexGuard<'_, PageCounts> {
+        // Plain numbers, always consistent.
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn backlog(&self) -> u64 {
@@ -337,15 +363,17 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
 }
 
 /// The encoder's thread: until the reader has ended.
-fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> (StreamSummary, PageCounts) {
+fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> StreamSummary {
     let mut frames = Vec::new();
     while let Some(chunk) = chunks.blocking_recv() {
         encoder.feed(&chunk, &mut frames);
+        *shared.pages() = encoder.pages();
         shared.push(&mut frames, false);
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
         shared.to_read.notify_one();
     }
-    let summary = encoder.finish(&mut frames);
+    let (summary, pages) = encoder.finish(&mut frames);
+    *shared.pages() = pages;
     shared.push(&mut frames, true);
     summary
 }

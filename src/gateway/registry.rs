@@ -98,7 +98,7 @@ impl Registry {
         let seconds = report.total_seconds;
         let mut entries = self.entries();
         let (entry, _) = Self::push(&mut entries, report.migration, &report.vm, &report.peer, role, now);
-        entry.finish(Some(report), now);
+        entry.finish(report, now);
         entry.state().ended_after = Some(seconds);
     }
 
@@ -236,17 +236,16 @@ impl Entry {
     }
 
     /// It is over.
-    pub(crate) fn finish(&self, report: Option<Report>, now: Instant) {
+    pub(crate) fn finish(&self, report: Report, now: Instant) {
         let mut state = self.state();
         state.phase = Some(Phase::Done);
-        state.percent = 100.0;
+        if report.outcome == Outcome::Completed {
+            state.percent = 100.0;
+        }
         state.ended_after = Some(now.saturating_duration_since(self.started).as_secs_f64());
         state.advice = None;
-        match &report {
-            Some(report) => tell_last(state.watchers.drain(..), report),
-            None => state.watchers.clear(),
-        }
-        state.report = report;
+        tell_last(state.watchers.drain(..), &report);
+        state.report = Some(report);
     }
 
     /// Whether it is over.
@@ -310,8 +309,7 @@ impl Entry {
             Some(report) => {
                 let _ = watcher.try_send(Event::Report(Box::new(report.clone())));
             }
-            None if state.ended_after.is_none() => state.watchers.push(watcher),
-            None => {}
+            None => state.watchers.push(watcher),
         }
         events
     }

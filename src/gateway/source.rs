@@ -180,7 +180,7 @@ impl SourceDriver {
         if let Some(stream) = &mut self.stream {
             stream.outbound.stop();
             if let Some(copying) = &mut self.copying {
-                copying.close(stream.outbound.totals());
+                copying.close(stream.outbound.totals(), stream.outbound.pages());
             }
         }
         if outcome != Outcome::RunsAtDestination {
@@ -511,16 +511,13 @@ impl SourceDriver {
 
     fn on_stream_end(&mut self, ended: StreamEnd) {
         match ended {
-            StreamEnd::Eof(summary, pages) => {
+            StreamEnd::Eof(summary) => {
                 let sum = StreamSum {
                     digest: summary.digest,
                     length: summary.bytes,
                 };
                 if let Some(stream) = &mut self.stream {
                     stream.sum = Some(sum);
-                }
-                if let Some(copying) = &mut self.copying {
-                    copying.set_pages(pages.into());
                 }
                 self.show(Phase::StopAndCopy, None);
                 self.feed(&SourceEvent::StreamEnded(sum));

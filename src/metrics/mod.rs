@@ -10,8 +10,8 @@ mod serve;
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::EncodeMetric;
 use prometheus_client::metrics::TypedMetric;
@@ -43,16 +43,15 @@ pub struct Metrics {
     dirty_rate: Level,
     expected_downtime: Level,
     downtime: Histogram,
-    queues: [Gauge; 6],
+    queues: [Gauge; 5],
     shaper_wait: Seconds,
     migrations: [[Counter; Outcome::ALL.len()]; 2],
     active: [Gauge; 2],
     in_doubt: Gauge,
     phases: [Seconds; 7],
-    errors: [Counter; 4],
     journal_errors: Counter,
     peers: PeerFamilies,
-    leaving: Mutex<Leaving>,
+    moving: Mutex<Moving>,
 }
 
 /// The way of bytes, seen from this gateway.
@@ -67,9 +66,7 @@ pub enum Direction {
 /// Where bytes wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Read from the vmm, not yet parsed.
-    Parse,
-    /// Parsed, not yet hashed and encoded.
+    /// Read from the vmm, not yet hashed and encoded.
     Reduce,
     /// Encoded, not yet given to the transport.
     Frames,
@@ -79,19 +76,6 @@ pub enum Stage {
     Restore,
     /// Restored, not yet taken by the vmm.
     Vmm,
-}
-
-/// Who is at fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// A hypervisor.
-    Vmm,
-    /// The other gateway, or the way to it.
-    Peer,
-    /// This gateway or its host.
-    Local,
-    /// Whoever asked, or configured.
-    Operator,
 }
 
 impl Metrics {
@@ -134,10 +118,9 @@ impl Metrics {
             active: closed(&mut registry, &series::ACTIVE),
             in_doubt: register(&mut registry, &series::IN_DOUBT),
             phases: closed(&mut registry, &series::PHASE_SECONDS),
-            errors: closed(&mut registry, &series::ERRORS),
             journal_errors: register(&mut registry, &series::JOURNAL_ERRORS),
             peers,
-            leaving: Mutex::default(),
+            moving: Mutex::default(),
             registry,
         }
     }
@@ -186,9 +169,8 @@ impl Metrics {
         self.round_duration.observe(duration.as_secs_f64());
     }
 
-    /// A migration of which this gateway is the source left a phase after `duration`. [`Phase::Done`] is none that
-    /// lasts.
-    pub fn phase_ended(&self, phase: Phase, duration: Duration) {
+    /// [`Phase::Done`] is none that lasts.
+    fn phase_ended(&self, phase: Phase, duration: Duration) {
         if let Some(seconds) = self.phases.get(phase as usize) {
             seconds.inc_by(duration.as_secs_f64());
         }
@@ -202,18 +184,6 @@ impl Metrics {
     /// Data waited for `duration` because a configured rate was used up.
     pub fn add_shaper_wait(&self, duration: Duration) {
         self.shaper_wait.inc_by(duration.as_secs_f64());
-    }
-
-    /// Bytes that wait at `stage`; the handle is kept and changed by whoever owns the queue. [`Stage::Frames`] and
-    /// [`Stage::Transport`] are those of [`ActiveMigration::look`].
-    #[must_use]
-    pub fn queue(&self, stage: Stage) -> QueueGauge {
-        QueueGauge(self.queues[stage as usize].clone())
-    }
-
-    /// Something ended or was refused, by the fault of `side`.
-    pub fn count_error(&self, side: Side) {
-        self.errors[side as usize].inc();
     }
 
     /// The journal could not make a record durable.
@@ -238,55 +208,77 @@ impl Metrics {
         self.peers.forget(name);
     }
 
-    /// A migration runs from now on, until the handle is ended or dropped.
+    /// A migration runs from now on, until the handle is dropped.
     #[must_use]
     pub fn migration(self: &Arc<Self>, role: Role) -> ActiveMigration {
         self.active[role as usize].inc();
         let number = {
-            let mut leaving = self.leaving();
-            leaving.next += 1;
-            leaving.next
+            let mut moving = self.moving();
+            moving.next += 1;
+            moving.next
         };
         ActiveMigration {
             metrics: self.clone(),
             role,
             number,
+            phase: Mutex::default(),
         }
     }
 
-    fn leaving(&self) -> std::sync::MutexGuard<'_, Leaving> {
+    fn moving(&self) -> MutexGuard<'_, Moving> {
         // Plain numbers, always consistent.
-        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn publish(&self, leaving: &Leaving) {
-        let guests = || leaving.guests.values();
-        let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    fn publish(&self, moving: &Moving) {
+        let guests = || moving.guests.values();
         self.dirty_rate
             .set(guests().map(|guest| guest.dirty_rate.0 as f64).sum());
-        self.queues[Stage::Frames as usize].set(gauge(guests().map(|guest| guest.backlog_bytes).sum()));
-        self.queues[Stage::Transport as usize].set(gauge(guests().map(|guest| guest.outstanding_bytes).sum()));
+        for (gauge, stage) in self.queues.iter().zip(Stage::ALL) {
+            let bytes = guests().fold(0_u64, |sum, guest| sum.saturating_add(guest.waiting.at(stage)));
+            gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
         let longest = guests().map(|guest| guest.expected_downtime).max().unwrap_or_default();
         self.expected_downtime.set(longest.as_secs_f64());
     }
 }
 
-/// One look of the policy at a guest that is leaving.
+/// One look at a guest on its way. An end that does not know a figure leaves it at zero.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Look {
-    /// What it dirties.
+    /// What it dirties, as the policy at its source sees it.
     pub dirty_rate: ByteRate,
-    /// Taken from it and not on its way yet, and what waits at the peer.
-    pub backlog_bytes: u64,
-    /// Given to the transport for it and not yet acknowledged.
-    pub outstanding_bytes: u64,
     /// If it were paused now.
     pub expected_downtime: Duration,
+    /// What waits for it in this gateway.
+    pub waiting: Waiting,
 }
 
-/// The guests that are leaving, each under the number of its handle.
+/// Bytes of one migration that wait, by stage.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Waiting([u64; 5]);
+
+impl Waiting {
+    /// The same with `bytes` that wait at `stage`.
+    #[must_use]
+    pub fn with(mut self, stage: Stage, bytes: u64) -> Self {
+        self.0[stage as usize] = bytes;
+        self
+    }
+
+    fn at(&self, stage: Stage) -> u64 {
+        self.0[stage as usize]
+    }
+}
+
+impl Stage {
+    /// Every stage, in the order of the path.
+    pub const ALL: [Self; 5] = [Self::Reduce, Self::Frames, Self::Transport, Self::Restore, Self::Vmm];
+}
+
+/// The guests that are on their way, each under the number of its handle.
 #[derive(Debug, Default)]
-struct Leaving {
+struct Moving {
     next: u64,
     guests: BTreeMap<u64, Look>,
 }
@@ -297,18 +289,28 @@ pub struct ActiveMigration {
     metrics: Arc<Metrics>,
     role: Role,
     number: u64,
+    phase: Mutex<Option<(Phase, Instant)>>,
 }
 
 impl ActiveMigration {
-    /// What the policy sees now. It counts until the next look, or the end.
+    /// What is seen now. It counts until the next look, or the end.
     pub fn look(&self, look: &Look) {
-        let mut leaving = self.metrics.leaving();
-        leaving.guests.insert(self.number, *look);
-        self.metrics.publish(&leaving);
+        let mut moving = self.metrics.moving();
+        moving.guests.insert(self.number, *look);
+        self.metrics.publish(&moving);
     }
 
-    /// It has ended.
-    pub fn ended(self, outcome: Outcome) {
+    /// It is in `phase` from `now` on; the time since the last call was spent in the phase before.
+    pub fn enters(&self, now: Instant, phase: Phase) {
+        let mut current = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((before, since)) = current.replace((phase, now)) {
+            self.metrics.phase_ended(before, now.saturating_duration_since(since));
+        }
+    }
+
+    /// It has ended, and with it the phase it was in.
+    pub fn ended(&self, now: Instant, outcome: Outcome) {
+        self.enters(now, Phase::Done);
         self.metrics.migrations[self.role as usize][outcome as usize].inc();
     }
 }
@@ -325,26 +327,10 @@ impl Deref for ActiveMigration {
 impl Drop for ActiveMigration {
     fn drop(&mut self) {
         self.metrics.active[self.role as usize].dec();
-        let mut leaving = self.metrics.leaving();
-        if leaving.guests.remove(&self.number).is_some() {
-            self.metrics.publish(&leaving);
+        let mut moving = self.metrics.moving();
+        if moving.guests.remove(&self.number).is_some() {
+            self.metrics.publish(&moving);
         }
-    }
-}
-
-/// Bytes that wait somewhere. Clones are the same gauge; several queues of a stage add up.
-#[derive(Clone, Debug)]
-pub struct QueueGauge(Gauge);
-
-impl QueueGauge {
-    /// Bytes came in.
-    pub fn add(&self, bytes: usize) {
-        self.0.inc_by(i64::try_from(bytes).unwrap_or(i64::MAX));
-    }
-
-    /// Bytes that had come in went out.
-    pub fn sub(&self, bytes: usize) {
-        self.0.dec_by(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 }
 
@@ -355,6 +341,7 @@ pub struct PeerMetrics {
     rtt: Level,
     controller_rate: Level,
     connected: Gauge,
+    open_migrations: Gauge,
     connects: Counter,
     packets_sent: Counter,
     packets_lost: Counter,
@@ -388,6 +375,11 @@ impl PeerMetrics {
         self.connected.set(1);
     }
 
+    /// How many migrations with the peer are not over.
+    pub fn set_open_migrations(&self, migrations: u32) {
+        self.open_migrations.set(migrations.into());
+    }
+
     /// The control connection is gone.
     pub fn disconnected(&self) {
         self.connected.set(0);
@@ -400,6 +392,7 @@ struct PeerFamilies {
     rtt: Family<Labels, Level>,
     controller_rate: Family<Labels, Level>,
     connected: Family<Labels, Gauge>,
+    open_migrations: Family<Labels, Gauge>,
     connects: Family<Labels, Counter>,
     packets_sent: Family<Labels, Counter>,
     packets_lost: Family<Labels, Counter>,
@@ -412,6 +405,7 @@ impl PeerFamilies {
             rtt: register(registry, &series::PEER_RTT),
             controller_rate: register(registry, &series::CONTROLLER_RATE),
             connected: register(registry, &series::PEER_CONNECTED),
+            open_migrations: register(registry, &series::PEER_MIGRATIONS),
             connects: register(registry, &series::CONNECTS),
             packets_sent: register(registry, &series::PACKETS_SENT),
             packets_lost: register(registry, &series::PACKETS_LOST),
@@ -425,6 +419,7 @@ impl PeerFamilies {
             rtt: self.rtt.get_or_create_owned(&peer),
             controller_rate: self.controller_rate.get_or_create_owned(&peer),
             connected: self.connected.get_or_create_owned(&peer),
+            open_migrations: self.open_migrations.get_or_create_owned(&peer),
             connects: self.connects.get_or_create_owned(&peer),
             packets_sent: self.packets_sent.get_or_create_owned(&peer),
             packets_lost: self.packets_lost.get_or_create_owned(&peer),
@@ -439,6 +434,7 @@ impl PeerFamilies {
         self.rtt.remove(&peer);
         self.controller_rate.remove(&peer);
         self.connected.remove(&peer);
+        self.open_migrations.remove(&peer);
         self.connects.remove(&peer);
         self.packets_sent.remove(&peer);
         self.packets_lost.remove(&peer);
@@ -507,8 +503,7 @@ mod tests {
             [Role::Source.word(), Role::Destination.word()]
         );
         assert_eq!(words(&series::WAN_BYTES, "direction"), DIRECTIONS);
-        assert_eq!(words(&series::QUEUE_BYTES, "stage").len(), Stage::Vmm as usize + 1);
-        assert_eq!(words(&series::ERRORS, "side").len(), Side::Operator as usize + 1);
+        assert_eq!(words(&series::QUEUE_BYTES, "stage").len(), Stage::ALL.len());
     }
 
     #[test]
@@ -517,9 +512,8 @@ mod tests {
         let (first, second) = (metrics.migration(Role::Source), metrics.migration(Role::Source));
         let look = |rate, millis| Look {
             dirty_rate: ByteRate(rate),
-            backlog_bytes: 3,
-            outstanding_bytes: 4,
             expected_downtime: Duration::from_millis(millis),
+            waiting: Waiting::default().with(Stage::Frames, 3).with(Stage::Transport, 4),
         };
         first.look(&look(10, 100));
         second.look(&look(5, 300));
@@ -531,10 +525,24 @@ mod tests {
             (6, 8)
         );
         assert_eq!((metrics.dirty_rate.get(), metrics.expected_downtime.get()), (15.0, 0.3));
-        second.ended(Outcome::Completed);
+        drop(second);
         assert_eq!((metrics.dirty_rate.get(), metrics.expected_downtime.get()), (10.0, 0.1));
         drop(first);
         assert_eq!((metrics.dirty_rate.get(), metrics.expected_downtime.get()), (0.0, 0.0));
         assert_eq!(metrics.active[0].get(), 0);
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "an arbitrary instant to count from")]
+    fn every_phase_counts_the_last_one_too() {
+        let metrics = Arc::new(Metrics::new("1"));
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let migration = metrics.migration(Role::Source);
+        migration.enters(at(0), Phase::Checking);
+        migration.enters(at(2), Phase::Preparing);
+        migration.ended(at(5), Outcome::Cancelled);
+        let spent: Vec<f64> = metrics.phases.iter().map(|seconds| seconds.get()).collect();
+        assert_eq!(spent, [2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
     }
 }

@@ -119,7 +119,7 @@ pub(super) const QUEUE_BYTES: Series = gauge(
     "longhaul_queue_bytes",
     &[(
         "stage",
-        Values::Closed(&["parse", "reduce", "frames", "transport", "restore", "vmm"]),
+        Values::Closed(&["reduce", "frames", "transport", "restore", "vmm"]),
     )],
     "Bytes that wait at a stage; what waits before the WAN lengthens the downtime",
 );
@@ -137,6 +137,11 @@ pub(super) const PEER_CONNECTED: Series = gauge(
     "longhaul_peer_connected",
     &[PEER],
     "1 while there is a control connection to the peer, else 0",
+);
+pub(super) const PEER_MIGRATIONS: Series = gauge(
+    "longhaul_peer_open_migrations",
+    &[PEER],
+    "Migrations with the peer that are not over, at either end, those that wait for a person included",
 );
 pub(super) const PEER_RTT: Series = gauge(
     "longhaul_peer_rtt_seconds",
@@ -187,11 +192,6 @@ pub(super) const PHASE_SECONDS: Series = counter(
     )],
     "Time that migrations spent in a phase, on the side of the source",
 );
-pub(super) const ERRORS: Series = counter(
-    "longhaul_errors_total",
-    &[("side", Values::Closed(&["vmm", "peer", "local", "operator"]))],
-    "Errors that ended or refused something, by who is at fault",
-);
 pub(super) const JOURNAL_ERRORS: Series = counter(
     "longhaul_journal_errors_total",
     &[],
@@ -214,6 +214,7 @@ pub const SERIES: &[Series] = &[
     SHAPER_WAIT,
     CONTROLLER_RATE,
     PEER_CONNECTED,
+    PEER_MIGRATIONS,
     PEER_RTT,
     PACKETS_SENT,
     PACKETS_LOST,
@@ -222,7 +223,6 @@ pub const SERIES: &[Series] = &[
     ACTIVE,
     IN_DOUBT,
     PHASE_SECONDS,
-    ERRORS,
     JOURNAL_ERRORS,
 ];
 

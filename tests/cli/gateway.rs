@@ -211,6 +211,7 @@ pub(crate) fn forecast(converges: bool) -> Forecast {
         wire_bytes: 90_000_000,
         downtime_seconds: 0.23,
         dirty_bytes_per_second: 8_000_000.0,
+        dirty_rate_known: true,
         converges,
         reason: "the link carries ten times what the guest dirties".into(),
     }

@@ -3,7 +3,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use longhaul::api::{
-    Cancellation, Check, Command, DryRun, Event, Outcome, Phase, Refusal, RefusalKind, StartRequest, Started,
+    Cancellation, Check, Command, DryRun, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Refusal,
+    RefusalKind, Report, Role, StartRequest, Started,
 };
 use rustix::process::Signal;
 
@@ -102,6 +103,23 @@ fn the_exit_code_says_where_the_vm_is() {
     }
 }
 
+/// What every report has, whatever came of the migration.
+const REPORT: [&str; 13] = [
+    "vm",
+    "peer",
+    "outcome",
+    "reason",
+    "total_seconds",
+    "downtime_seconds",
+    "rounds",
+    "vmm_bytes",
+    "wire_bytes",
+    "reduction_ratio",
+    "pages",
+    "stream_digest",
+    "forecast",
+];
+
 #[test]
 fn the_report_alone_goes_to_stdout_and_has_its_stable_names() {
     let directory = tempfile::tempdir().unwrap();
@@ -113,22 +131,7 @@ fn the_report_alone_goes_to_stdout_and_has_its_stable_names() {
     let said = text(&output.stdout);
     assert_eq!(said.lines().count(), 1, "{said}");
     let report: serde_json::Value = serde_json::from_str(&said).unwrap();
-    for name in [
-        "vm",
-        "peer",
-        "outcome",
-        "reason",
-        "total_seconds",
-        "downtime_seconds",
-        "rounds",
-        "vmm_bytes",
-        "wire_bytes",
-        "reduction_ratio",
-        "pages",
-        "stream_digest",
-        "forecast",
-        "migration",
-    ] {
+    for name in REPORT {
         assert!(report.get(name).is_some(), "{name} is missing in {said}");
     }
     for name in ["zero", "same", "reference", "delta", "literal", "raw"] {
@@ -230,6 +233,10 @@ fn a_refused_start_touched_nothing() {
         (report["outcome"].as_str(), report["vm"].as_str()),
         (Some("refused"), Some("db-1"))
     );
+    for name in REPORT {
+        assert!(report.get(name).is_some(), "{name} is missing in {report}");
+    }
+    assert_eq!(report.get("migration"), None, "there is no migration");
 }
 
 #[test]
@@ -361,6 +368,53 @@ fn a_gateway_that_does_not_come_back_leaves_it_unknown() {
         said.contains("where the VM is cannot be told") && said.contains("longhaul attach"),
         "{said}"
     );
+}
+
+/// A gateway whose streams of events are empty, and that answers for the status.
+fn tells_nothing_but(directory: &tempfile::TempDir, status: MigrationStatus) -> Gateway {
+    Gateway::on(directory, move |command| match command {
+        Command::Follow { reply, .. } => reply.send(Ok(tokio::sync::mpsc::channel(1).1)),
+        Command::Status { reply, .. } => reply.send(Ok(status.clone())),
+        other => panic!("unexpected {other:?}"),
+    })
+}
+
+fn status(phase: Phase, report: Option<Report>) -> MigrationStatus {
+    MigrationStatus {
+        summary: MigrationSummary {
+            migration: ID,
+            vm: "db-1".into(),
+            peer: "tokyo".into(),
+            role: Role::Destination,
+            phase,
+            outcome: report.as_ref().map(|report| report.outcome),
+            percent: 0.0,
+            elapsed_seconds: 1.0,
+        },
+        progress: None,
+        report,
+        advice: None,
+    }
+}
+
+#[test]
+fn a_stream_that_ends_without_a_report_is_answered_by_the_status() {
+    let Event::Report(failed) = report(Outcome::Failed) else {
+        unreachable!("it is a report")
+    };
+    for (status, code, sentence) in [
+        (status(Phase::Done, Some(*failed)), 1, "because the test says so"),
+        (status(Phase::Done, None), 3, "left no report"),
+        (status(Phase::Precopy, None), 3, "tells nothing of the migration"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let gateway = tells_nothing_but(&directory, status);
+        let output = gateway.run(&["attach", &ID.to_string(), "--wait-for-gateway", "600ms"]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let (said, noted) = (text(&output.stdout), text(&output.stderr));
+        assert!(said.contains(sentence) || noted.contains(sentence), "{output:?}");
+        assert!(noted.lines().count() <= 3, "{noted}");
+    }
 }
 
 #[test]

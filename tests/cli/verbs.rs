@@ -69,8 +69,8 @@ fn knows(directory: &TempDir) -> (Gateway, Receiver<String>) {
                     "the destination may run it already",
                 )));
             }
-            Command::Resolve { request, reply } => {
-                tell(format!("{} {:?}", request.vm, request.statement));
+            Command::Resolve { request, by, reply } => {
+                tell(format!("{} {:?} by {by}", request.vm, request.statement));
                 reply.send(Ok(Resolution {
                     migration: ID,
                     result: "db-1 runs here".into(),
@@ -175,6 +175,31 @@ fn no_is_2_with_a_sentence() {
 }
 
 #[test]
+fn a_gateway_that_dies_before_it_answers_may_have_done_it() {
+    let id = ID.to_string();
+    for (args, code, look) in [
+        (vec!["cancel", &id], 3, "longhaul status"),
+        (vec!["resolve", "db-1", "--runs-at-peer"], 3, "longhaul list"),
+        (vec!["unpair", "tokyo"], 3, "longhaul peers"),
+        (vec!["pair", "lh1.Zm9v"], 3, "longhaul peers"),
+        // Who only looks has done nothing.
+        (vec!["list"], 2, "went away before it answered"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("control.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let dies = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = std::io::Read::read(&mut stream, &mut [0; 64]).unwrap();
+        });
+        let output = longhaul(&args, &socket).output().unwrap();
+        dies.join().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+        assert!(text(&output.stderr).contains(look), "{args:?} {output:?}");
+    }
+}
+
+#[test]
 fn what_a_person_states_is_what_is_resolved() {
     let directory = tempfile::tempdir().unwrap();
     let (gateway, told) = knows(&directory);
@@ -186,7 +211,9 @@ fn what_a_person_states_is_what_is_resolved() {
         let output = gateway.run(&["resolve", "db-1", flag]);
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         assert_eq!(text(&output.stdout).trim(), "db-1 runs here");
-        assert_eq!(told.recv_timeout(DEADLINE).unwrap(), format!("db-1 {statement:?}"));
+        let stated = told.recv_timeout(DEADLINE).unwrap();
+        let by = stated.strip_prefix(&format!("db-1 {statement:?} by ")).unwrap();
+        assert!(!by.is_empty() && by != "an unknown user", "{stated}");
     }
     for args in [
         vec!["resolve", "db-1"],
@@ -365,8 +392,14 @@ fn the_gateway_is_found_by_the_state_dir_of_its_configuration() {
     let directory = tempfile::tempdir().unwrap();
     let (_gateway, _told) = knows(&directory);
     let file = directory.path().join("gateway.toml");
-    std::fs::write(&file, format!("site = \"a\"\nstate_dir = {:?}\n", directory.path())).unwrap();
+    let text = format!("state_dir = {:?}\nsite = \"no name\"\n", directory.path());
+    std::fs::write(&file, text).unwrap();
     let output = plain(&["fingerprint", "--config", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = plain(&["fingerprint"])
+        .env("LONGHAUL_STATE_DIR", directory.path())
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");

@@ -10,7 +10,7 @@
 //! A proof is a BLAKE3 keyed by the secret over the channel binding of the TLS connection, both fingerprints, both
 //! names and B's address, so it is good for this connection between these keys only, and neither side can be made to
 //! say the other's proof. The secret itself never travels. An answer that is lost does no harm: the same B may ask
-//! again until the invitation expires.
+//! again until the invitation expires, or A trusts it no more.
 
 use std::time::{Duration, Instant};
 
@@ -141,6 +141,12 @@ impl Invitations {
         invitation.used_by = Some(binding.joiner);
         let proof = *proof(&invitation.secret, Role::Inviter, binding, &names).as_bytes();
         Ok(Joiner { site, address, proof })
+    }
+
+    /// The gateway with this key is not trusted any more: what it has used does not let it in again.
+    pub fn withdraw(&mut self, joiner: &Fingerprint) {
+        self.open
+            .retain(|invitation| invitation.used_by.as_ref() != Some(joiner));
     }
 
     fn expire(&mut self, now: Instant) {

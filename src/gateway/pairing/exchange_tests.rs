@@ -92,6 +92,23 @@ fn one_failed_try_less_leaves_the_invitation_open() {
 }
 
 #[test]
+fn a_gateway_that_is_unpaired_does_not_come_back_by_the_code_it_has_used() {
+    let now = start();
+    let mut invitations = inviting(now);
+    invitations.add(now, code(2).secret, VALID).unwrap();
+    let used = request(&code(1), binding(B, 1), "tokyo");
+    assert!(invitations.verify(now, &used, &binding(B, 1), "frankfurt").is_ok());
+    invitations.withdraw(&B);
+    assert_eq!(
+        invitations.verify(now, &used, &binding(B, 1), "frankfurt"),
+        Err(Reason::NotInvited)
+    );
+    // What nobody has used is nobody's.
+    let other = request(&code(2), binding(C, 1), "oslo");
+    assert!(invitations.verify(now, &other, &binding(C, 1), "frankfurt").is_ok());
+}
+
+#[test]
 fn an_unknown_invitation_is_refused() {
     let now = start();
     let request = request(&code(2), binding(B, 1), "tokyo");

@@ -16,6 +16,7 @@ use self::exchange::{Binding, Invitations, Joiner, Joining, MAX_MESSAGE_BYTES, M
 pub use self::exchange::{JoinError, TooManyInvitations};
 use crate::api::Paired;
 use crate::config::PeerAddress;
+use crate::config::units::show_duration;
 use crate::store::trust::{Fingerprint, PairedBy, TrustError, TrustStore, TrustedPeer};
 
 /// Who this gateway is, while it pairs.
@@ -32,14 +33,16 @@ pub struct Local {
 /// Makes a code for another site, which reaches us at `address`; it is good for `valid_for`, at most [`MAX_VALIDITY`].
 ///
 /// # Errors
-/// [`InviteError`] where there are too many invitations, or no randomness.
+/// [`InviteError`] where that is too long, there are too many invitations, or no randomness.
 pub fn invite(
     invitations: &Mutex<Invitations>,
     local: &Local,
     address: PeerAddress,
     valid_for: Duration,
 ) -> Result<InviteCode, InviteError> {
-    let valid_for = valid_for.min(MAX_VALIDITY);
+    if valid_for > MAX_VALIDITY {
+        return Err(InviteError::TooLong);
+    }
     let mut secret = [0; 32];
     getrandom::fill(&mut secret).map_err(|error| InviteError::NoRandomness {
         reason: error.to_string(),
@@ -219,6 +222,9 @@ fn seconds_since_1970() -> u64 {
 /// There is no invitation.
 #[derive(Debug, thiserror::Error)]
 pub enum InviteError {
+    /// It was asked to be valid for more than [`MAX_VALIDITY`].
+    #[error("a code can be valid for {} at most", show_duration(MAX_VALIDITY))]
+    TooLong,
     /// There are enough.
     #[error(transparent)]
     TooMany(#[from] TooManyInvitations),

@@ -50,6 +50,21 @@ async fn connect(joiner: &Site, inviter: &Site) -> (quinn::Connection, quinn::Co
     (theirs.unwrap(), ours.unwrap())
 }
 
+#[test]
+fn a_code_is_valid_for_a_day_and_not_longer() {
+    let frankfurt = Local {
+        site: "frankfurt".to_owned(),
+        fingerprint: Fingerprint([1; 32]),
+        address: None,
+    };
+    let address = || "frankfurt.example.net".parse().unwrap();
+    let invitations = Mutex::default();
+    assert!(invite(&invitations, &frankfurt, address(), MAX_VALIDITY).is_ok());
+    let longer = MAX_VALIDITY + Duration::from_secs(1);
+    let error = invite(&invitations, &frankfurt, address(), longer).unwrap_err();
+    assert!(error.to_string().contains("24h"), "{error}");
+}
+
 /// `joiner` uses `code` at `inviter`.
 async fn pair(
     joiner: &Site,

@@ -43,7 +43,7 @@ pub enum LaunchError {
         path: PathBuf,
     },
     /// The log file.
-    #[error("The log file {} cannot be written", path.display())]
+    #[error("The log file {} cannot be written: {source}.", path.display())]
     Log {
         /// The path.
         path: PathBuf,
@@ -51,7 +51,7 @@ pub enum LaunchError {
         source: std::io::Error,
     },
     /// The process could not be created at all.
-    #[error("The destination's command cannot be started (it needs `setsid` of util-linux)")]
+    #[error("The destination's command cannot be started (it needs `setsid` of util-linux): {source}.")]
     Spawn {
         /// The reason.
         source: std::io::Error,

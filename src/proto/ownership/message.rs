@@ -176,31 +176,32 @@ pub enum Doubt {
     /// The other side does not have the journal any more with which the migration began.
     #[error(
         "the peer has another journal than the one this migration began with, so it cannot know what it decided; find out \
-         where the VM runs, make sure that it cannot run at the other side, and run longhaul resolve"
+         where the VM runs and make sure that it cannot run at the other side: longhaul resolve VM --peer-is-fenced says that it is \
+         this side's, --runs-at-peer (at the destination: --lost-here) that it is the other's"
     )]
     JournalChanged,
     /// The peer has told us that it is in doubt.
     #[error(
         "the destination cannot tell whether the VM has run there; look at the destination gateway, which says why, and \
-         resolve it there, or fence the destination and run longhaul resolve here"
+         resolve it there, or fence the destination and run longhaul resolve VM --peer-is-fenced here"
     )]
     PeerInDoubt,
     /// COMMIT, no RUNNING, and the vmm is dead.
     #[error(
         "the destination was allowed to start the VM and its vmm is dead, so the VM may or may not have run here; if the \
-         source's copy may go on from where it was paused, run longhaul resolve --lost-here here"
+         source's copy may go on from where it was paused, run longhaul resolve VM --lost-here here"
     )]
     MayHaveRun,
     /// After a restart, `cont` of the destination vmm returned an error: an earlier one may have succeeded.
     #[error(
         "the destination vmm holds the VM paused and refuses to continue it; continue it by hand, or give the VM back with \
-         longhaul resolve --lost-here"
+         longhaul resolve VM --lost-here"
     )]
     CannotContinue,
     /// The VM is the source's again and does not start.
     #[error(
-        "the VM belongs to this side again and its vmm refuses to continue it; continue it by hand, or run longhaul resolve \
-         to try again"
+        "the VM belongs to this side again and its vmm refuses to continue it; continue it by hand, or run \
+         longhaul resolve VM --peer-is-fenced to try again"
     )]
     CannotResume,
     /// The guest was seen running at the source after PERMIT.
@@ -216,7 +217,10 @@ pub enum Doubt {
     )]
     NotFrozen,
     /// Both sides claim the VM.
-    #[error("both sides claim the VM; stop one of the two copies by hand and then run longhaul resolve there")]
+    #[error(
+        "both sides claim the VM; stop one of the two copies by hand and then run longhaul resolve VM there, with --runs-at-peer at the source or \
+         --lost-here at the destination"
+    )]
     Contradicted,
 }
 

@@ -13,8 +13,9 @@ pub struct Round {
     pub vmm_bytes: u64,
     /// Bytes of frames in it.
     pub wire_bytes: u64,
-    /// What QEMU said was dirty when the round began.
-    pub remaining_bytes: u64,
+    /// What was left for the next pass: dirtied meanwhile, as QEMU said at the first look at the next round; after the last
+    /// round, what it said at the last look.
+    pub dirty_bytes: u64,
 }
 
 /// Running totals at the edge of a round, as the gateway counts them.
@@ -33,7 +34,7 @@ pub struct Rounds {
     current: u32,
     began: Instant,
     at_begin: Totals,
-    remaining_at_begin: u64,
+    remaining_bytes: u64,
     dropped: u64,
 }
 
@@ -49,13 +50,14 @@ impl Rounds {
             current: 0,
             began: now,
             at_begin: Totals::default(),
-            remaining_at_begin: 0,
+            remaining_bytes: 0,
             dropped: 0,
         }
     }
 
     /// QEMU is in round `number` (`dirty-sync-count`) with `remaining_bytes` to go. Returns the round that this ended.
     pub fn observe(&mut self, now: Instant, number: u32, totals: Totals, remaining_bytes: u64) -> Option<Round> {
+        self.remaining_bytes = remaining_bytes;
         if number <= self.current {
             return None;
         }
@@ -63,7 +65,6 @@ impl Rounds {
         self.current = number;
         self.began = now;
         self.at_begin = totals;
-        self.remaining_at_begin = remaining_bytes;
         ended
     }
 
@@ -95,7 +96,7 @@ impl Rounds {
             duration: now.saturating_duration_since(self.began),
             vmm_bytes: totals.vmm_bytes.saturating_sub(self.at_begin.vmm_bytes),
             wire_bytes: totals.wire_bytes.saturating_sub(self.at_begin.wire_bytes),
-            remaining_bytes: self.remaining_at_begin,
+            dirty_bytes: self.remaining_bytes,
         };
         if self.finished.len() == MAX_ROUNDS {
             self.finished.remove(MAX_ROUNDS / 2);
@@ -124,12 +125,13 @@ mod tests {
         assert_eq!(rounds.observe(at(1), 1, totals(500), 400), None);
         let first = rounds.observe(at(4), 2, totals(1000), 80).unwrap();
         assert_eq!(
-            (first.number, first.vmm_bytes, first.wire_bytes, first.remaining_bytes),
-            (1, 1000, 500, 900)
+            (first.number, first.vmm_bytes, first.wire_bytes, first.dirty_bytes),
+            (1, 1000, 500, 80)
         );
         assert_eq!(first.duration, Duration::from_secs(4));
+        assert_eq!(rounds.observe(at(5), 2, totals(1050), 60), None);
         let last = rounds.finish(at(5), totals(1100)).unwrap();
-        assert_eq!((last.number, last.vmm_bytes), (2, 100));
+        assert_eq!((last.number, last.vmm_bytes, last.dirty_bytes), (2, 100, 60));
         assert_eq!(rounds.count(), 2);
     }
 

@@ -92,6 +92,15 @@ impl Encoder {
         }
     }
 
+    /// Pages so far, by how they were encoded.
+    #[must_use]
+    pub fn pages(&self) -> PageCounts {
+        self.reduction
+            .as_ref()
+            .map(|reduction| reduction.pages)
+            .unwrap_or_default()
+    }
+
     /// The stream has ended: appends what was still pending, at least one frame, and sums up.
     pub fn finish(mut self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
         if let Some(reduction) = &mut self.reduction {
