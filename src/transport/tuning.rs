@@ -57,7 +57,7 @@ pub const ETHERNET_HEADER: u64 = 14;
 
 /// What waits unsent in QUIC at most where no capacity is configured, in time at what its controller lets fly: enough that
 /// the controller never finds nothing to send while lanes are written. With a capacity, lanes are admitted as they leave.
-pub const UNSENT: Duration = Duration::from_millis(40);
+pub const UNSENT: Duration = Duration::from_millis(35);
 
 /// The least of it. A lane is held whole while one of its packets is repaired; with less room than one, the link would stand still meanwhile.
 const LEAST_UNSENT: u64 = 128 * 1024;
@@ -213,16 +213,16 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_unsent_in_quic_is_40_ms_of_what_flies_and_room_for_a_lane() {
+    fn what_waits_unsent_in_quic_is_35_ms_of_what_flies_and_room_for_a_lane() {
         let flying = 18_750_000;
         assert_eq!(
             window_of_flight(flying, Duration::from_millis(150)) - flying,
-            5_000_000,
+            4_375_000,
             "a gigabit at 150 ms"
         );
         assert_eq!(
             window_of_flight(1_250_000, Duration::from_millis(10)) - 1_250_000,
-            5_000_000
+            4_375_000
         );
         assert_eq!(
             window_of_flight(46_000, Duration::from_millis(150)),

@@ -4,27 +4,29 @@
 //! budget = limit - (one-way delay + backlog + syncs + load + one retransmission)
 //! ```
 //!
-//! Worked example at 150 ms RTT and 1 Gbit/s: limit 500 ms - (75 one way + 10 backlog + 20 syncs + 30 load + 150 retransmission) =
-//! 215 ms, which is 27 MB on the wire.
+//! Worked example at 150 ms RTT and 1 Gbit/s: limit 500 ms - (75 one way + 15 backlog + 20 syncs + 30 load + 150 retransmission) =
+//! 210 ms, which is 26 MB on the wire.
 
 use std::time::Duration;
 
 use crate::proto::page::ByteRate;
 
 /// What may wait unsent in the gateway, in time at the path's goodput: the vmm believes that it has been carried, and the guest
-/// stands still until it is. Enough for the encoder to be a few batches ahead of a gigabit (256 KiB in 2 ms).
-pub const BACKLOG: Duration = Duration::from_millis(10);
+/// stands still until it is. Enough for the encoder to be a few batches ahead of a gigabit (256 KiB in 2 ms), while
+/// one is being admitted and one or two wait at the peer for its vmm.
+pub const BACKLOG: Duration = Duration::from_millis(15);
 
 /// Most bytes taken from a vmm at once, one batch of the encoder: two of the groups that it compresses as a whole.
 const MOST_READ: u64 = 256 << 10;
 
 /// The least: less would go out in lanes that are half empty.
-const LEAST_READ: u64 = 32 << 10;
+const LEAST_READ: u64 = 64 << 10;
 
 /// What may wait in the gateway on its way from the vmm to the path, in bytes.
 ///
 /// While more than the limit waits, nothing is read; so at most the limit and one read wait, together
-/// `max(BACKLOG x goodput, 2 x read)`: 10 ms on links from 450 Mbit/s on, 20 ms at 100 Mbit/s, 55 ms at 10 Mbit/s.
+/// `max(BACKLOG x goodput, 3 x read)`: 15 ms on links from 110 Mbit/s on, 17 ms at 100 Mbit/s, 167 ms at 10 Mbit/s. Two reads below the
+/// limit: one frame is admitted while the next is ready, or the path would stand still between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backlog {
     /// Bytes that are read from the vmm at once.
@@ -38,10 +40,10 @@ impl Backlog {
     #[must_use]
     pub fn at(goodput: ByteRate) -> Self {
         let bytes = goodput.bytes_in(BACKLOG);
-        let read_bytes = bytes.clamp(LEAST_READ, MOST_READ);
+        let read_bytes = (bytes / 3).clamp(LEAST_READ, MOST_READ);
         Self {
             read_bytes,
-            limit_bytes: bytes.saturating_sub(read_bytes).max(read_bytes),
+            limit_bytes: bytes.saturating_sub(read_bytes).max(2 * read_bytes),
         }
     }
 
@@ -139,19 +141,20 @@ mod tests {
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
     #[test]
-    fn half_a_second_at_150_ms_and_a_gigabit_leaves_215_ms_for_bytes() {
+    fn half_a_second_at_150_ms_and_a_gigabit_leaves_210_ms_for_bytes() {
         let gigabit = Some(ByteRate(118_000_000));
         let budget = Budget::new(MS(500), &FixedCosts::on_path(MS(150), gigabit)).unwrap();
-        assert_eq!(budget.transfer, MS(500 - 75 - 10 - 20 - 30 - 150));
+        assert_eq!(budget.transfer, MS(500 - 75 - 15 - 20 - 30 - 150));
     }
 
     #[test]
     fn a_slow_path_costs_the_time_of_the_least_backlog() {
         let backlog = |bytes_per_second| FixedCosts::on_path(MS(150), Some(ByteRate(bytes_per_second))).backlog;
-        assert_eq!(backlog(1_180_000_000), MS(10));
-        assert_eq!(backlog(2 * MOST_READ * 100), MS(10));
-        assert_eq!(backlog(11_800_000), MS(20));
-        assert_eq!(backlog(2 * LEAST_READ * 10), MS(100));
+        assert_eq!(backlog(1_180_000_000), MS(15));
+        assert_eq!(backlog(118_000_000), MS(15));
+        assert_eq!(backlog(3 * LEAST_READ * 100), MS(15));
+        assert_eq!(backlog(3 * LEAST_READ * 50), MS(20));
+        assert_eq!(backlog(3 * LEAST_READ * 10), MS(100));
         assert!(backlog(0) > MS(1_000_000));
     }
 
