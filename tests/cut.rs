@@ -1,7 +1,5 @@
 //! Whole migrations over a path that is cut and comes back.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
-
 mod common;
 
 use common::guest::Machine;

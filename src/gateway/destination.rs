@@ -18,8 +18,8 @@ use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
 use crate::proto::ownership::{
-    AbortReason, Destination, DestinationEvent, DestinationState, Doubt, Effect, JournalRecord, Message, RecordKind,
-    Role, StreamSum, Verdict,
+    AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
+    StreamSum, Verdict,
 };
 use crate::proto::page::JournalId;
 use crate::proto::session::Decoder;
@@ -173,20 +173,10 @@ impl DestinationDriver {
         // While this driver's queue still exists: another one cannot have begun.
         self.core.drivers.remove(self.entry.migration);
         if !self.entry.has_ended() {
-            let (outcome, reason) = if matches!(self.machine.state(), DestinationState::JournalLost) {
-                (Outcome::InDoubt, Doubt::JournalFailed.to_string())
-            } else {
-                (
-                    Outcome::Refused,
-                    "the source asked about it and it was never here".to_owned(),
-                )
-            };
+            let reason = "the source asked about it and it was never here".to_owned();
             let now = super::clock::now();
-            if let Some(active) = self.active.take().filter(|_| outcome == Outcome::InDoubt) {
-                active.ended(now, outcome);
-            }
-            self.entry
-                .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
+            let report = migrate::empty_report(&self.entry, now, Outcome::Refused, reason);
+            self.entry.finish(report, now);
         }
     }
 

@@ -257,14 +257,12 @@ impl Outbound {
     /// What waits on this side of the path. `unsent_in_quic`: of what QUIC was given, what it has not sent yet.
     pub(crate) fn waiting(&self, unsent_in_quic: u64) -> Waiting {
         let session = self.shared.session();
-        let unsent = session.unsent_bytes() + self.shared.leaving_bytes.load(Ordering::Relaxed);
+        // A frame that a shaper holds back counts as sent in the session.
+        let held = self.shared.leaving_bytes.load(Ordering::Relaxed) + unsent_in_quic;
         Waiting::default()
             .with(Stage::Reduce, self.shared.encoding_bytes.load(Ordering::Relaxed))
-            .with(Stage::Frames, unsent + unsent_in_quic)
-            .with(
-                Stage::Transport,
-                session.outstanding_bytes().saturating_sub(unsent_in_quic),
-            )
+            .with(Stage::Frames, session.unsent_bytes() + held)
+            .with(Stage::Transport, session.outstanding_bytes().saturating_sub(held))
     }
 
     /// Pages so far, by how they were encoded.

@@ -68,9 +68,9 @@ pub enum Direction {
 pub enum Stage {
     /// Read from the vmm, not yet hashed and encoded.
     Reduce,
-    /// Encoded, not yet given to the transport.
+    /// Encoded, not yet on the way: kept back by a shaper, or unsent in QUIC.
     Frames,
-    /// Given to the transport, not yet acknowledged.
+    /// On the way, not yet acknowledged.
     Transport,
     /// Received, not yet restored.
     Restore,
