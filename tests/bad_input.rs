@@ -20,7 +20,7 @@ use longhaul::store::journal::{Journal, JournalError};
 use serde_json::json;
 
 /// Slow enough that a guest full of random bytes is in pre-copy for minutes.
-const CRAWL: &str = "2mbit";
+const CRAWL: &str = "4mbit";
 
 /// A refusal touches nothing: exit code 2, every one of `words` in the reason, and the VM runs at A and nowhere else.
 #[track_caller]

@@ -17,7 +17,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// Slow enough that a guest full of random bytes is in pre-copy for minutes.
-const CRAWL: &str = "2mbit";
+const CRAWL: &str = "4mbit";
 
 /// The id of the newest migration of a VM that a gateway knows, once it is in this phase.
 #[track_caller]

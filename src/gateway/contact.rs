@@ -1,6 +1,6 @@
 //! Contact with the peer about one migration: a channel while there is one, and a task that looks for the next.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -8,6 +8,7 @@ use tokio::task::AbortHandle;
 
 use super::channel::{Channel, ChannelError, ChannelSender};
 use super::links::{Link, LinkError, Links};
+use super::outbound::Outbound;
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::message::{Held, Reply};
 use crate::proto::wire::{Request, SessionMessage};
@@ -25,8 +26,10 @@ pub(crate) enum ContactEvent {
         channel: Channel,
         held: Held,
     },
-    /// The peer says something on the channel of this number.
+    /// The peer says something on the channel of this number. Acknowledgements go to the stream and are not told.
     Message { channel: u64, message: SessionMessage },
+    /// The peer acknowledged what it cannot have.
+    Impossible { reason: String },
     /// The channel of this number is gone.
     Lost { channel: u64, reason: String },
     /// The source has been asked and does not drive the migration any more; its journal is this one.
@@ -37,6 +40,8 @@ pub(crate) enum ContactEvent {
 #[derive(Debug)]
 pub(crate) struct Contact {
     events: mpsc::Sender<ContactEvent>,
+    /// What the peer acknowledges; empty where nothing is sent.
+    stream: Arc<OnceLock<Arc<Outbound>>>,
     sender: Option<ChannelSender>,
     channel: u64,
     reader: Option<AbortHandle>,
@@ -47,11 +52,19 @@ impl Contact {
     pub(crate) fn new(events: mpsc::Sender<ContactEvent>) -> Self {
         Self {
             events,
+            stream: Arc::default(),
             sender: None,
             channel: 0,
             reader: None,
             search: None,
         }
+    }
+
+    /// Acknowledgements are of this stream. They go to it and not through the driver: a driver that waits for its hypervisor would
+    /// hold up the stream for which that hypervisor waits, since QEMU answers nobody while it sends what is left of a paused guest.
+    pub(crate) fn acknowledges(&mut self, stream: Arc<Outbound>) {
+        // A migration has one stream.
+        let _ = self.stream.set(stream);
     }
 
     /// Uses this channel from now on; what an older one still delivers is not heard any more.
@@ -63,10 +76,21 @@ impl Contact {
         self.sender = Some(sender);
         let number = self.channel;
         let events = self.events.clone();
+        let stream = Arc::clone(&self.stream);
         let mut receiver = receiver;
         let task = tokio::spawn(async move {
             loop {
                 let event = match receiver.receive::<SessionMessage>().await {
+                    Ok(Some(SessionMessage::Ack { held, queued_bytes, .. })) => {
+                        let Some(outbound) = stream.get() else { continue };
+                        outbound.set_queued_at_peer(queued_bytes);
+                        match outbound.on_ack(&held) {
+                            Ok(()) => continue,
+                            Err(error) => ContactEvent::Impossible {
+                                reason: error.to_string(),
+                            },
+                        }
+                    }
                     Ok(Some(message)) => ContactEvent::Message {
                         channel: number,
                         message,

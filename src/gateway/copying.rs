@@ -52,7 +52,6 @@ pub(crate) struct Copying {
     wire: WireRate,
     totals: Totals,
     wire_at_start: u64,
-    delivered_bytes: u64,
     pages: Pages,
 }
 
@@ -107,7 +106,6 @@ impl Copying {
             wire: WireRate::default(),
             totals: Totals::default(),
             wire_at_start: start.wire_at_start,
-            delivered_bytes: 0,
             pages: Pages::default(),
         }
     }
@@ -265,11 +263,6 @@ impl Copying {
             self.metrics.enters(now, phase);
             self.phase = phase;
         }
-    }
-
-    /// The destination's vmm has taken this much.
-    pub(crate) fn delivered(&mut self, vmm_bytes: u64) {
-        self.delivered_bytes = self.delivered_bytes.max(vmm_bytes);
     }
 
     /// The last figures, once everything is sent or nothing more will be.

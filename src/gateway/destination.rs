@@ -487,6 +487,7 @@ impl DestinationDriver {
             ContactEvent::GivenUp { journal } if !self.contact.is_made() => self.on_given_up(journal),
             ContactEvent::Made { .. }
             | ContactEvent::Message { .. }
+            | ContactEvent::Impossible { .. }
             | ContactEvent::Lost { .. }
             | ContactEvent::GivenUp { .. } => {}
         }

@@ -116,7 +116,7 @@ impl Outbound {
 
     /// Sends the frames of this incarnation over `connection` until the connection fails, the migration stops or the next incarnation
     /// begins. After a failure [`resume`](Self::resume) and call it again with a new connection. `protects_tail`: what is in flight when the stream ends is
-    /// followed by parity.
+    /// followed by parity. `epoch`: the incarnation that goes over this connection; with the next one this ends.
     ///
     /// # Errors
     /// The connection's, as text for the operator.
@@ -125,9 +125,9 @@ impl Outbound {
         connection: &PeerConnection,
         shapers: &[Arc<Shaper>],
         protects_tail: bool,
+        epoch: u32,
     ) -> Result<(), LaneError> {
         let shared = &self.shared;
-        let epoch = self.epoch();
         loop {
             // Also of a frame that an earlier sender was about to send: it is among the unsent again.
             shared.leaving_bytes.store(0, Ordering::Relaxed);

@@ -400,8 +400,10 @@ impl SourceDriver {
             Encoder::new(copying.dictionary()),
         );
         let shaper = copying.shaper();
+        let outbound = Arc::new(outbound);
+        self.contact.acknowledges(Arc::clone(&outbound));
         self.stream = Some(Stream {
-            outbound: Arc::new(outbound),
+            outbound,
             end: Some(end),
             sum: None,
             sender: None,
@@ -418,11 +420,12 @@ impl SourceDriver {
             sender.abort();
         }
         let outbound = Arc::clone(&stream.outbound);
+        let epoch = outbound.epoch();
         let link = Arc::clone(link);
         let shapers: Vec<Arc<Shaper>> = stream.shaper.iter().cloned().chain(link.shaper()).collect();
         let task = tokio::spawn(async move {
             let protects_tail = link.protects_tail();
-            if let Err(error) = outbound.send(link.bulk(), &shapers, protects_tail).await {
+            if let Err(error) = outbound.send(link.bulk(), &shapers, protects_tail, epoch).await {
                 // The control connection tells the driver; both run over the same path.
                 link.close_broken(&error.to_string());
             }
@@ -537,13 +540,14 @@ impl SourceDriver {
                 if std::mem::take(&mut self.silence_told) {
                     self.entry.clear_advice();
                 }
-                self.contact.adopt(channel);
-                self.feed(&SourceEvent::Contact {
-                    journal: link.peer_journal(),
-                });
+                // Before the channel is heard: what it acknowledges is of the new incarnation.
                 let resumed = self.stream.as_ref().map(|stream| {
                     let epoch = stream.outbound.epoch() + 1;
                     stream.outbound.resume(epoch, &held)
+                });
+                self.contact.adopt(channel);
+                self.feed(&SourceEvent::Contact {
+                    journal: link.peer_journal(),
                 });
                 match resumed {
                     Some(Ok(())) => self.start_sending(&link),
@@ -569,26 +573,16 @@ impl SourceDriver {
                     self.look_for_peer();
                 }
             }
+            ContactEvent::Impossible { reason } => {
+                self.fail(reason);
+                self.feed(&SourceEvent::Cancel);
+            }
             ContactEvent::Message { .. } | ContactEvent::Lost { .. } | ContactEvent::GivenUp { .. } => {}
         }
     }
 
     async fn on_message(&mut self, message: SessionMessage) {
         match message {
-            SessionMessage::Ack {
-                held,
-                vmm_bytes,
-                queued_bytes,
-            } => {
-                if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
-                    copying.delivered(vmm_bytes);
-                    stream.outbound.set_queued_at_peer(queued_bytes);
-                    if let Err(error) = stream.outbound.on_ack(&held) {
-                        self.fail(error.to_string());
-                        self.feed(&SourceEvent::Cancel);
-                    }
-                }
-            }
             SessionMessage::Failed { reason } => self.fail(reason),
             SessionMessage::Ownership(message) => {
                 match &message {
@@ -601,7 +595,8 @@ impl SourceDriver {
                 }
                 self.feed(&SourceEvent::Received(message));
             }
-            SessionMessage::Loaded => {}
+            // Heard by the stream itself.
+            SessionMessage::Ack { .. } | SessionMessage::Loaded => {}
             SessionMessage::Accepted { .. } | SessionMessage::Refused { .. } | SessionMessage::Cancel { .. } => {
                 tracing::debug!(migration = %self.entry.migration, "the peer said what only opens or ends a session");
             }
