@@ -30,7 +30,7 @@ use crate::proto::wire::message::Held;
 /// it is the source that gives up first and says so.
 const LONGEST_SILENCE: Duration = Duration::from_secs(150);
 
-/// The vmm has everything and the guest stands still: after this long it will not load it any more. Device state loads in 5-30 ms
+/// The guest stands still, and the vmm takes or loads nothing: after this long it will not do so any more. Device state loads in 5-30 ms
 /// (QEMU 7.2 and 10.0, 2026-11); a host that swaps takes seconds.
 const LONGEST_LOAD: Duration = Duration::from_secs(30);
 
@@ -77,6 +77,8 @@ pub(crate) struct DestinationDriver {
     counted: Counted,
     stream_ended: bool,
     tail_released_at: Option<Instant>,
+    /// What the vmm had taken when it was looked at last, and since when that has not changed.
+    untaken: Option<(u64, Instant)>,
     /// There was contact with the source, and it was lost.
     was_left: bool,
     /// The end of the vmm was seen and told.
@@ -139,6 +141,7 @@ impl DestinationDriver {
             counted: Counted::default(),
             stream_ended: false,
             tail_released_at: None,
+            untaken: None,
             was_left: false,
             death_told: false,
         }
@@ -557,14 +560,15 @@ impl DestinationDriver {
             return;
         }
         let loading = matches!(self.machine.state(), DestinationState::Loading { .. });
+        let hangs_since = match self.machine.state() {
+            DestinationState::Loading { .. } => self.tail_released_at,
+            DestinationState::Receiving { permit: Some(_), .. } => self.untaken_since(now),
+            _ => None,
+        };
+        let hangs = hangs_since.is_some_and(|since| now.saturating_duration_since(since) > LONGEST_LOAD);
         let Some(vmm) = &mut self.vmm else { return };
         let event = match vmm.load_state().await {
-            LoadState::Loading | LoadState::Unknown
-                if loading
-                    && self
-                        .tail_released_at
-                        .is_some_and(|at| now.saturating_duration_since(at) > LONGEST_LOAD) =>
-            {
+            LoadState::Loading | LoadState::Unknown if hangs => {
                 self.fail(format!(
                     "the destination's hypervisor has not loaded the VM within {} s",
                     LONGEST_LOAD.as_secs()
@@ -589,6 +593,18 @@ impl DestinationDriver {
             }
         };
         self.feed(&event);
+    }
+
+    /// Since when the vmm has taken nothing of what waits for it.
+    fn untaken_since(&mut self, now: Instant) -> Option<Instant> {
+        let inbound = self.inbound.as_ref().filter(|inbound| inbound.queued_bytes() > 0)?;
+        let taken = inbound.vmm_bytes();
+        let since = match self.untaken {
+            Some((before, since)) if before == taken => since,
+            _ => now,
+        };
+        self.untaken = Some((taken, since));
+        Some(since)
     }
 
     /// Says in words what the machine only knows as a reason.
