@@ -55,15 +55,8 @@ fn booted(change: impl FnOnce(&mut SitePlan, &mut SitePlan)) -> Rig {
 #[track_caller]
 fn begin_slowly(site: &Site) -> Running {
     let client = site.begin(&["migrate", "vm", "--to", "b", "--rate", CRAWL, "--output", "json"]);
-    until_phase(site, "precopy");
+    site.until_phase("precopy");
     client
-}
-
-#[track_caller]
-fn until_phase(site: &Site, phase: &str) {
-    until(&format!("vm is in {phase} at {}", site.name()), || {
-        site.run(&["list", "--output", "json"]).json()[0]["phase"] == phase
-    });
 }
 
 fn as_root() -> Result<(), String> {

@@ -29,15 +29,8 @@ fn cut(relays: &[Relay; 2], cut: bool) {
 #[track_caller]
 fn begin(site: &Site, rate: &str) -> Running {
     let client = site.begin(&["migrate", "vm", "--to", "b", "--rate", rate, "--output", "json"]);
-    until_phase(site, "precopy");
+    site.until_phase("precopy");
     client
-}
-
-#[track_caller]
-fn until_phase(site: &Site, phase: &str) {
-    until(&format!("vm is in {phase} at {}", site.name()), || {
-        site.run(&["list", "--output", "json"]).json()[0]["phase"] == phase
-    });
 }
 
 #[test]

@@ -22,17 +22,10 @@ fn on_its_way() -> (Rig, Running) {
     let client = rig
         .a
         .begin(&["migrate", "vm", "--to", "b", "--rate", SLOWLY, "--output", "json"]);
-    until_phase(&rig.a, "precopy");
+    rig.a.until_phase("precopy");
     until("a hypervisor waits at b", || rig.b.hypervisors("vm").len() == 1);
     send(rig.b.hypervisors("vm")[0], Signal::STOP);
     (rig, client)
-}
-
-#[track_caller]
-fn until_phase(site: &Site, phase: &str) {
-    until(&format!("vm is in {phase} at {}", site.name()), || {
-        newest(site)["phase"] == phase
-    });
 }
 
 /// The newest migration that a gateway lists.
@@ -71,7 +64,7 @@ fn a_destination_that_hangs_while_it_loads_is_given_up_and_the_vm_goes_on_at_the
 fn a_vm_that_was_handed_over_to_a_gateway_that_is_gone_is_in_doubt_until_it_is_back() {
     need!(qemu());
     let (mut rig, client) = on_its_way();
-    until_phase(&rig.a, "committing");
+    rig.a.until_phase("committing");
     rig.b.gateway().signal(Signal::KILL);
     let ended = client.wait();
     assert_eq!(ended.code, Some(3), "{ended:?}");
@@ -155,7 +148,7 @@ fn ctrl_c_while_the_destination_is_being_prepared_ends_it_at_once() {
     });
     rig.a.boot("vm");
     let client = rig.a.begin(&["migrate", "vm", "--to", "b", "--output", "json"]);
-    until_phase(&rig.a, "preparing");
+    rig.a.until_phase("preparing");
     client.signal(Signal::INT);
     let ended = client.wait();
     assert_eq!(ended.code, Some(1), "{ended:?}");

@@ -203,6 +203,15 @@ impl Site {
         self.begin(args).wait()
     }
 
+    /// Waits until the newest migration that the gateway lists is in this phase.
+    #[track_caller]
+    pub(crate) fn until_phase(&self, phase: &str) {
+        until(
+            &format!("the newest migration is in {phase} at {}", self.name()),
+            || self.run(&["list", "--output", "json"]).json()[0]["phase"] == phase,
+        );
+    }
+
     /// Boots a VM here and waits until its guest is up.
     #[track_caller]
     pub(crate) fn boot(&mut self, vm: &str) {
