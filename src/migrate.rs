@@ -16,6 +16,7 @@ use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, Start
 use crate::config::{AfterSuccess, Disks, Vm};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
+use crate::gateway::forecasting::{Forecasting, Sample};
 use crate::gateway::launches;
 use crate::gateway::links::Link;
 use crate::gateway::memory::Need;
@@ -28,7 +29,7 @@ use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
 use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
-use crate::proto::precopy::{Budget, FixedCosts, Forecast, ForecastInput};
+use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage};
@@ -92,7 +93,7 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
 pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<DryRun, Refusal> {
     let (mut checks, checked) = check(core, &request, Thoroughness::AskDestination).await;
     let forecast = match &checked {
-        Some(checked) => Some(checked.forecast(checked.sample().await)),
+        Some(checked) => Some(checked.forecasting(checked.sample().await).forecast()),
         None => None,
     };
     if let (Some(deadline), Some(forecast)) = (checked.and_then(|checked| checked.deadline), &forecast) {
@@ -128,7 +129,6 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 link,
                 channel,
                 copying,
-                forecast,
                 was_running,
             } = agreed;
             let terms = SourceTerms {
@@ -145,7 +145,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
             let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
             driver.adopt(link, channel);
             let end = driver.run(Some(SourceEvent::Begin)).await;
-            finish(&core, &entry, end, Some(forecast));
+            finish(&core, &entry, end);
             launches::remove_silent_logs(&core).await;
         }
         Err(reason) => {
@@ -168,7 +168,6 @@ struct Agreed {
     link: Arc<Link>,
     channel: Channel,
     copying: Copying,
-    forecast: api::Forecast,
     was_running: bool,
 }
 
@@ -204,9 +203,9 @@ async fn agree(
         let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
     };
-    let (sample, channel) = tokio::join!(checked.sample(), offered);
-    let channel = channel?;
-    let forecast = checked.forecast(sample);
+    let sample = checked.begin_sample().await;
+    let channel = offered.await?;
+    let forecasting = checked.forecasting(sample);
     let Checked {
         mut vm,
         link,
@@ -218,9 +217,6 @@ async fn agree(
         inventory,
         ..
     } = checked;
-    if !forecast.converges {
-        entry.notice(&forecast.reason);
-    }
     let now = clock::now();
     let memory_bytes = memory_of(&inventory);
     let mut copying = Copying::new(CopyingStart {
@@ -233,6 +229,7 @@ async fn agree(
         cap,
         dictionary: Some(dictionary),
         memory,
+        forecasting,
         memory_bytes,
         wire_at_start: link.wire_bytes(),
     });
@@ -251,7 +248,6 @@ async fn agree(
         link,
         channel,
         copying,
-        forecast,
         was_running,
     })
 }
@@ -458,64 +454,64 @@ impl Checked {
         }
     }
 
-    /// What the guest writes at the moment; `None` where the hypervisor cannot say.
-    async fn sample(&self) -> Option<DirtyRate> {
+    /// Begins to sample what the guest writes at the moment.
+    async fn begin_sample(&self) -> Sample {
         if !self.vm.was_running() {
-            return Some(DirtyRate {
-                bytes_per_second: 0,
-                sampled_bytes: memory_of(&self.inventory),
-            });
+            return self.nothing_written();
         }
-        match self.vm.dirty_rate_sample(DIRTY_SAMPLE).await {
-            Ok(rate) if rate.sampled_bytes > 0 => Some(rate),
-            Ok(_) => None,
-            Err(error) => {
-                tracing::debug!(vm = self.vm_config.name, "no dirty-rate sample: {error}");
-                None
-            }
+        match self.vm.begin_dirty_rate_sample(DIRTY_SAMPLE).await {
+            Ok(sample) => Sample::UnderWay(sample),
+            Err(error) => self.no_sample(&error),
         }
     }
 
-    fn forecast(&self, sample: Option<DirtyRate>) -> api::Forecast {
+    /// What the guest writes at the moment.
+    async fn sample(&self) -> Sample {
+        if !self.vm.was_running() {
+            return self.nothing_written();
+        }
+        match self.vm.dirty_rate_sample(DIRTY_SAMPLE).await {
+            Ok(rate) => Sample::of(rate),
+            Err(error) => self.no_sample(&error),
+        }
+    }
+
+    /// A guest that stands still.
+    fn nothing_written(&self) -> Sample {
+        Sample::Taken(DirtyRate {
+            bytes_per_second: 0,
+            sampled_bytes: memory_of(&self.inventory),
+        })
+    }
+
+    fn no_sample(&self, error: &SourceError) -> Sample {
+        tracing::debug!(vm = self.vm_config.name, "no dirty-rate sample: {error}");
+        Sample::Unknown
+    }
+
+    fn forecasting(&self, sample: Sample) -> Forecasting {
         let memory = memory_of(&self.inventory);
-        let dirty_rate = ByteRate(sample.map_or(0, |rate| rate.bytes_per_second));
         let goodput = self
             .link
             .goodput()
             .or(self.link.capacity())
             .unwrap_or(ByteRate(12_500_000));
-        let goodput = self.cap.map_or(goodput, |cap| cap.min(goodput));
-        let forecast = Forecast::of(&ForecastInput {
+        let known = ForecastInput {
             used_bytes: memory,
             total_bytes: memory,
-            dirty_rate,
-            goodput,
+            dirty_rate: ByteRate(0),
+            goodput: self.cap.map_or(goodput, |cap| cap.min(goodput)),
             rtt: self.link.rtt(),
             first_pass_ratio: FIRST_PASS_RATIO,
             resend_ratio: RESEND_RATIO,
             budget: self.budget,
-        });
-        api::Forecast {
-            total_seconds: forecast.total.as_secs_f64(),
-            wire_bytes: forecast.wire_bytes,
-            downtime_seconds: forecast.downtime.as_secs_f64(),
-            dirty_bytes_per_second: dirty_rate.0 as f64,
-            dirty_rate_known: sample.is_some(),
-            converges: forecast.converges,
-            reason: match (forecast.reason, sample) {
-                (Some(reason), _) => reason,
-                (None, Some(_)) => format!(
-                    "the guest writes {:.1} MB/s and the link carries more",
-                    dirty_rate.0 as f64 / 1e6
-                ),
-                (None, None) => "what the guest writes could not be sampled, and is taken for nothing here".to_owned(),
-            },
-        }
+        };
+        Forecasting::new(known, sample)
     }
 }
 
 /// The one exit: says where the VM is.
-pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Option<api::Forecast>) {
+pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
     let now = clock::now();
     let outcome = match end.outcome {
         Outcome::RunsAtDestination => api::Outcome::Completed,
@@ -532,13 +528,13 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd, forecast: Optio
     let mut report = empty_report(entry, now, outcome, reason);
     report.downtime_seconds = end.downtime.map(|downtime| downtime.as_secs_f64());
     report.stream_digest = end.stream.map(|sum| hex(&sum.digest.0));
-    report.forecast = forecast;
     report.wire_bytes = end.wire_bytes;
     if let Some(downtime) = end.downtime {
         core.metrics.observe_downtime(downtime);
     }
     match end.copying {
         Some(copying) => {
+            report.forecast = Some(copying.forecast());
             report.rounds = copying.rounds();
             report.vmm_bytes = copying.totals().vmm_bytes;
             report.reduction_ratio = copying.reduction_ratio();

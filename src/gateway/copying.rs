@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::forecasting::{Forecasting, Sample as DirtySample};
 use super::links::Link;
 use super::memory::Reservation;
 use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
 use crate::api::{self, Pages, Phase, Progress};
-use crate::hypervisor::qemu::MigrationProgress;
+use crate::hypervisor::qemu::{DirtyRateSample, MigrationProgress};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
@@ -45,6 +46,7 @@ pub(crate) struct Copying {
     dictionary: Option<DictionaryLimits>,
     /// Held until the migration is over.
     _memory: Reservation,
+    forecasting: Forecasting,
     memory_bytes: u64,
     believes: bool,
     applied: Option<Settings>,
@@ -69,6 +71,7 @@ pub(crate) struct CopyingStart {
     pub(crate) dictionary: Option<DictionaryLimits>,
     /// What this gateway needs for it.
     pub(crate) memory: Reservation,
+    pub(crate) forecasting: Forecasting,
     /// Memory of the guest.
     pub(crate) memory_bytes: u64,
     /// IP bytes of the link before the migration.
@@ -99,6 +102,7 @@ impl Copying {
             cap: start.cap,
             dictionary: start.dictionary,
             _memory: start.memory,
+            forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
             believes: false,
             applied: None,
@@ -287,6 +291,24 @@ impl Copying {
         if let Some(shaper) = &self.shaper {
             self.metrics.add_shaper_wait(shaper.take_waited());
         }
+    }
+
+    /// The sample the hypervisor should be asked about by now, for the forecast.
+    pub(crate) fn due_sample(&self, now: Instant) -> Option<DirtyRateSample> {
+        self.forecasting.due(now)
+    }
+
+    /// What the sample came to.
+    pub(crate) fn take_sample(&mut self, sample: DirtySample, entry: &Entry) {
+        self.forecasting.set_sample(sample);
+        let forecast = self.forecasting.forecast();
+        if !forecast.converges {
+            entry.notice(&forecast.reason);
+        }
+    }
+
+    pub(crate) fn forecast(&self) -> api::Forecast {
+        self.forecasting.forecast()
     }
 
     pub(crate) fn pages(&self) -> Pages {

@@ -20,6 +20,7 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
+pub(crate) mod forecasting;
 pub(crate) mod history;
 mod inbound;
 mod journal;

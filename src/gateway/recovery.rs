@@ -141,7 +141,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         let mut end = driver.run(None).await;
         let restarted = "this gateway was restarted in the middle of it";
         end.reason.get_or_insert_with(|| restarted.to_owned());
-        migrate::finish(&core, &entry, end, None);
+        migrate::finish(&core, &entry, end);
     });
     Ok(())
 }

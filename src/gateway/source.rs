@@ -15,6 +15,7 @@ use tokio::task::AbortHandle;
 use super::Core;
 use super::contact::{Contact, ContactEvent};
 use super::copying::Copying;
+use super::forecasting::Sample;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
@@ -661,6 +662,7 @@ impl SourceDriver {
         }
         let Some(link) = self.link.clone() else { return };
         let outbound = Arc::clone(&stream.outbound);
+        self.look_at_sample(now).await;
         let Some(copying) = &mut self.copying else { return };
         match copying.look(now, &progress, &outbound, &link, &self.entry) {
             Ok(Some(settings)) => {
@@ -672,6 +674,24 @@ impl SourceDriver {
             Err(reason) => {
                 self.fail(reason);
                 self.feed(&SourceEvent::Cancel);
+            }
+        }
+    }
+
+    /// The sample for the forecast ends while the first round is on its way.
+    async fn look_at_sample(&mut self, now: Instant) {
+        let Some(copying) = &mut self.copying else { return };
+        let Some(due) = copying.due_sample(now) else { return };
+        let answer = match self.vmm.connected().await {
+            Ok(vm) => vm.dirty_rate(due).await,
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(Some(rate)) => copying.take_sample(Sample::of(rate), &self.entry),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(migration = %self.entry.migration, "no dirty-rate sample: {error}");
+                copying.take_sample(Sample::Unknown, &self.entry);
             }
         }
     }

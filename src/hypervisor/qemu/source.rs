@@ -56,6 +56,23 @@ pub struct DirtyRate {
     pub sampled_bytes: u64,
 }
 
+/// A sample of the dirty rate that QEMU has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct DirtyRateSample {
+    /// Bytes of memory that are looked at.
+    sampled_bytes: u64,
+    /// Before this there is nothing to be asked.
+    ready_at: Instant,
+}
+
+impl DirtyRateSample {
+    /// Whether it is worth asking for.
+    #[must_use]
+    pub fn is_due(&self, now: std::time::Instant) -> bool {
+        now >= self.ready_at.into_std()
+    }
+}
+
 /// Whether this QEMU can be told a bandwidth for the switchover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwitchoverBandwidth {
@@ -268,12 +285,13 @@ impl SourceVm {
         Ok(SwitchoverBandwidth::Set)
     }
 
-    /// Samples how fast the guest writes to its memory, over `period` (rounded up to seconds, at most 60). It costs the
-    /// guest almost nothing (QEMU hashes 512 pages per GiB twice), but is meant for a forecast, not for a gauge.
+    /// Begins to sample how fast the guest writes to its memory, over `period` (rounded up to seconds, at most 60). It costs
+    /// the guest almost nothing (QEMU hashes 512 pages per GiB twice), but is meant for a forecast, not for a gauge. A migration
+    /// may begin meanwhile: the two do not touch each other.
     ///
     /// # Errors
     /// Those of the monitor, for example where a sample is under way already.
-    pub async fn dirty_rate_sample(&self, period: Duration) -> Result<DirtyRate, SourceError> {
+    pub async fn begin_dirty_rate_sample(&self, period: Duration) -> Result<DirtyRateSample, SourceError> {
         let seconds = period.as_secs_f64().ceil().clamp(1.0, 60.0);
         let blocks = VmInventory::ram_blocks(&self.qmp).await?;
         let sizes = blocks.iter().map(|block| block.used_bytes);
@@ -281,25 +299,46 @@ impl SourceVm {
         self.qmp
             .execute("calc-dirty-rate", json!({ "calc-time": seconds as u64 }))
             .await?;
-        let end = Instant::now() + Duration::from_secs_f64(seconds) + SAMPLE_GRACE;
+        Ok(DirtyRateSample {
+            sampled_bytes,
+            ready_at: Instant::now() + Duration::from_secs_f64(seconds),
+        })
+    }
+
+    /// What the sample came to; `None` while QEMU is still at it, which for much memory takes seconds longer than the period.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn dirty_rate(&self, sample: DirtyRateSample) -> Result<Option<DirtyRate>, SourceError> {
+        let answer = self.qmp.execute("query-dirty-rate", json!({})).await?;
+        let mebibytes = answer["dirty-rate"].as_u64();
+        Ok(mebibytes
+            .filter(|_| answer["status"] == "measured")
+            .map(|mebibytes| DirtyRate {
+                bytes_per_second: mebibytes.saturating_mul(1 << 20),
+                sampled_bytes: sample.sampled_bytes,
+            }))
+    }
+
+    /// A sample from its beginning to its end.
+    ///
+    /// # Errors
+    /// Those of the monitor, and a sample that does not end.
+    pub async fn dirty_rate_sample(&self, period: Duration) -> Result<DirtyRate, SourceError> {
+        let sample = self.begin_dirty_rate_sample(period).await?;
+        sleep(sample.ready_at.saturating_duration_since(Instant::now())).await;
         loop {
-            sleep(Duration::from_millis(50)).await;
-            let answer = self.qmp.execute("query-dirty-rate", json!({})).await?;
-            if let ("measured", Some(mebibytes)) =
-                (answer["status"].as_str().unwrap_or(""), answer["dirty-rate"].as_u64())
-            {
-                return Ok(DirtyRate {
-                    bytes_per_second: mebibytes.saturating_mul(1 << 20),
-                    sampled_bytes,
-                });
+            if let Some(rate) = self.dirty_rate(sample).await? {
+                return Ok(rate);
             }
-            if Instant::now() >= end {
+            if Instant::now() >= sample.ready_at + SAMPLE_GRACE {
                 return Err(QmpError::Answer {
                     command: "query-dirty-rate".into(),
                     detail: "the sample was not finished in time".into(),
                 }
                 .into());
             }
+            sleep(Duration::from_millis(50)).await;
         }
     }
 
