@@ -36,6 +36,7 @@ mod recovery;
 pub(crate) mod registry;
 pub(crate) mod source;
 pub(crate) mod source_vmm;
+mod stream_socket;
 pub(crate) mod vm_context;
 mod vmm_output;
 
