@@ -4,11 +4,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -211,6 +211,18 @@ fn transfer(link: &TestLink, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     })
 }
 
+/// What the probe says of the link.
+#[track_caller]
+fn probe(link: &TestLink, arguments: &[&str]) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_longhaul"))
+        .args(["wan-emulator", "probe", "--name", &link.name])
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 const FAST: &str = "rtt = '4ms'\nrate = '200mbit'\n";
 
 #[test]
@@ -279,23 +291,7 @@ fn a_train_of_ten_datagrams_loses_single_ones() {
     let Some(link) = TestLink::up(&format!("{FAST}loss = '5%'")) else {
         return;
     };
-    let output = Command::new(env!("CARGO_BIN_EXE_longhaul"))
-        .args([
-            "wan-emulator",
-            "probe",
-            "--name",
-            &link.name,
-            "--rate",
-            "40mbit",
-            "--segments",
-            "10",
-            "--duration",
-            "2s",
-        ])
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", text(&output));
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = probe(&link, &["--rate", "40mbit", "--segments", "10", "--duration", "2s"]);
     let number = |key: &str| report[key].as_u64().unwrap();
     // 6 610 datagrams: 330 lost, of which four deviations are 71.
     assert!((259..=401).contains(&number("lost")), "{report}");
@@ -351,10 +347,187 @@ fn check_tells_a_link_that_is_off() {
         .as_array()
         .unwrap()
         .iter()
-        .find(|finding| finding["measure"] == "RTT by ping, mean")
+        .find(|finding| finding["measure"] == "RTT, p50")
         .unwrap();
     assert_eq!((&rtt["ok"], &report["ok"]), (&Value::Bool(false), &Value::Bool(false)));
     assert!(rtt["measured"].as_f64().unwrap() >= 24.98, "{rtt}");
+    assert!(
+        rtt["beside"]["measured"].as_f64().unwrap() >= 24.98,
+        "ping sees it too: {rtt}"
+    );
+    // A machine that was too busy is the reason before the link is.
+    let reasons = report["refused"]["off"]
+        .as_array()
+        .or(report["refused"]["starved"].as_array());
+    assert!(reasons.is_some_and(|reasons| !reasons.is_empty()), "{report}");
+}
+
+#[test]
+fn copies_and_overtaking_of_single_datagrams_arrive_and_are_counted() {
+    let Some(link) = TestLink::up(&format!("{FAST}duplication = '5%'\nreordering = '5%'")) else {
+        return;
+    };
+    let report = probe(&link, &["--rate", "40mbit", "--segments", "10", "--duration", "2s"]);
+    let number = |key: &str| report[key].as_u64().unwrap();
+    let stats = link.show();
+    // 5 % of 6 610: four deviations are 71.
+    for counted in [stats.ab.duplicated.unwrap(), stats.ab.overtaking.unwrap()] {
+        assert!((259..=420).contains(&counted.packets), "{stats:?}");
+    }
+    assert_eq!(stats.ab.duplicated.unwrap().packets, number("duplicates"), "{report}");
+    assert_eq!(number("lost"), 0, "{report}");
+    // One at the end of a train may have nothing before it that is still on its way.
+    let overtook = number("overtook");
+    assert!(
+        overtook > 200 && overtook <= stats.ab.overtaking.unwrap().packets,
+        "{report}"
+    );
+    let delivered = stats.ab.delivered.packets;
+    assert_eq!(delivered, stats.ab.offered.packets + number("duplicates"), "{stats:?}");
+}
+
+#[test]
+fn a_script_loses_the_datagrams_it_names() {
+    let Some(link) = TestLink::up(&format!("{FAST}lose = '2, 4-5'")) else {
+        return;
+    };
+    let Some((lost, times)) = link.ping(6) else { return };
+    // Requests 2, 4 and 5; and of the answers to 1, 3 and 6 the second.
+    assert_eq!((lost, times.len()), (4, 2));
+    let stats = link.show();
+    assert_eq!(
+        (stats.ab.dropped.script.packets, stats.ba.dropped.script.packets),
+        (3, 1)
+    );
+}
+
+/// What `set` or `play` printed: one line for each step.
+fn steps(printed: &str) -> Vec<String> {
+    let line = |line: &str| {
+        serde_json::from_str::<Value>(line).unwrap()["did"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    printed.lines().map(line).collect()
+}
+
+#[test]
+fn a_time_line_is_played_to_its_end_and_leaves_what_is_for_good() {
+    let events = "[[event]]\nat = '0.2s'\nkind = 'rate'\nto = '50mbit'\n\
+                  [[event]]\nat = '0.1s'\nkind = 'cut'\nfor = '0.2s'\ndirection = 'ab'\n\
+                  [[event]]\nat = '0.4s'\nkind = 'rtt'\nto = '600ms'\nfor = '0.1s'\n\
+                  [[event]]\nat = '0.6s'\nkind = 'address'\nto = '10.77.0.11'\n";
+    let Some(link) = TestLink::up(&format!("{FAST}{events}")) else {
+        return;
+    };
+    let settings = || -> Value { serde_json::from_str(&link.print("ask", &["settings"])).unwrap() };
+    let before = settings();
+    let played = steps(&link.print("play", &[]));
+    assert_eq!(
+        played,
+        [
+            "cut ab for 200ms",
+            "rate 50mbit both",
+            "end of the cut ab",
+            "delay 300ms both",
+            "delay 2ms ab",
+            "delay 2ms ba",
+            "address of site A 10.77.0.11"
+        ]
+    );
+    let mut expected = before;
+    for direction in expected.as_array_mut().unwrap() {
+        direction["rate"] = (50_000_000 / 8).into();
+    }
+    assert_eq!(settings(), expected);
+    let output = Command::new("ip")
+        .args(["-n", &link.site(Site::A), "-4", "-o", "address", "show", "dev", "wan0"])
+        .output()
+        .unwrap();
+    let addresses = text(&output);
+    assert!(
+        addresses.contains("10.77.0.11/24") && !addresses.contains("10.77.0.1/24"),
+        "{addresses}"
+    );
+    if let Some((lost, _)) = link.ping(3) {
+        assert_eq!(lost, 0, "the new address is reached");
+    }
+    // The probe goes by the new address too.
+    let report = probe(&link, &["--rate", "10mbit", "--duration", "0.2s", "--from", "b"]);
+    assert_eq!(report["lost"], 0);
+}
+
+#[test]
+fn a_change_for_a_time_is_taken_back_when_it_is_stopped() {
+    let Some(link) = TestLink::up(FAST) else { return };
+    let Some((lost, _)) = link.ping(3) else { return };
+    assert_eq!(lost, 0);
+    for (change, done) in [
+        (["--cut", "3600s", "--direction", "ba"].as_slice(), "cut ba for 3600s"),
+        (
+            &["--loss", "100%", "--for", "3600s", "--direction", "ba"],
+            "loss 100% ba",
+        ),
+    ] {
+        let mut child = link.command("set", change).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut reader = BufReader::new(child.stdout.take().unwrap());
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(steps(&line), [done]);
+        assert_eq!(link.ping(3).unwrap().0, 3, "{done}");
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1), "{done}");
+        assert_eq!(link.ping(3).unwrap().0, 0, "after {done}");
+    }
+    let dropped = link.show().ba.dropped;
+    assert_eq!((dropped.outage.packets, dropped.loss.packets), (3, 3));
+}
+
+#[test]
+fn a_change_for_good_is_made_when_set_returns() {
+    let Some(link) = TestLink::up(FAST) else { return };
+    let done = steps(&link.print("set", &["--mtu", "1300", "--lose", "2", "--direction", "ab"]));
+    assert_eq!(done, ["lose ab 2 datagrams", "mtu 1300 ab"]);
+    let Some((lost, _)) = link.ping(5) else { return };
+    assert_eq!(lost, 2);
+    assert_eq!(link.show().ab.dropped.script.packets, 2);
+    let settings: Value = serde_json::from_str(&link.print("ask", &["settings"])).unwrap();
+    assert_eq!(
+        (&settings[0]["mtu_bytes"], &settings[1]["mtu_bytes"]),
+        (&1300.into(), &1500.into())
+    );
+}
+
+#[test]
+fn all_that_is_wrong_with_a_change_is_said_at_once_and_nothing_is_changed() {
+    let Some(link) = TestLink::up(FAST) else { return };
+    let before = link.print("ask", &["settings"]);
+    let refused = link.script("set", &["--rate", "fast", "--cut", "5", "--mtu", "1400"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+    for part in ["--rate.to", "--cut.for"] {
+        assert!(text(&refused).contains(part), "{}", text(&refused));
+    }
+    let nothing = link.script("set", &[]);
+    assert!(
+        nothing.status.code() == Some(2) && text(&nothing).contains("--cut 5s"),
+        "{}",
+        text(&nothing)
+    );
+    let no_events = link.script("play", &[]);
+    assert!(
+        no_events.status.code() == Some(2) && text(&no_events).contains("[[event]]"),
+        "{}",
+        text(&no_events)
+    );
+    // Beyond the memory that the emulator took.
+    let too_much = link.script("set", &["--rtt", "60s"]);
+    assert!(
+        too_much.status.code() == Some(2) && text(&too_much).contains("room"),
+        "{}",
+        text(&too_much)
+    );
+    assert_eq!(link.print("ask", &["settings"]), before);
 }
 
 #[test]
@@ -484,5 +657,36 @@ fn names_that_are_no_names_are_refused() {
         let output = link.script("up", &["--profile", "lan", "--name", name]);
         assert_eq!(output.status.code(), Some(2), "{}", text(&output));
         assert!(text(&output).contains("lower-case letters"), "{}", text(&output));
+    }
+}
+
+/// The other backend, in a kernel that has it. Its figures are not judged here: they depend on what else this machine does.
+#[test]
+fn the_kernels_netem_plays_a_time_line_and_is_then_what_it_was() {
+    if TestLink::new().is_none() {
+        return;
+    }
+    let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("netem-scripts/uml-check"))
+        .arg("--events")
+        .env("LONGHAUL_BIN", env!("CARGO_BIN_EXE_longhaul"))
+        .output()
+        .unwrap();
+    if output.status.code() == Some(2) {
+        eprintln!("skipped: user-mode Linux cannot be had: {}", text(&output));
+        return;
+    }
+    assert!(output.status.success(), "{}", text(&output));
+    for did in [
+        "cut ab for 500ms",
+        "rate 10mbit both",
+        "delay 50ms both",
+        "loss 50% both",
+        "mtu 1400 both",
+        "end of the cut ab",
+        "address of site A 10.77.0.11",
+        "mtu 1500 ba",
+        "0% packet loss",
+    ] {
+        assert!(text(&output).contains(did), "{did}: {}", text(&output));
     }
 }

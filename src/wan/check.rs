@@ -1,35 +1,46 @@
-//! Does a link do what its profile asks? Measured from its two sites with ping and the probe, and judged by fixed tolerances.
+//! Does a link do what its profile asks? Measured from its two sites and judged by fixed tolerances.
 //!
 //! | measured | asked | tolerance |
 //! | --- | --- | --- |
-//! | RTT, mean of 100 pings | `rtt` | + 0.5 ms, with netem + 1 ms |
-//! | deviation of the RTT | 0 | 0.3 ms, without jitter |
+//! | RTT, p50 | `rtt` | 0.15 ms + 0.1 % |
+//! | RTT, p99 | `rtt` | 1 ms + 0.1 % |
 //! | at 0.9 x `rate`: drops at the queue | 0 | 0 |
 //! | at 0.9 x `rate`: one-way delay, p99 | `rtt` / 2 | + 2 ms |
-//! | at 0.9 x `rate`, in trains: lost datagrams | `loss` | the 99.9 % interval |
+//! | at 0.9 x `rate`, in trains: lost datagrams | `loss` | the 99.9 % interval (see `interval`) |
 //! | … mean run of lost datagrams | 1 / (1 - p), in bursts 1 / r | 15 %, or 99.9 % where few were lost |
+//! | … datagrams that overtook, copies | `reordering`, `duplication` | the 99.9 % interval |
 //! | at 1.1 x `rate`: offered, else the machine is too slow to tell | 1.1 x `rate` | 5 % of `rate` |
 //! | at 1.1 x `rate`: payload rate | `rate` x payload / wire size | 1 % |
 //! | at 1.1 x `rate`: one-way delay, p50 | `rtt` / 2 + `queue` | 1 ms |
-//! | emulator: lateness p99, drops of its own | 0 | 500 us, none |
+//! | drops outside the model | 0 | 0 |
+//! | CPU: lateness of the emulator, p99 | 0 | 500 us |
+//! | CPU: run delay of the emulator | 0 | 1 % of the time |
+//! | CPU: each probe starved (see `starvation`) | 0 | 1 % of the time |
+//!
+//! A link that is late by more has no reason to be early: nothing may arrive before its time, less what clocks round off.
+//! With jitter the tolerances of delays are wider by three deviations.
 //!
 //! A run of lost datagrams as long as the train means that offload packets are lost whole: the trap of a netem queue on the
-//! sender's own device.
+//! sender's own device. The last three rows are about the machine. Where they are exceeded, the other figures say nothing
+//! about the link, good or bad, and none of them may be used.
+//!
+//! Beside its own figures the check shows those of `ping` and `iperf3`. They are not judged: `ping` measures its own
+//! wake-up with the link and is answered by a kernel that is awake already, and `iperf3` sends no trains, so that 1 Gbit/s
+//! of it needs a core and more.
 
 use std::fmt;
-use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::control::{self, ControlError};
 use super::link::{Link, Site};
-use super::loss::Loss;
 use super::model::ETHERNET_OVERHEAD;
 use super::probe::{ProbeError, ProbeReport, ProbeSettings, probe};
-use super::random::Probability;
+use super::rtt::{RttReport, measure_rtt};
 use super::show::{ShowError, show};
-use super::stats::Backend;
+use super::stats::{Backend, DirectionStats, LinkStats};
+use super::{clock, interval, starvation, tools};
 use crate::proto::page::ByteRate;
 
 /// What was measured, beside what was asked.
@@ -45,6 +56,20 @@ pub struct CheckReport {
     pub findings: Vec<Finding>,
     /// All are within their tolerances.
     pub ok: bool,
+    /// Why the figures are not to be used. Nothing, where they are.
+    pub refused: Option<Refusal>,
+    /// Tools whose figures are not beside ours, and why.
+    pub left_out: Vec<String>,
+}
+
+/// Why a check does not vouch for its figures.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// The machine did not run the emulator or the probes when it should have. Whether the link is off cannot be known.
+    Starved(Vec<String>),
+    /// The link is not what its profile asks for.
+    Off(Vec<String>),
 }
 
 /// One measure.
@@ -64,6 +89,19 @@ pub struct Finding {
     pub most: f64,
     /// It is allowed.
     pub ok: bool,
+    /// It is about the machine, not the link.
+    pub of_machine: bool,
+    /// What another tool measured.
+    pub beside: Option<Beside>,
+}
+
+/// A figure of another tool.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Beside {
+    /// Its name.
+    pub tool: &'static str,
+    /// In the unit of the finding.
+    pub measured: f64,
 }
 
 /// A check cannot be made.
@@ -78,13 +116,10 @@ pub enum CheckError {
     /// The emulator does not answer.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// `ping` failed or said something else.
-    #[error("ping across the link failed: {0}")]
-    Ping(String),
 }
 
-/// Measures `link`, which must carry nothing else meanwhile. Takes about ten seconds when `duration`, of each of the four
-/// probes, is two.
+/// Measures `link`, which must carry nothing else meanwhile. Takes about twenty seconds when `duration`, of each of eight
+/// measurements, is two.
 ///
 /// # Errors
 /// [`CheckError`] where something could not be measured; a link that is off is no error.
@@ -93,167 +128,195 @@ pub fn check(link: &Link, duration: Duration) -> Result<CheckReport, CheckError>
     if link.backend == Backend::Emulator {
         control::ask(&link.name.control_socket(), "reset")?;
     }
-    let before = show(link)?;
-    ping(link, &mut findings)?;
+    let begin = Begin {
+        at: clock::now(),
+        run_delay: link.emulator().and_then(starvation::of_process),
+        stats: show(link)?,
+    };
+    let pings = (duration.as_millis() / PING_SPACING.as_millis()).clamp(20, 1000) as u64;
+    let round_trips = measure_rtt(link, pings, PING_SPACING)?;
+    judge_rtt(link, &round_trips, &mut findings);
+    let mut machine = vec![of_time("RTT probe starved", round_trips.starved_seconds, duration)];
     for (from, label) in [(Site::A, "A to B"), (Site::B, "B to A")] {
-        let queue_drops = |stats: &super::stats::LinkStats| match from {
-            Site::A => stats.ab.dropped.queue.packets,
-            Site::B => stats.ba.dropped.queue.packets,
-        };
         let at = |tenths: u64| ProbeSettings {
             from,
             rate: ByteRate(link.profile.rate.0 / 10 * tenths),
             segments: segments(link),
             duration,
         };
-        let start = show(link)?;
+        let start = drops(&show(link)?, from);
         let below = probe(link, at(9))?;
-        let dropped = queue_drops(&show(link)?) - queue_drops(&start);
+        let end = drops(&show(link)?, from);
         findings.push(Finding::new(
             format!("{label}, 0.9 x rate: drops at the queue"),
             "datagrams",
             0.0,
-            dropped as f64,
+            (end.queue.packets - start.queue.packets) as f64,
             0.0..=0.0,
         ));
-        judge_below(link, label, &below, &mut findings);
-        judge_above(link, label, &probe(link, at(11))?, &mut findings);
+        let scripted = end.script.packets - start.script.packets;
+        judge_below(link, label, &below, scripted, &mut findings);
+        let above = probe(link, at(11))?;
+        judge_above(link, label, &above, &mut findings);
+        for (probe, label) in [(below, "0.9"), (above, "1.1")] {
+            let what = format!("probe from {from} starved, {label} x rate");
+            machine.push(of_time(&what, probe.starved_seconds, duration));
+        }
     }
-    let after = show(link)?;
-    if let Some(emulator) = &after.emulator {
-        let p99 = emulator.lateness.p99_us;
-        findings.push(Finding::new(
-            "emulator: lateness, p99".to_owned(),
-            "us",
-            0.0,
-            p99,
-            0.0..=MAX_LATENESS_US,
-        ));
-    }
-    for (label, before, after) in [("A to B", before.ab, after.ab), ("B to A", before.ba, after.ba)] {
-        let own = |drops: super::stats::Drops| drops.overrun.packets + drops.ingress.packets + drops.egress.packets;
-        let dropped = own(after.dropped) - own(before.dropped);
-        findings.push(Finding::new(
-            format!("{label}: drops outside the model"),
-            "datagrams",
-            0.0,
-            dropped as f64,
-            0.0..=0.0,
-        ));
-    }
+    begin.judge(link, &mut findings, &mut machine)?;
+    findings.extend(machine.into_iter().flatten());
+    // Last, since what they do to the machine must not spoil the figures above.
+    let left_out = set_beside(link, pings, duration, &mut findings);
+    let refused = refusal(&findings);
     Ok(CheckReport {
         name: link.name.to_string(),
         profile: link.profile.name.clone(),
         backend: link.backend,
-        ok: findings.iter().all(|finding| finding.ok),
+        ok: refused.is_none(),
         findings,
+        refused,
+        left_out,
     })
 }
 
-fn ping(link: &Link, findings: &mut Vec<Finding>) -> Result<(), CheckError> {
-    let address = Site::B.address().to_string();
-    let output = Command::new("ip")
-        .args([
-            "netns",
-            "exec",
-            &link.name.site(Site::A),
-            "ping",
-            "-q",
-            "-n",
-            "-c",
-            "100",
-            "-i",
-            "0.01",
-            "-W",
-            "3",
-        ])
-        .arg(&address)
-        .env("LC_ALL", "C")
-        .output()
-        .map_err(|error| CheckError::Ping(format!("ip cannot be run; install iproute2 ({error})")))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let (mean, deviation) = read_ping(&text).ok_or_else(|| {
-        CheckError::Ping(format!(
-            "{}{}",
-            text.trim(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        ))
-    })?;
-    let jitter_ms = link.profile.jitter.map_or(0.0, |jitter| ms(jitter.deviation));
-    let tolerance = match link.backend {
-        Backend::Emulator => 0.5,
-        Backend::Netem => 1.0,
-    };
+/// How things were before the check.
+#[derive(Debug)]
+struct Begin {
+    at: Instant,
+    run_delay: Option<Duration>,
+    stats: LinkStats,
+}
+
+impl Begin {
+    /// What the link and its emulator have suffered since.
+    fn judge(
+        &self,
+        link: &Link,
+        findings: &mut Vec<Finding>,
+        machine: &mut Vec<Option<Finding>>,
+    ) -> Result<(), CheckError> {
+        let stats = show(link)?;
+        let directions = [("A to B", self.stats.ab, stats.ab), ("B to A", self.stats.ba, stats.ba)];
+        for (label, before, after) in directions {
+            let own = |stats: DirectionStats| {
+                let drops = stats.dropped;
+                drops.overrun.packets + drops.ingress.packets + drops.egress.packets
+            };
+            findings.push(Finding::new(
+                format!("{label}: drops outside the model"),
+                "datagrams",
+                0.0,
+                (own(after) - own(before)) as f64,
+                0.0..=0.0,
+            ));
+        }
+        if let Some(emulator) = &stats.emulator {
+            let late = emulator.lateness.p99_us;
+            let allowed = 0.0..=MAX_LATENESS_US;
+            let lateness = Finding::new(
+                "CPU: lateness of the emulator, p99".to_owned(),
+                "us",
+                0.0,
+                late,
+                allowed,
+            );
+            machine.push(Some(lateness.of_machine()));
+        }
+        let waited = starvation::since(self.run_delay, link.emulator().and_then(starvation::of_process));
+        let waited = waited.map(|waited| waited.as_secs_f64());
+        machine.push(of_time("run delay of the emulator", waited, clock::now() - self.at));
+        Ok(())
+    }
+}
+
+fn drops(stats: &LinkStats, from: Site) -> super::stats::Drops {
+    match from {
+        Site::A => stats.ab.dropped,
+        Site::B => stats.ba.dropped,
+    }
+}
+
+/// How much of `time` a thread did not get, where the kernel tells.
+fn of_time(what: &str, seconds: Option<f64>, time: Duration) -> Option<Finding> {
+    let share = 100.0 * seconds? / time.as_secs_f64();
+    Some(Finding::new(format!("CPU: {what}"), "%", 0.0, share, 0.0..=MAX_STARVED_PERCENT).of_machine())
+}
+
+fn judge_rtt(link: &Link, report: &RttReport, findings: &mut Vec<Finding>) {
     let asked = ms(link.profile.rtt);
-    let allowed = asked - CLOCK_MS - 3.0 * jitter_ms..=asked + tolerance + 3.0 * jitter_ms;
-    findings.push(Finding::new("RTT by ping, mean".to_owned(), "ms", asked, mean, allowed));
-    if link.profile.jitter.is_none() {
-        findings.push(Finding::new(
-            "RTT by ping, deviation".to_owned(),
-            "ms",
-            0.0,
-            deviation,
-            0.0..=0.3,
-        ));
-    }
-    Ok(())
-}
-
-/// Mean and deviation, milliseconds, of `rtt min/avg/max/mdev = 150.1/150.2/150.3/0.05 ms`.
-fn read_ping(text: &str) -> Option<(f64, f64)> {
-    let line = text.lines().find(|line| line.starts_with("rtt "))?;
-    let (numbers, _) = line.split_once('=')?.1.split_once(" ms")?;
-    let numbers: Vec<f64> = numbers
-        .trim()
-        .split('/')
-        .map_while(|number| number.parse().ok())
-        .collect();
-    match numbers.as_slice() {
-        [_, mean, _, deviation] => Some((*mean, *deviation)),
-        _ => None,
+    let wider = 3.0 * jitter_ms(link);
+    let share = 0.001 * asked;
+    for (measure, measured, tolerance) in [
+        (RTT_P50, report.p50_ms, 0.15 + share),
+        (RTT_P99, report.p99_ms, 1.0 + share),
+    ] {
+        let allowed = asked - CLOCK_MS - wider..=asked + tolerance + wider;
+        findings.push(Finding::new(measure.to_owned(), "ms", asked, measured, allowed));
     }
 }
 
-/// Below its rate the link adds its delay, and loses what its model takes.
-fn judge_below(link: &Link, label: &str, report: &ProbeReport, findings: &mut Vec<Finding>) {
+/// Below its rate the link adds its delay, and loses what its model takes. A script has taken `scripted` datagrams.
+fn judge_below(link: &Link, label: &str, report: &ProbeReport, scripted: u64, findings: &mut Vec<Finding>) {
     let label = format!("{label}, 0.9 x rate");
-    let delay = ms(link.profile.one_way_delay());
-    let jitter_ms = link.profile.jitter.map_or(0.0, |jitter| ms(jitter.deviation));
-    let allowed = delay - CLOCK_MS..=delay + 2.0 + 4.0 * jitter_ms;
+    let profile = &link.profile;
+    let delay = ms(profile.one_way_delay());
+    // What overtakes is early on purpose.
+    let early = if profile.reordering.is_some() { delay } else { CLOCK_MS };
     findings.push(Finding::new(
         format!("{label}: one-way delay, p99"),
         "ms",
         delay,
         report.one_way.p99_ms,
-        allowed,
+        delay - early..=delay + 2.0 + 4.0 * jitter_ms(link),
     ));
-    findings.push(Finding::new(
-        format!("{label}: reordered"),
-        "datagrams",
-        0.0,
-        report.reordered as f64,
-        0.0..=0.0,
-    ));
-    let (least, most) = loss_interval(&link.profile.loss, report.sent);
-    let percent = |count: f64| 100.0 * count / report.sent as f64;
+    let shares = [
+        (
+            "overtook",
+            report.overtook,
+            report.received + report.duplicates,
+            profile.reordering.map_or(0.0, |reordering| reordering.share.value()),
+        ),
+        (
+            "copies",
+            report.duplicates,
+            report.received,
+            profile.duplication.value(),
+        ),
+    ];
+    for (what, measured, of, share) in shares {
+        let (least, most) = interval::binomial(of, share);
+        let percent = |count: f64| 100.0 * count / of as f64;
+        findings.push(Finding::new(
+            format!("{label}: {what}"),
+            "%",
+            100.0 * share,
+            percent(measured as f64),
+            percent(least)..=percent(most),
+        ));
+    }
+    let left_to_chance = report.sent - scripted;
+    let lost = report.lost.saturating_sub(scripted);
+    let (least, most) = interval::losses(&profile.loss, left_to_chance);
+    let percent = |count: f64| 100.0 * count / left_to_chance as f64;
     findings.push(Finding::new(
         format!("{label}: loss"),
         "%",
-        100.0 * link.profile.loss.mean(),
-        percent(report.lost as f64),
+        100.0 * profile.loss.mean(),
+        percent(lost as f64),
         percent(least)..=percent(most),
     ));
-    if let Some((run, deviation)) = mean_run(&link.profile.loss)
+    if let Some(goes_on) = interval::goes_on(&profile.loss).filter(|goes_on| *goes_on < 1.0)
         && report.loss_runs > 0
+        && scripted == 0
     {
-        let measured = report.lost as f64 / report.loss_runs as f64;
-        let tolerance = (0.15 * run).max(SIGMAS * deviation / (report.loss_runs as f64).sqrt());
+        let run = 1.0 / (1.0 - goes_on);
+        let (least, most) = interval::mean_run(report.lost, goes_on);
         findings.push(Finding::new(
             format!("{label}: mean run of losses"),
             "datagrams",
             run,
-            measured,
-            (run - tolerance).max(1.0)..=run + tolerance,
+            report.lost as f64 / report.loss_runs as f64,
+            least.min(0.85 * run)..=most.max(1.15 * run),
         ));
     }
 }
@@ -294,6 +357,52 @@ fn judge_above(link: &Link, label: &str, report: &ProbeReport, findings: &mut Ve
     }
 }
 
+/// Puts the figures of other tools beside those of the same measure. Returns which could not be had, and why: they are no
+/// part of the judgement.
+fn set_beside(link: &Link, pings: u64, time: Duration, findings: &mut [Finding]) -> Vec<String> {
+    let mut set = |measure: &str, tool, measured| {
+        if let Some(finding) = findings.iter_mut().find(|finding| finding.measure == measure) {
+            finding.beside = Some(Beside { tool, measured });
+        }
+    };
+    let mut left_out = Vec::new();
+    match tools::ping(link, pings) {
+        Ok(ping) => {
+            set(RTT_P50, "the mean of ping", ping.mean_ms);
+            set(RTT_P99, "ping", ping.p99_ms);
+        }
+        Err(error) => left_out.push(error.to_string()),
+    }
+    let at = |tenths: u64| tools::iperf3(link, ByteRate(link.profile.rate.0 / 10 * tenths), time);
+    let streams = at(9).and_then(|below| Ok(below.zip(at(11)?)));
+    match streams {
+        Ok(Some((below, above))) => {
+            set("A to B, 0.9 x rate: loss", "iperf3", below.lost_percent);
+            let measured = above.received_bits_per_second * 1e-6;
+            set("A to B, 1.1 x rate: payload rate", "iperf3", measured);
+        }
+        Ok(None) => left_out.push("iperf3 is not installed (Debian package iperf3)".to_owned()),
+        Err(error) => left_out.push(error.to_string()),
+    }
+    left_out
+}
+
+/// A machine that starved the check comes first: it may have made the link look off.
+fn refusal(findings: &[Finding]) -> Option<Refusal> {
+    let failed = |of_machine: bool| -> Vec<String> {
+        let failed = findings
+            .iter()
+            .filter(|finding| !finding.ok && finding.of_machine == of_machine);
+        failed.map(Finding::in_words).collect()
+    };
+    let (starved, off) = (failed(true), failed(false));
+    match (starved.is_empty(), off.is_empty()) {
+        (false, _) => Some(Refusal::Starved(starved)),
+        (true, false) => Some(Refusal::Off(off)),
+        (true, true) => None,
+    }
+}
+
 /// Ten to a train, as QUIC sends, but at most half a millisecond of line time, so that a train's own length does not show as
 /// delay.
 fn segments(link: &Link) -> usize {
@@ -301,59 +410,6 @@ fn segments(link: &Link) -> usize {
     let in_half_a_ms = link.profile.rate.bytes_in(Duration::from_micros(500)) / u64::from(wire);
     let in_64_kib = 65_000 / u64::from(link.profile.mtu_bytes);
     in_half_a_ms.min(in_64_kib).clamp(1, 10) as usize
-}
-
-/// How many of `sent` datagrams may be lost: 99.9 % of all runs are inside.
-fn loss_interval(loss: &Loss, sent: u64) -> (f64, f64) {
-    let (sent, mean) = (sent as f64, loss.mean());
-    match loss {
-        Loss::None => (0.0, 0.0),
-        Loss::Bernoulli(_) => binomial_interval(sent, mean),
-        Loss::GilbertElliott(model) => {
-            // Losses are correlated by 1 - p - r from one datagram to the next, which widens the sum's spread.
-            let memory = 1.0 - model.to_bad.value() - model.to_good.value();
-            let spread = SIGMAS * (sent * mean * (1.0 - mean) * (1.0 + memory) / (1.0 - memory)).sqrt();
-            ((sent * mean - spread).max(0.0), sent * mean + spread)
-        }
-    }
-}
-
-/// The central 99.9 % of the binomial distribution; exact where few are expected, and by its normal form beyond.
-fn binomial_interval(count: f64, chance: f64) -> (f64, f64) {
-    let mean = count * chance;
-    if mean > 500.0 || chance >= 0.5 {
-        let spread = SIGMAS * (mean * (1.0 - chance)).sqrt();
-        return ((mean - spread).max(0.0), (mean + spread).min(count));
-    }
-    let mut probability = (count * (-chance).ln_1p()).exp();
-    let (mut hits, mut sum, mut least) = (0.0, probability, None);
-    loop {
-        if least.is_none() && sum > TAIL {
-            least = Some(hits);
-        }
-        if sum >= 1.0 - TAIL || hits >= count {
-            return (least.unwrap_or(hits), hits);
-        }
-        probability *= (count - hits) / (hits + 1.0) * chance / (1.0 - chance);
-        hits += 1.0;
-        sum += probability;
-    }
-}
-
-/// Mean and deviation of the length of a run of lost datagrams, where the model has a simple one.
-fn mean_run(loss: &Loss) -> Option<(f64, f64)> {
-    let end = match loss {
-        Loss::None => return None,
-        Loss::Bernoulli(chance) => 1.0 - chance.value(),
-        Loss::GilbertElliott(model)
-            if model.loss_in_bad == Probability::ALWAYS && model.loss_in_good == Probability::NEVER =>
-        {
-            model.to_good.value()
-        }
-        Loss::GilbertElliott(_) => return None,
-    };
-    // Geometric: it goes on with 1 - end.
-    (end > 0.0).then(|| (1.0 / end, (1.0 - end).sqrt() / end))
 }
 
 impl Finding {
@@ -373,7 +429,23 @@ impl Finding {
             least: *allowed.start(),
             most: *allowed.end(),
             ok,
+            of_machine: false,
+            beside: None,
         }
+    }
+
+    fn of_machine(self) -> Self {
+        Self {
+            of_machine: true,
+            ..self
+        }
+    }
+
+    fn in_words(&self) -> String {
+        format!(
+            "{} is {:.3} {}, and {:.3} to {:.3} are allowed",
+            self.measure, self.measured, self.unit, self.least, self.most
+        )
     }
 }
 
@@ -388,13 +460,37 @@ impl fmt::Display for CheckReport {
         for finding in &self.findings {
             let allowed = format!("{:.3} to {:.3}", finding.least, finding.most);
             let verdict = if finding.ok { "ok" } else { "OFF" };
-            writeln!(
+            write!(
                 f,
                 "{:44} {:>12.3} {:>12.3} {allowed:>25} {:9} {verdict}",
                 finding.measure, finding.asked, finding.measured, finding.unit
             )?;
+            if let Some(beside) = &finding.beside {
+                write!(f, "   {} says {:.3}", beside.tool, beside.measured)?;
+            }
+            writeln!(f)?;
         }
-        Ok(())
+        for reason in &self.left_out {
+            writeln!(f, "left out: {reason}")?;
+        }
+        match &self.refused {
+            None => Ok(()),
+            Some(refusal) => writeln!(f, "\nrefused: {refusal}"),
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Starved(reasons) => write!(
+                f,
+                "the machine was too busy to measure a link, so nothing above says anything about it; end what else runs \
+                 and check again: {}",
+                reasons.join("; ")
+            ),
+            Self::Off(reasons) => write!(f, "the link is not what its profile asks for: {}", reasons.join("; ")),
+        }
     }
 }
 
@@ -402,71 +498,59 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// What rounding in ping and clocks may take off.
+fn jitter_ms(link: &Link) -> f64 {
+    link.profile.jitter.map_or(0.0, |jitter| ms(jitter.deviation))
+}
+
+const RTT_P50: &str = "RTT, p50";
+const RTT_P99: &str = "RTT, p99";
+const PING_SPACING: Duration = Duration::from_millis(10);
+/// What rounding in clocks may take off.
 const CLOCK_MS: f64 = 0.02;
 /// The emulator's own bound for usable figures.
 const MAX_LATENESS_US: f64 = 500.0;
-/// Two-sided 99.9 % of the normal distribution.
-const SIGMAS: f64 = 3.29;
-const TAIL: f64 = 0.0005;
+/// A p99 cannot be moved by less.
+const MAX_STARVED_PERCENT: f64 = 1.0;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wan::loss::GilbertElliott;
 
-    fn chance(value: f64) -> Probability {
-        Probability::new(value).expect("a probability")
-    }
-
-    #[test]
-    fn the_interval_of_a_rare_loss_is_the_exact_binomial_one() {
-        // Poisson with mean 14.8: P(X <= 3) = 0.0003, P(X <= 4) = 0.0011; P(X > 29) = 0.0004, P(X > 28) = 0.0008.
-        assert_eq!(binomial_interval(148_000.0, 0.0001), (4.0, 29.0));
-        assert_eq!(binomial_interval(100.0, 0.0), (0.0, 0.0));
-    }
-
-    #[test]
-    fn both_forms_of_the_interval_agree_where_they_meet() {
-        let (low, high) = binomial_interval(499_000.0, 0.001);
-        let spread = SIGMAS * (499.0_f64 * 0.999).sqrt();
-        assert!(
-            (low - (499.0 - spread)).abs() < 3.0 && (high - (499.0 + spread)).abs() < 3.0,
-            "{low} to {high}"
-        );
-    }
-
-    #[test]
-    fn bursts_widen_the_interval_and_lengthen_the_runs() {
-        let bursts = Loss::GilbertElliott(GilbertElliott {
-            to_bad: chance(0.000_2),
-            to_good: chance(0.2),
-            loss_in_bad: Probability::ALWAYS,
-            loss_in_good: Probability::NEVER,
-        });
-        let (low, high) = loss_interval(&bursts, 1_000_000);
-        let (flat_low, flat_high) = loss_interval(&Loss::Bernoulli(chance(bursts.mean())), 1_000_000);
-        assert!(
-            (high - low) / (flat_high - flat_low) > 2.9,
-            "a factor of three for bursts of five"
-        );
-        assert_eq!(mean_run(&bursts).map(|(run, _)| run), Some(5.0));
-        assert_eq!(loss_interval(&Loss::None, 1000), (0.0, 0.0));
-    }
-
-    #[test]
-    fn the_summary_of_ping_is_read_and_nothing_else_is() {
-        let text =
-            "100 packets transmitted, 100 received\nrtt min/avg/max/mdev = 150.071/150.109/150.264/0.032 ms, pipe 15\n";
-        assert_eq!(read_ping(&text.replace(", pipe 15", "")), Some((150.109, 0.032)));
-        assert_eq!(read_ping(text), Some((150.109, 0.032)));
-        assert_eq!(read_ping("100 packets transmitted, 0 received"), None);
+    fn finding(measured: f64) -> Finding {
+        Finding::new("RTT".to_owned(), "ms", 150.0, measured, 149.98..=150.3)
     }
 
     #[test]
     fn a_finding_is_judged_by_its_bounds_inclusively() {
-        let finding = |measured| Finding::new("RTT".to_owned(), "ms", 150.0, measured, 149.98..=150.5).ok;
-        assert!(finding(149.98) && finding(150.5));
-        assert!(!finding(149.97) && !finding(150.51) && !finding(f64::NAN));
+        assert!(finding(149.98).ok && finding(150.3).ok);
+        assert!(!finding(149.97).ok && !finding(150.31).ok && !finding(f64::NAN).ok);
+    }
+
+    #[test]
+    fn a_link_within_its_tolerances_is_reported_and_one_that_is_off_is_refused_with_the_reason() {
+        assert_eq!(refusal(&[finding(150.0), finding(150.3)]), None);
+        let Some(Refusal::Off(reasons)) = refusal(&[finding(150.0), finding(151.0)]) else {
+            panic!("off")
+        };
+        assert_eq!(reasons, ["RTT is 151.000 ms, and 149.980 to 150.300 are allowed"]);
+    }
+
+    #[test]
+    fn a_starved_machine_is_the_reason_whatever_the_link_looks_like() {
+        let starved =
+            |seconds| of_time("run delay of the emulator", Some(seconds), Duration::from_secs(10)).expect("counted");
+        assert!(starved(0.1).ok, "one hundredth");
+        for link in [finding(150.0), finding(151.0)] {
+            let refused = refusal(&[link, starved(0.101)]);
+            let Some(Refusal::Starved(reasons)) = refused else {
+                panic!("{refused:?}")
+            };
+            assert!(reasons.len() == 1 && reasons[0].contains("emulator"), "{reasons:?}");
+        }
+        assert_eq!(
+            of_time("emulator", None, Duration::from_secs(10)),
+            None,
+            "nothing is known"
+        );
     }
 }

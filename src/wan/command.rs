@@ -2,7 +2,10 @@
 //!
 //! ```text
 //! stats                         what was carried, as JSON
-//! set [ab.|ba.]KEY=VALUE        delay (one way), rate, queue (time), loss, gilbert_elliott (p/r[/1-h[/1-k]]), jitter, mtu
+//! settings                      what is in force in both directions, as JSON
+//! set [ab.|ba.]KEY=VALUE        changes one setting; the keys are those of `Change`
+//! replace ab|ba JSON            all settings of a direction, in the form that `settings` prints
+//! lose [ab|ba] N                loses the next N datagrams
 //! down [ab|ba] LENGTH [after T] cuts the link for LENGTH, now or T from now
 //! up [ab|ba]                    ends all cuts
 //! reset                         starts the lateness figures anew
@@ -10,21 +13,27 @@
 
 use std::time::Duration;
 
-use super::loss::{GilbertElliott, Loss};
-use super::model::{Jitter, LinkSettings};
-use super::random::Probability;
-use super::units;
-use crate::proto::page::ByteRate;
+use super::change::{Change, Directions, InvalidChange, duration};
+use super::model::LinkSettings;
 
 /// A command to a running emulator.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Command {
     /// Report what was carried.
     Stats,
+    /// Report what is in force.
+    Settings,
     /// Forget the lateness so far.
     Reset,
     /// Change one setting.
     Set { directions: Directions, change: Change },
+    /// Change all settings.
+    Replace {
+        directions: Directions,
+        settings: Box<LinkSettings>,
+    },
+    /// Lose the next datagrams.
+    Lose { directions: Directions, datagrams: u64 },
     /// Cut the link.
     Down {
         directions: Directions,
@@ -35,61 +44,24 @@ pub(super) enum Command {
     Up { directions: Directions },
 }
 
-/// Which directions a command is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Directions {
-    Ab,
-    Ba,
-    Both,
-}
-
-/// One setting, new.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Change {
-    OneWayDelay(Duration),
-    Rate(ByteRate),
-    Queue(Duration),
-    Loss(Loss),
-    Jitter(Duration),
-    Mtu(u32),
-}
-
 /// A line is not a command.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InvalidCommand {
-    #[error("{0:?} is not a command; there are stats, set, down, up and reset")]
+    #[error("{0:?} is not a command; there are stats, settings, set, replace, lose, down, up and reset")]
     Verb(String),
-    #[error("{0:?} is not a setting; there are delay, rate, queue, loss, gilbert_elliott, jitter and mtu")]
-    Key(String),
-    #[error("{value:?} is not a value of {key}: {reason}")]
-    Value { key: String, value: String, reason: String },
+    #[error(transparent)]
+    Change(#[from] InvalidChange),
     #[error("write {0}")]
     Usage(&'static str),
-}
-
-impl Directions {
-    /// Whether the direction with this index is meant; 0 is from A to B.
-    pub(super) fn include(self, index: usize) -> bool {
-        match self {
-            Self::Ab => index == 0,
-            Self::Ba => index == 1,
-            Self::Both => true,
-        }
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "ab" => Some(Self::Ab),
-            "ba" => Some(Self::Ba),
-            "both" => Some(Self::Both),
-            _ => None,
-        }
-    }
 }
 
 impl Command {
     /// Reads one line.
     pub(super) fn parse(line: &str) -> Result<Self, InvalidCommand> {
+        // The JSON may hold blanks.
+        if let Some(rest) = line.trim().strip_prefix("replace ") {
+            return Self::parse_replace(rest.trim());
+        }
         let words: Vec<&str> = line.split_whitespace().collect();
         let (verb, rest) = words.split_first().ok_or_else(|| InvalidCommand::Verb(String::new()))?;
         let (directions, arguments) = match rest.split_first() {
@@ -100,7 +72,13 @@ impl Command {
         };
         match (*verb, arguments) {
             ("stats", []) => Ok(Self::Stats),
+            ("settings", []) => Ok(Self::Settings),
             ("reset", []) => Ok(Self::Reset),
+            ("lose", [datagrams]) => Ok(Self::Lose {
+                directions,
+                datagrams: datagrams.parse().map_err(|_| InvalidCommand::Usage(LOSE_USAGE))?,
+            }),
+            ("lose", _) => Err(InvalidCommand::Usage(LOSE_USAGE)),
             ("up", []) => Ok(Self::Up { directions }),
             ("down", [length]) => Ok(Self::Down {
                 directions,
@@ -120,121 +98,41 @@ impl Command {
                 };
                 Ok(Self::Set {
                     directions,
-                    change: Change::parse(key, value)?,
+                    change: Change::parse(key.trim(), value.trim())?,
                 })
             }
             ("set", _) => Err(InvalidCommand::Usage(SET_USAGE)),
             ("down", _) => Err(InvalidCommand::Usage(
                 "down [ab|ba] LENGTH [after TIME], for example down ab 3s",
             )),
-            ("up" | "stats" | "reset", _) => Err(InvalidCommand::Usage("the command without arguments")),
+            ("up" | "stats" | "settings" | "reset", _) => Err(InvalidCommand::Usage("the command without arguments")),
             (other, _) => Err(InvalidCommand::Verb(other.to_owned())),
         }
     }
-}
 
-impl Change {
-    fn parse(key: &str, value: &str) -> Result<Self, InvalidCommand> {
-        match key {
-            "delay" => duration(key, value).map(Self::OneWayDelay),
-            "queue" => duration(key, value).map(Self::Queue),
-            "jitter" => duration(key, value).map(Self::Jitter),
-            "rate" => value
-                .parse()
-                .map(Self::Rate)
-                .map_err(|error| invalid(key, value, error)),
-            "loss" => Ok(Self::Loss(match chance(key, value)? {
-                Probability::NEVER => Loss::None,
-                chance => Loss::Bernoulli(chance),
-            })),
-            "gilbert_elliott" => {
-                let parts = value
-                    .split('/')
-                    .map(|part| chance(key, part))
-                    .collect::<Result<Vec<_>, _>>()?;
-                let (to_bad, to_good, others) = match parts.as_slice() {
-                    [to_bad, to_good, others @ ..] if others.len() <= 2 => (*to_bad, *to_good, others),
-                    _ => return Err(invalid(key, value, "write p/r, p/r/1-h or p/r/1-h/1-k")),
-                };
-                Ok(Self::Loss(Loss::GilbertElliott(GilbertElliott {
-                    to_bad,
-                    to_good,
-                    loss_in_bad: others.first().copied().unwrap_or(Probability::ALWAYS),
-                    loss_in_good: others.get(1).copied().unwrap_or(Probability::NEVER),
-                })))
-            }
-            "mtu" => value.parse().map(Self::Mtu).map_err(|error| invalid(key, value, error)),
-            other => Err(InvalidCommand::Key(other.to_owned())),
+    fn parse_replace(rest: &str) -> Result<Self, InvalidCommand> {
+        let usage = InvalidCommand::Usage("replace ab|ba JSON, in the form that settings prints");
+        let Some((first, json)) = rest.split_once(' ') else {
+            return Err(usage);
+        };
+        match (Directions::parse(first), serde_json::from_str(json)) {
+            (Some(directions), Ok(settings)) => Ok(Self::Replace {
+                directions,
+                settings: Box::new(settings),
+            }),
+            _ => Err(usage),
         }
     }
-
-    /// The settings after the change. A queue that is stated as time keeps its bytes when the rate changes later, as the
-    /// buffers of a router do.
-    pub(super) fn apply(self, settings: &LinkSettings) -> LinkSettings {
-        let mut changed = settings.clone();
-        match self {
-            Self::OneWayDelay(delay) => changed.one_way_delay = delay,
-            Self::Rate(rate) => changed.rate = rate,
-            Self::Queue(queue) => changed.queue_bytes = changed.rate.bytes_in(queue),
-            Self::Loss(loss) => changed.loss = loss,
-            Self::Mtu(mtu) => changed.mtu_bytes = mtu,
-            Self::Jitter(Duration::ZERO) => changed.jitter = None,
-            Self::Jitter(deviation) => {
-                let correlation_time = settings
-                    .jitter
-                    .map_or(super::profile::DEFAULT_JITTER_CORRELATION, |jitter| {
-                        jitter.correlation_time
-                    });
-                changed.jitter = Some(Jitter {
-                    deviation,
-                    correlation_time,
-                });
-            }
-        }
-        changed
-    }
 }
 
-fn duration(key: &str, value: &str) -> Result<Duration, InvalidCommand> {
-    units::duration(value).map_err(|error| invalid(key, value, error))
-}
-
-fn chance(key: &str, value: &str) -> Result<Probability, InvalidCommand> {
-    units::percentage(value).map_err(|error| invalid(key, value, error))
-}
-
-fn invalid(key: &str, value: &str, reason: impl std::fmt::Display) -> InvalidCommand {
-    InvalidCommand::Value {
-        key: key.to_owned(),
-        value: value.to_owned(),
-        reason: reason.to_string(),
-    }
-}
-
+const LOSE_USAGE: &str = "lose [ab|ba] N, for example lose ab 20";
 const SET_USAGE: &str = "set [ab.|ba.]KEY=VALUE, for example set ab.loss=0.1%";
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn settings() -> LinkSettings {
-        LinkSettings {
-            one_way_delay: Duration::from_millis(75),
-            rate: ByteRate::from_bits_per_second(1_000_000_000),
-            queue_bytes: 6_250_000,
-            overhead_bytes: 14,
-            mtu_bytes: 1500,
-            loss: Loss::None,
-            jitter: None,
-        }
-    }
-
-    fn set(line: &str) -> LinkSettings {
-        match Command::parse(line) {
-            Ok(Command::Set { change, .. }) => change.apply(&settings()),
-            other => panic!("{line}: {other:?}"),
-        }
-    }
+    use crate::wan::loss::Loss;
+    use crate::wan::random::Probability;
 
     #[test]
     fn every_documented_line_is_understood() {
@@ -264,6 +162,14 @@ mod tests {
                 after: seconds(10)
             })
         );
+        assert_eq!(Command::parse("settings"), Ok(Command::Settings));
+        assert_eq!(
+            Command::parse("lose ba 20"),
+            Ok(Command::Lose {
+                directions: Directions::Ba,
+                datagrams: 20
+            })
+        );
         let loss = Change::Loss(Loss::Bernoulli(Probability::new(0.01).expect("a probability")));
         assert_eq!(
             Command::parse("set ab.loss=1%"),
@@ -275,34 +181,18 @@ mod tests {
     }
 
     #[test]
-    fn each_setting_changes_its_field_alone() {
-        type Edit = fn(&mut LinkSettings);
-        let changes: [(&str, Edit); 7] = [
-            ("set delay=10ms", |link| link.one_way_delay = Duration::from_millis(10)),
-            ("set rate=100mbit", |link| {
-                link.rate = ByteRate::from_bits_per_second(100_000_000)
-            }),
-            ("set queue=10ms", |link| link.queue_bytes = 1_250_000),
-            ("set loss=0%", |link| link.loss = Loss::None),
-            ("set jitter=1ms", |link| {
-                link.jitter = Some(Jitter {
-                    deviation: Duration::from_millis(1),
-                    correlation_time: Duration::from_millis(200),
-                });
-            }),
-            ("set jitter=0ms", |link| link.jitter = None),
-            ("set mtu=1400", |link| link.mtu_bytes = 1400),
-        ];
-        for (line, change) in changes {
-            let mut expected = settings();
-            change(&mut expected);
-            assert_eq!(set(line), expected, "{line}");
-        }
-        let Loss::GilbertElliott(model) = set("set gilbert_elliott=1%/20%/50%").loss else {
-            panic!("bursts")
-        };
-        assert_eq!(model.loss_in_bad.value(), 0.5);
-        assert_eq!(model.loss_in_good, Probability::NEVER);
+    fn what_settings_prints_replaces_settings() {
+        let settings = crate::wan::change::tests::settings();
+        let json = serde_json::to_string_pretty(&settings)
+            .expect("plain data")
+            .replace('\n', " ");
+        assert_eq!(
+            Command::parse(&format!("replace ab {json}\n")),
+            Ok(Command::Replace {
+                directions: Directions::Ab,
+                settings: Box::new(settings)
+            })
+        );
     }
 
     #[test]
@@ -321,6 +211,14 @@ mod tests {
             "down 3s after",
             "down ab ba",
             "stats now",
+            "settings now",
+            "lose",
+            "lose ab",
+            "lose x",
+            "lose ab -1",
+            "replace ab",
+            "replace ab {}",
+            "replace xy {}",
             "set gilbert_elliott=1%",
             "set rate=9",
             "set gilbert_elliott=1%/2%/3%/4%/5%",

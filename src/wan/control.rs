@@ -1,7 +1,8 @@
 //! The emulator's control thread: a unix socket for commands, signals, and the way to the packet thread, which it wakes
 //! but never holds up.
 //!
-//! A connection sends lines and gets one line of JSON for each: what was carried, `{"ok":true}`, or `{"error":"…"}`.
+//! A connection sends lines and gets one line of JSON for each: what was carried or is in force, `{"ok":true}`, or
+//! `{"error":"…"}`.
 
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use super::command::Command;
+use super::model::LinkSettings;
 use super::stats::LinkStats;
 
 /// To the packet thread.
@@ -35,6 +37,8 @@ pub(super) enum Request {
 pub(super) enum Answer {
     Done,
     Stats(Box<LinkStats>),
+    /// In force from A to B and from B to A.
+    Settings(Box<[LinkSettings; 2]>),
     /// Nothing was changed, because of this.
     Refused(String),
 }
@@ -143,6 +147,7 @@ impl Packets {
         match answer.await {
             Ok(Answer::Done) => json!({ "ok": true }),
             Ok(Answer::Stats(stats)) => json!(stats),
+            Ok(Answer::Settings(settings)) => json!(settings),
             Ok(Answer::Refused(reason)) => json!({ "error": reason }),
             Err(_) => json!({ "error": "the emulator is stopping" }),
         }
@@ -201,5 +206,6 @@ async fn converse(stream: UnixStream, packets: Arc<Packets>) {
     }
 }
 
-const MAX_LINE_BYTES: u64 = 1024;
+/// Settings in JSON, with a thousand ranges of lost datagrams.
+const MAX_LINE_BYTES: u64 = 64 * 1024;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);

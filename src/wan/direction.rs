@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Survivors that follow each other within a quantum of line time leave as one run, due when its last datagram is: nothing
-//! arrives before it could, and a train of ten costs one read and one write.
+//! arrives before it could, and a train of ten costs one read and one write. A datagram that overtakes and a copy are runs
+//! of their own. Runs wait in two lanes, each in the order of its due times: those in order, and those that overtake.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -16,14 +17,20 @@ use std::time::{Duration, Instant};
 use super::arena::{Arena, MAX_FRAME_BYTES, Slot};
 use super::model::{DropCause, LinkModel, LinkSettings, Verdict};
 use super::segments::{MAX_SEGMENTS, Train};
-use super::stats::{DirectionStats, Drops};
+use super::stats::{DirectionStats, Drops, Traffic};
 
 /// Packets from one site to the other.
 #[derive(Debug)]
 pub(super) struct Direction {
     model: LinkModel,
     arena: Arena,
-    runs: VecDeque<Run>,
+    /// Frames of which something has still to leave, or that lie behind one.
+    frames: VecDeque<Frame>,
+    /// The number of the first of them.
+    first_frame: u64,
+    in_order: VecDeque<Run>,
+    overtaking: VecDeque<Run>,
+    run_limit: usize,
     /// Takes what finds the arena full, so that it can be counted.
     spill: Box<[u8]>,
     quantum: Duration,
@@ -32,15 +39,30 @@ pub(super) struct Direction {
     stats: DirectionStats,
 }
 
+/// What was read from the device at once, as long as some of it has to leave.
+#[derive(Clone, Copy, Debug, Default)]
+struct Frame {
+    slot: Slot,
+    train: Train,
+    /// Its slot is free when there are none.
+    runs: u32,
+}
+
 /// Consecutive datagrams of one frame that leave together.
 #[derive(Clone, Debug)]
 struct Run {
     due: Instant,
-    slot: Slot,
-    train: Train,
+    /// Number of the frame.
+    frame: u64,
     segments: Range<u32>,
-    /// The frame's slot is free after this run.
-    last_of_frame: bool,
+}
+
+/// Datagrams of the frame that is being judged, which may yet leave with the next ones.
+#[derive(Clone, Debug)]
+struct OpenRun {
+    first_due: Instant,
+    last_due: Instant,
+    segments: Range<u32>,
 }
 
 /// The settings need more room than the emulator took at its start.
@@ -55,30 +77,39 @@ pub(super) struct NoRoom {
 }
 
 impl Direction {
-    /// A direction with room for twice what `settings` can have in flight, taken and touched.
-    pub(super) fn new(settings: LinkSettings, seed: u64, stream: u64, now: Instant) -> Self {
-        let capacity_bytes = (in_flight_bytes(&settings) * HEADROOM).max(MIN_CAPACITY_BYTES);
+    /// A direction with room for twice `most_in_flight` bytes ([`in_flight_bytes`] of the largest settings that it will
+    /// have), taken and touched.
+    pub(super) fn new(settings: LinkSettings, most_in_flight: u64, seed: u64, stream: u64, now: Instant) -> Self {
+        let capacity_bytes = most_in_flight.saturating_mul(HEADROOM).max(MIN_CAPACITY_BYTES);
         let run_limit = usize::try_from(capacity_bytes / SMALL_FRAME_BYTES)
             .unwrap_or(usize::MAX)
             .max(MIN_RUNS);
         let idle = Run {
             due: now,
-            slot: Slot::default(),
-            train: Train::default(),
+            frame: 0,
             segments: 0..0,
-            last_of_frame: false,
         };
-        // Filled once, so that its pages are touched.
-        let mut runs = VecDeque::from(vec![idle; run_limit]);
-        runs.clear();
+        // Filled once, so that their pages are touched.
+        let mut in_order = VecDeque::from(vec![idle; run_limit]);
+        in_order.clear();
+        let mut frames = VecDeque::from(vec![Frame::default(); run_limit]);
+        frames.clear();
         Self {
             quantum: quantum(&settings),
             model: LinkModel::new(settings, seed, stream, now),
             arena: Arena::new(usize::try_from(capacity_bytes).unwrap_or(usize::MAX)),
-            runs,
+            frames,
+            first_frame: 0,
+            in_order,
+            overtaking: VecDeque::new(),
+            run_limit,
             spill: vec![0xa5; MAX_FRAME_BYTES].into_boxed_slice(),
             capacity_bytes,
-            stats: DirectionStats::default(),
+            stats: DirectionStats {
+                duplicated: Some(Traffic::default()),
+                overtaking: Some(Traffic::default()),
+                ..DirectionStats::default()
+            },
         }
     }
 
@@ -91,9 +122,9 @@ impl Direction {
         now: Instant,
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> io::Result<()> {
-        // A frame becomes at most as many runs as it has segments.
-        let runs_left = self.runs.capacity() - self.runs.len();
-        let vacant = if runs_left < MAX_SEGMENTS as usize {
+        // A frame becomes at most as many runs as it has segments, and as many of their copies.
+        let runs = self.in_order.len() + self.overtaking.len();
+        let vacant = if runs + 2 * MAX_SEGMENTS as usize > self.run_limit {
             None
         } else {
             self.arena.vacant()
@@ -121,57 +152,81 @@ impl Direction {
     }
 
     fn judge(&mut self, now: Instant, length: usize, train: &Train) {
-        let mut slot = None;
-        let mut open: Option<(Instant, Range<u32>, Instant)> = None;
+        let mut frame = Frame {
+            slot: Slot::default(),
+            train: *train,
+            runs: 0,
+        };
+        let mut open: Option<OpenRun> = None;
         for index in 0..train.segments() {
-            let bytes = train.segment_bytes(index);
-            self.stats.offered.add(u64::from(bytes));
-            match self.model.offer(now, bytes) {
-                Verdict::Deliver { at } => {
-                    self.stats.in_flight_bytes += u64::from(bytes);
-                    open = match open {
-                        Some((first, segments, _)) if segments.end == index && at - first <= self.quantum => {
-                            Some((first, segments.start..index + 1, at))
-                        }
-                        closed => {
-                            self.close(closed, &mut slot, length, train);
-                            Some((at, index..index + 1, at))
-                        }
-                    };
+            let bytes = u64::from(train.segment_bytes(index));
+            self.stats.offered.add(bytes);
+            let fate = self.model.offer(now, train.segment_bytes(index));
+            if fate.copy.is_some() {
+                count(&mut self.stats.duplicated, bytes);
+            }
+            for verdict in [Some(fate.verdict), fate.copy].into_iter().flatten() {
+                match verdict {
+                    Verdict::Deliver { at } => {
+                        self.stats.in_flight_bytes += bytes;
+                        open = match open {
+                            Some(run) if run.segments.end == index && at - run.first_due <= self.quantum => {
+                                Some(OpenRun {
+                                    last_due: at,
+                                    segments: run.segments.start..index + 1,
+                                    ..run
+                                })
+                            }
+                            closed => {
+                                self.close(closed, &mut frame, length);
+                                Some(OpenRun {
+                                    first_due: at,
+                                    last_due: at,
+                                    segments: index..index + 1,
+                                })
+                            }
+                        };
+                    }
+                    Verdict::Overtake { at } => {
+                        self.stats.in_flight_bytes += bytes;
+                        count(&mut self.stats.overtaking, bytes);
+                        let run = self.run(at, index..index + 1, &mut frame, length);
+                        self.overtaking.push_back(run);
+                    }
+                    Verdict::Drop(cause) => of_cause(&mut self.stats.dropped, cause).add(1, bytes),
                 }
-                Verdict::Drop(cause) => of_cause(&mut self.stats.dropped, cause).add(1, u64::from(bytes)),
             }
         }
-        self.close(open, &mut slot, length, train);
-        if slot.is_some()
-            && let Some(last) = self.runs.back_mut()
-        {
-            last.last_of_frame = true;
+        self.close(open, &mut frame, length);
+        if frame.runs > 0 {
+            self.frames.push_back(frame);
         }
     }
 
-    fn close(
-        &mut self,
-        open: Option<(Instant, Range<u32>, Instant)>,
-        slot: &mut Option<Slot>,
-        length: usize,
-        train: &Train,
-    ) {
-        if let Some((_, segments, due)) = open {
-            let slot = *slot.get_or_insert_with(|| self.arena.keep(length));
-            self.runs.push_back(Run {
-                due,
-                slot,
-                train: *train,
-                segments,
-                last_of_frame: false,
-            });
+    fn close(&mut self, open: Option<OpenRun>, frame: &mut Frame, length: usize) {
+        if let Some(open) = open {
+            let run = self.run(open.last_due, open.segments, frame, length);
+            self.in_order.push_back(run);
+        }
+    }
+
+    /// A run of the frame that is being judged. The first keeps the frame.
+    fn run(&mut self, due: Instant, segments: Range<u32>, frame: &mut Frame, length: usize) -> Run {
+        if frame.runs == 0 {
+            frame.slot = self.arena.keep(length);
+        }
+        frame.runs += 1;
+        Run {
+            due,
+            frame: self.first_frame + self.frames.len() as u64,
+            segments,
         }
     }
 
     /// When the next run is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.runs.front().map(|run| run.due)
+        let fronts = [self.in_order.front(), self.overtaking.front()];
+        fronts.into_iter().flatten().map(|run| run.due).min()
     }
 
     /// Hands the next run to `write` if it is due, and says by how much it was late.
@@ -180,24 +235,33 @@ impl Direction {
         now: Instant,
         write: impl FnOnce(&[IoSlice<'_>]) -> io::Result<usize>,
     ) -> Option<Duration> {
-        if self.next_due()? > now {
-            return None;
-        }
-        let run = self.runs.pop_front()?;
+        let due = self.next_due().filter(|due| *due <= now)?;
+        let overtakes = self.overtaking.front().is_some_and(|run| run.due == due);
+        let lane = if overtakes {
+            &mut self.overtaking
+        } else {
+            &mut self.in_order
+        };
+        let run = lane.pop_front()?;
+        let index = usize::try_from(run.frame - self.first_frame).ok()?;
+        let frame = self.frames.get_mut(index)?;
+        frame.runs -= 1;
         let packets = u64::from(run.segments.end - run.segments.start);
-        let bytes = run.train.run_bytes(&run.segments);
+        let bytes = frame.train.run_bytes(&run.segments);
         self.stats.in_flight_bytes -= bytes;
-        match run.train.write_run(self.arena.frame(run.slot), run.segments, write) {
+        match frame.train.write_run(self.arena.frame(frame.slot), run.segments, write) {
             Ok(_) => {
                 self.stats.delivered.packets += packets;
                 self.stats.delivered.bytes += bytes;
             }
             Err(_) => self.stats.dropped.egress.add(packets, bytes),
         }
-        if run.last_of_frame {
-            self.arena.release(run.slot);
+        while let Some(done) = self.frames.front().filter(|frame| frame.runs == 0) {
+            self.arena.release(done.slot);
+            self.frames.pop_front();
+            self.first_frame += 1;
         }
-        Some(now - run.due)
+        Some(now - due)
     }
 
     /// Whether packets under `settings` find room.
@@ -231,6 +295,11 @@ impl Direction {
         self.model.cut(start, length);
     }
 
+    /// Loses the next `datagrams`.
+    pub(super) fn lose(&mut self, datagrams: u64) {
+        self.model.lose(datagrams);
+    }
+
     /// Ends all cuts.
     pub(super) fn restore(&mut self) {
         self.model.restore();
@@ -246,13 +315,18 @@ fn of_cause(drops: &mut Drops, cause: DropCause) -> &mut super::stats::Dropped {
     match cause {
         DropCause::Outage => &mut drops.outage,
         DropCause::Mtu => &mut drops.mtu,
+        DropCause::Script => &mut drops.script,
         DropCause::Loss => &mut drops.loss,
         DropCause::Queue => &mut drops.queue,
     }
 }
 
+fn count(traffic: &mut Option<Traffic>, bytes: u64) {
+    traffic.get_or_insert_default().add(bytes);
+}
+
 /// Bytes that are queued or delayed at most: rate x (delay + four deviations) and the queue.
-fn in_flight_bytes(settings: &LinkSettings) -> u64 {
+pub(super) fn in_flight_bytes(settings: &LinkSettings) -> u64 {
     let deviation = settings.jitter.map_or(Duration::ZERO, |jitter| jitter.deviation);
     settings
         .rate
@@ -279,7 +353,8 @@ mod tests {
     use super::*;
     use crate::proto::page::ByteRate;
     use crate::wan::loss::Loss;
-    use crate::wan::model::ETHERNET_OVERHEAD;
+    use crate::wan::model::{ETHERNET_OVERHEAD, Reordering};
+    use crate::wan::ordinals::Ordinals;
     use crate::wan::random::Probability;
 
     const MS: Duration = Duration::from_millis(1);
@@ -292,8 +367,16 @@ mod tests {
             overhead_bytes: ETHERNET_OVERHEAD,
             mtu_bytes: 1500,
             loss: Loss::None,
+            lost: Ordinals::default(),
             jitter: None,
+            reordering: None,
+            duplication: Probability::NEVER,
         }
+    }
+
+    fn direction(settings: LinkSettings, seed: u64, begin: Instant) -> Direction {
+        let most = in_flight_bytes(&settings);
+        Direction::new(settings, most, seed, 0, begin)
     }
 
     #[expect(
@@ -343,7 +426,7 @@ mod tests {
     #[test]
     fn a_train_leaves_in_runs_of_a_quantum_when_their_last_datagram_is_due() {
         let begin = start();
-        let mut link = Direction::new(settings(), 1, 0, begin);
+        let mut link = direction(settings(), 1, begin);
         send(&mut link, begin, &train(20));
         // A datagram takes 1042 x 8 ns = 8.336 us, and 100 us hold eleven intervals: runs of 12 and 8.
         let first = begin + 75 * MS + Duration::from_nanos(12 * 8336);
@@ -353,7 +436,7 @@ mod tests {
         assert_eq!((numbers, late), ((0..12).collect(), MS));
         assert_eq!(
             link.stats().delivered,
-            super::super::stats::Traffic {
+            Traffic {
                 packets: 20,
                 bytes: 20 * 1028
             }
@@ -365,7 +448,7 @@ mod tests {
     fn single_segments_of_a_train_are_lost_and_the_others_arrive_in_order() {
         let begin = start();
         let loss = Loss::Bernoulli(Probability::new(0.3).expect("a probability"));
-        let mut link = Direction::new(LinkSettings { loss, ..settings() }, 3, 0, begin);
+        let mut link = direction(LinkSettings { loss, ..settings() }, 3, begin);
         let (mut arrived, mut partial) = (0, 0);
         for round in 0..100 {
             let now = begin + round * 10 * MS;
@@ -400,7 +483,7 @@ mod tests {
             queue_bytes: 1 << 20,
             ..settings()
         };
-        let mut link = Direction::new(settings.clone(), 1, 0, begin);
+        let mut link = direction(settings.clone(), 1, begin);
         link.change(LinkSettings {
             one_way_delay: Duration::from_secs(3600),
             queue_bytes: 1 << 30,
@@ -428,14 +511,13 @@ mod tests {
         let begin = start();
         let loss = Loss::Bernoulli(Probability::ALWAYS);
         let rate = ByteRate(1_000_000);
-        let mut link = Direction::new(
+        let mut link = direction(
             LinkSettings {
                 loss,
                 rate,
                 ..settings()
             },
             1,
-            0,
             begin,
         );
         // More than the arena holds.
@@ -450,7 +532,7 @@ mod tests {
     #[test]
     fn a_refused_write_is_counted() {
         let begin = start();
-        let mut link = Direction::new(settings(), 1, 0, begin);
+        let mut link = direction(settings(), 1, begin);
         send(&mut link, begin, &train(10));
         let late = link.emit(begin + 100 * MS, |_| Err(io::ErrorKind::InvalidInput.into()));
         assert!(late.is_some());
@@ -462,7 +544,7 @@ mod tests {
 
     #[test]
     fn twice_the_delay_has_room_and_four_times_is_refused() {
-        let link = Direction::new(settings(), 1, 0, start());
+        let link = direction(settings(), 1, start());
         assert_eq!(
             link.has_room_for(&LinkSettings {
                 one_way_delay: 150 * MS,
@@ -482,12 +564,94 @@ mod tests {
     #[test]
     fn a_cut_counts_what_it_takes() {
         let begin = start();
-        let mut link = Direction::new(settings(), 1, 0, begin);
+        let mut link = direction(settings(), 1, begin);
         link.cut(begin, MS);
         send(&mut link, begin, &train(10));
         assert_eq!(link.stats().dropped.outage.packets, 10);
         link.restore();
         send(&mut link, begin, &train(10));
         assert_eq!(link.stats().dropped.outage.packets, 10);
+    }
+
+    /// A profile with loss, copies and overtakers at once.
+    fn unruly() -> LinkSettings {
+        let chance = |value| Probability::new(value).expect("a probability");
+        LinkSettings {
+            loss: Loss::Bernoulli(chance(0.1)),
+            reordering: Some(Reordering {
+                share: chance(0.1),
+                lead: 40 * MS,
+            }),
+            duplication: chance(0.1),
+            ..settings()
+        }
+    }
+
+    #[test]
+    fn single_segments_of_a_train_overtake_come_twice_or_are_lost_and_all_are_counted() {
+        let begin = start();
+        let mut link = direction(unruly(), 5, begin);
+        let mut arrived = Vec::new();
+        for round in 0..400 {
+            let now = begin + round * 10 * MS;
+            send(&mut link, now, &train(10));
+            arrived.extend(drain(&mut link, now).into_iter().flat_map(|(numbers, _)| numbers));
+        }
+        arrived.extend(
+            drain(&mut link, begin + 10_000 * MS)
+                .into_iter()
+                .flat_map(|(numbers, _)| numbers),
+        );
+        let stats = link.stats();
+        let (copies, overtaking) = (stats.duplicated.expect("counted"), stats.overtaking.expect("counted"));
+        assert_eq!(stats.offered.packets, 4000);
+        // Four deviations about 400, 360 and 396.
+        let lost = stats.dropped.loss.packets;
+        assert!((324..=476).contains(&lost), "{lost}");
+        assert!((287..=433).contains(&copies.packets), "{copies:?}");
+        assert!((320..=472).contains(&overtaking.packets), "{overtaking:?}");
+        assert_eq!(stats.delivered.packets, 4000 + copies.packets - lost);
+        assert_eq!(arrived.len() as u64, stats.delivered.packets);
+        assert_eq!((stats.in_flight_bytes, link.next_due()), (0, None));
+    }
+
+    #[test]
+    fn what_overtakes_leaves_between_the_others_when_it_is_due() {
+        let begin = start();
+        let reordering = Some(Reordering {
+            share: Probability::ALWAYS,
+            lead: 50 * MS,
+        });
+        let mut link = direction(settings(), 1, begin);
+        send(&mut link, begin, &train(1));
+        link.change(LinkSettings {
+            reordering,
+            ..settings()
+        });
+        send(&mut link, begin + MS, &train(2));
+        assert!(drain(&mut link, begin + 26 * MS).is_empty());
+        let early: Vec<u8> = drain(&mut link, begin + 27 * MS)
+            .into_iter()
+            .flat_map(|run| run.0)
+            .collect();
+        assert_eq!(early, [0, 1]);
+        assert_eq!(drain(&mut link, begin + 76 * MS).len(), 1);
+    }
+
+    #[test]
+    fn memory_is_free_again_whatever_order_its_datagrams_left_in() {
+        let begin = start();
+        let mut link = direction(unruly(), 6, begin);
+        // Forty times what the arena holds, 3 MB in each step of 100 ms.
+        for round in 0..400 {
+            let now = begin + round * 100 * MS;
+            for _ in 0..100 {
+                send(&mut link, now, &train(30));
+            }
+            drain(&mut link, now + 99 * MS);
+        }
+        let stats = link.stats();
+        assert_eq!(stats.dropped.overrun.packets, 0);
+        assert_eq!(stats.offered.packets, 1_200_000);
     }
 }

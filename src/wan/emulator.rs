@@ -6,7 +6,10 @@
 //!
 //! While packets flow the loop sleeps on a fixed tick rather than wait for each of them, because a wake-up costs about
 //! 10 us of CPU on a virtual machine: at 950 Mbit/s a tick of 50 us took 33 % of a core, 250 us 20 % (2026-11-23). When
-//! little flows it waits for devices and due times themselves, and is exact to some 50 us.
+//! little flows it waits for devices and due times themselves, and is exact to some 50 us, which is how long a machine that
+//! idles takes to wake up. When next to nothing flows, as under `ping`, it wakes up that much earlier and looks at the
+//! clock until the time has come, and goes on looking for a moment afterwards, since what arrives is answered: at a packet
+//! a second this costs nothing, and at one in each millisecond at most a third of a core.
 
 use std::io::{self, Write as _};
 use std::num::NonZeroU64;
@@ -17,12 +20,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
+use super::change::Directions;
 use super::clock;
 use super::command::Command;
 use super::control::{self, Answer, ControlError, Request};
-use super::direction::Direction;
+use super::direction::{Direction, in_flight_bytes};
 use super::lateness::Lateness;
 use super::link::{LinkError, LinkName, SITE_DEVICE, Site, enter_namespace};
+use super::model::LinkSettings;
 use super::profile::Profile;
 use super::stats::{Backend, EmulatorStats, LinkStats, Scheduling};
 use super::tun::{self, Tun};
@@ -79,7 +84,9 @@ pub(super) fn run(settings: EmulatorSettings) -> Result<(), EmulatorError> {
     enter_namespace(&settings.name.router())?;
     let (requests, wake) = control::start(&settings.control)?;
     let now = clock::now();
-    let direction = |stream| Direction::new(settings.profile.direction(), settings.seed, stream, now);
+    // Room for what the time line may do, also when all of it is never played.
+    let most = settings.profile.states().iter().map(in_flight_bytes).max().unwrap_or(0);
+    let direction = |stream| Direction::new(settings.profile.direction(), most, settings.seed, stream, now);
     let mut emulator = Emulator {
         directions: [direction(0), direction(1)],
         ports,
@@ -125,20 +132,25 @@ impl Emulator {
     /// Carries packets until it is told to stop.
     fn carry(&mut self) -> Result<(), EmulatorError> {
         let mut traffic = Density::default();
+        let mut last_frame = clock::now();
         loop {
             let (handled, more) = self.turn()?;
             let now = clock::now();
-            let flowing = traffic.is_flowing(now, handled);
+            if handled > 0 {
+                last_frame = now;
+            }
+            let flow = traffic.flow(now, handled);
             if !self.answer(now) {
                 return Ok(());
             }
             if more {
                 continue;
             }
-            if flowing {
-                clock::sleep(self.tick);
-            } else {
-                self.wait(now)?;
+            match flow {
+                Flow::Dense => clock::sleep(self.tick),
+                Flow::Light => self.wait(now, Duration::ZERO)?,
+                Flow::Sparse if now - last_frame < ANSWER => {}
+                Flow::Sparse => self.wait(now, WAKE_UP)?,
             }
         }
     }
@@ -177,10 +189,14 @@ impl Emulator {
         Ok((handled, more))
     }
 
-    /// Waits for a packet, a command, or the time when something is due.
-    fn wait(&self, now: Instant) -> Result<(), EmulatorError> {
+    /// Waits for a packet, a command, or until something is due in the time `ahead`; not at all, where it is already.
+    fn wait(&self, now: Instant, ahead: Duration) -> Result<(), EmulatorError> {
         let due = self.directions.iter().filter_map(Direction::next_due).min();
-        let timeout = due.map(|due| clock::timespec(due.saturating_duration_since(now)));
+        let time = due.map(|due| due.saturating_duration_since(now));
+        if time.is_some_and(|time| time <= ahead) {
+            return Ok(());
+        }
+        let timeout = time.map(|time| clock::timespec(time.saturating_sub(ahead)));
         let mut events = [
             PollFd::new(&self.ports[0], PollFlags::IN),
             PollFd::new(&self.ports[1], PollFlags::IN),
@@ -213,41 +229,53 @@ impl Emulator {
     fn obey(&mut self, command: &Command, now: Instant) -> Answer {
         match command {
             Command::Stats => return Answer::Stats(Box::new(self.stats())),
+            Command::Settings => {
+                let settings = |index: usize| self.directions[index].settings().clone();
+                return Answer::Settings(Box::new([settings(0), settings(1)]));
+            }
             Command::Reset => self.lateness = Lateness::default(),
-            Command::Set { directions, change } => {
-                let chosen = || (0..2).filter(|index| directions.include(*index));
-                // Both or none.
-                for index in chosen() {
-                    let direction = &self.directions[index];
-                    if let Err(refusal) = direction.has_room_for(&change.apply(direction.settings())) {
-                        return Answer::Refused(refusal.to_string());
-                    }
+            Command::Set { directions, change } => return self.change(*directions, |settings| change.apply(settings)),
+            Command::Replace { directions, settings } => return self.change(*directions, |_| (**settings).clone()),
+            Command::Lose { directions, datagrams } => {
+                for index in directions.indices() {
+                    self.directions[index].lose(*datagrams);
                 }
-                for index in chosen() {
-                    let direction = &mut self.directions[index];
-                    direction.change(change.apply(direction.settings()));
-                }
-                let delays = self
-                    .directions
-                    .iter()
-                    .map(|direction| direction.settings().one_way_delay);
-                self.tick = tick(delays.min().unwrap_or_default());
             }
             Command::Down {
                 directions,
                 length,
                 after,
             } => {
-                for index in (0..2).filter(|index| directions.include(*index)) {
+                for index in directions.indices() {
                     self.directions[index].cut(now + *after, *length);
                 }
             }
             Command::Up { directions } => {
-                for index in (0..2).filter(|index| directions.include(*index)) {
+                for index in directions.indices() {
                     self.directions[index].restore();
                 }
             }
         }
+        Answer::Done
+    }
+
+    /// Changes the settings of both directions that are meant, or of none.
+    fn change(&mut self, directions: Directions, new: impl Fn(&LinkSettings) -> LinkSettings) -> Answer {
+        for index in directions.indices() {
+            let direction = &self.directions[index];
+            if let Err(refusal) = direction.has_room_for(&new(direction.settings())) {
+                return Answer::Refused(refusal.to_string());
+            }
+        }
+        for index in directions.indices() {
+            let direction = &mut self.directions[index];
+            direction.change(new(direction.settings()));
+        }
+        let delays = self
+            .directions
+            .iter()
+            .map(|direction| direction.settings().one_way_delay);
+        self.tick = tick(delays.min().unwrap_or_default());
         Answer::Done
     }
 
@@ -274,7 +302,7 @@ impl Emulator {
     }
 }
 
-/// Whether enough flows that a fixed tick is cheaper than waiting for each packet: counted per millisecond.
+/// How much flows, counted per millisecond.
 #[derive(Debug, Default)]
 struct Density {
     window: Option<Instant>,
@@ -282,8 +310,19 @@ struct Density {
     before: usize,
 }
 
+/// What is the cheapest way to be in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flow {
+    /// So much that a fixed tick is cheaper than waiting for each packet.
+    Dense,
+    /// Between.
+    Light,
+    /// So little that looking at the clock before each is no cost.
+    Sparse,
+}
+
 impl Density {
-    fn is_flowing(&mut self, now: Instant, frames: usize) -> bool {
+    fn flow(&mut self, now: Instant, frames: usize) -> Flow {
         let since = now - *self.window.get_or_insert(now);
         if since >= DENSITY_WINDOW {
             self.before = if since < 2 * DENSITY_WINDOW { self.frames } else { 0 };
@@ -291,7 +330,12 @@ impl Density {
             self.window = Some(now);
         }
         self.frames += frames;
-        self.frames.max(self.before) >= FLOWING_FRAMES
+        match self.frames.max(self.before) {
+            FLOWING_FRAMES.. => Flow::Dense,
+            3.. => Flow::Light,
+            // One packet is a frame in and a frame out.
+            _ => Flow::Sparse,
+        }
     }
 }
 
@@ -339,6 +383,10 @@ const BUDGET: usize = 64;
 const DENSITY_WINDOW: Duration = Duration::from_millis(1);
 /// Waiting for 16 frames costs about 160 us of CPU in a millisecond, a tick of 50 us as much.
 const FLOWING_FRAMES: usize = 16;
+/// An idle virtual machine takes 30 to 80 us to run a thread whose time has come.
+const WAKE_UP: Duration = Duration::from_micros(100);
+/// A program that waits for a packet takes as long until it answers.
+const ANSWER: Duration = Duration::from_micros(150);
 /// Below the kernel's own threads at 50.
 const REAL_TIME_PRIORITY: i32 = 10;
 
@@ -354,18 +402,29 @@ mod tests {
     }
 
     #[test]
-    fn a_ping_is_no_flow_and_a_train_of_packets_is_one() {
+    fn a_ping_is_sparse_and_a_train_of_packets_is_dense() {
         let mut density = Density::default();
         let mut now = clock::now();
         for _ in 0..100 {
             now += Duration::from_millis(10);
-            assert!(!density.is_flowing(now, 1));
+            assert_eq!(density.flow(now, 1), Flow::Sparse);
         }
         for _ in 0..10 {
             now += Duration::from_micros(50);
-            density.is_flowing(now, 4);
+            density.flow(now, 4);
         }
-        assert!(density.is_flowing(now, 0));
-        assert!(!density.is_flowing(now + Duration::from_millis(2), 0));
+        assert_eq!(density.flow(now, 0), Flow::Dense);
+        assert_eq!(density.flow(now + Duration::from_millis(2), 0), Flow::Sparse);
+    }
+
+    #[test]
+    fn a_few_packets_a_millisecond_are_not_worth_looking_at_the_clock_for() {
+        let mut density = Density::default();
+        let mut now = clock::now();
+        for _ in 0..100 {
+            now += Duration::from_micros(250);
+            density.flow(now, 1);
+        }
+        assert_eq!(density.flow(now, 0), Flow::Light);
     }
 }

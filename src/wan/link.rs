@@ -7,6 +7,8 @@
 //! /run/longhaul-link/X/backend        netem or emulator
 //!                      NAME.toml      the profile
 //!                      seed, pid, control, log
+//!                      address-a, address-b   of a site that has another than its first
+//!                      settings  what netem has been told, once it is not the profile any more
 //! ```
 
 use std::fmt;
@@ -53,6 +55,8 @@ pub struct Link {
     pub backend: Backend,
     /// Of its random numbers.
     pub seed: u64,
+    /// Of sites A and B.
+    pub addresses: [Ipv4Addr; 2],
 }
 
 /// A link cannot be used.
@@ -95,7 +99,7 @@ impl Site {
         }
     }
 
-    /// The address of this end.
+    /// The address of this end when the link comes up.
     #[must_use]
     pub fn address(self) -> Ipv4Addr {
         match self {
@@ -110,6 +114,15 @@ impl Site {
             Self::A => "to-a",
             Self::B => "to-b",
         }
+    }
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::A => "A",
+            Self::B => "B",
+        })
     }
 }
 
@@ -133,6 +146,14 @@ impl LinkName {
     #[must_use]
     pub fn state_directory(&self) -> PathBuf {
         Path::new(STATE_ROOT).join(&self.0)
+    }
+
+    /// Where the address of a site stands that has another than its first.
+    pub(super) fn address_file(&self, site: Site) -> PathBuf {
+        self.state_directory().join(match site {
+            Site::A => "address-a",
+            Site::B => "address-b",
+        })
     }
 
     /// The emulator's control socket.
@@ -196,12 +217,33 @@ impl Link {
         })?;
         let (profile, _) = read("profile")?;
         let profile = Profile::read(&directory.join(profile))?;
+        let address = |site: Site| {
+            let text = std::fs::read_to_string(name.address_file(site)).unwrap_or_default();
+            text.trim().parse().unwrap_or(site.address())
+        };
+        let addresses = [address(Site::A), address(Site::B)];
         Ok(Self {
             name,
             profile,
             backend,
             seed,
+            addresses,
         })
+    }
+
+    /// The present address of a site.
+    #[must_use]
+    pub fn address(&self, site: Site) -> Ipv4Addr {
+        match site {
+            Site::A => self.addresses[0],
+            Site::B => self.addresses[1],
+        }
+    }
+
+    /// The process of its emulator, where it has one.
+    pub(super) fn emulator(&self) -> Option<u32> {
+        let text = std::fs::read_to_string(self.name.state_directory().join("pid")).ok()?;
+        text.split_whitespace().next()?.parse().ok()
     }
 }
 

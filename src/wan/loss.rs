@@ -1,9 +1,12 @@
 //! Which datagrams the link loses: each on its own (Bernoulli), or in bursts (Gilbert-Elliott, as `tc netem` does it).
 
+use serde::{Deserialize, Serialize};
+
 use super::random::{Probability, Random};
 
 /// How datagrams are lost.
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Loss {
     /// None is.
     #[default]
@@ -16,7 +19,7 @@ pub enum Loss {
 
 /// Two states, good and bad, with a loss probability each. A datagram draws its fate in the state it finds; the state
 /// changes at each datagram. `tc netem loss gemodel p r 1-h 1-k` (Salsano, Ludovici and Ordine, 2009).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GilbertElliott {
     /// From good to bad, per datagram: `p`.
     pub to_bad: Probability,

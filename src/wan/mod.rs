@@ -1,16 +1,20 @@
 //! The WAN between two sites, for demo, lab and tests.
 //!
 //! ```text
-//! profile ── a link as an operator states it (TOML): rtt, rate, queue, loss, jitter, mtu
+//! profile ── a link as an operator states it (TOML): rtt, rate, queue, loss, jitter, mtu, …, and what happens to it (event)
 //!    │
-//!    ├─ shell ── netem-scripts/link: namespaces, and `tc netem` where the kernel has it
+//!    ├─ timeline ── events as steps in the order of time, change ── one setting, new (pure)
+//!    │     └─ play ── does them when they are due;  controls ── on a link that is up, of either backend
 //!    │
-//!    └─ model ── one direction as arithmetic; loss and random numbers are its parts
+//!    ├─ shell ── netem-scripts/link: namespaces, and `tc netem` where the kernel has it;  tc ── its words
+//!    │
+//!    └─ model ── one direction as arithmetic; loss, ordinals and random numbers are its parts
 //!          │      (pure: also for an in-process simulation)
 //!          └─ direction ── frames in, runs of surviving segments out; arena and segments are its parts
-//!                └─ emulator ── two TUN devices, one thread;  control ── its socket and signals
+//!                └─ emulator ── two TUN devices, one thread;  control ── its socket and signals, command ── its lines
 //!
-//! show ── what a link carried, of either backend      probe, check ── does it do what its profile asks?
+//! show ── what a link carried, of either backend
+//! check ── does it do what its profile asks? By rtt and probe, within interval; beside it what other tools say; starvation
 //! ```
 //!
 //! Loss, rate and queue apply to each datagram as a wire would carry it, also inside the trains of segmentation offload.
@@ -19,36 +23,55 @@
 
 mod arena;
 mod args;
+mod change;
 mod check;
 mod clock;
 mod command;
 mod control;
+mod controls;
 mod direction;
 mod emulator;
+mod event;
+mod interval;
 mod lateness;
 mod link;
 mod loss;
 mod model;
+mod ordinals;
+mod play;
 mod probe;
 mod profile;
 mod random;
+mod rtt;
 mod segments;
 mod shell;
 mod show;
+mod starvation;
 mod stats;
+mod tc;
+mod timeline;
+mod tools;
 mod tun;
 mod units;
 
 pub use args::{EmulatorArgs, WanError, run};
-pub use check::{CheckError, CheckReport, Finding, check};
+pub use change::{Change, Directions, InvalidChange};
+pub use check::{Beside, CheckError, CheckReport, Finding, Refusal, check};
 pub use control::{ControlError, ask};
+pub use controls::ControlsError;
 pub use emulator::EmulatorError;
+pub use event::{Event, Happening};
 pub use lateness::LatenessSummary;
 pub use link::{InvalidLinkName, Link, LinkError, LinkName, SITE_DEVICE, Site, enter_namespace};
 pub use loss::{GilbertElliott, Loss};
-pub use model::{DropCause, ETHERNET_OVERHEAD, Jitter, LinkModel, LinkSettings, Verdict};
+pub use model::{DropCause, ETHERNET_OVERHEAD, Fate, Jitter, LinkModel, LinkSettings, Reordering, Verdict};
+pub use ordinals::{InvalidOrdinals, Ordinals};
+pub use play::{Ending, PlayError, Played, play};
 pub use probe::{OneWayDelay, ProbeError, ProbeReport, ProbeSettings, probe};
 pub use profile::{Mistake, Profile, ProfileError};
-pub use random::Probability;
+pub use random::{OutsideZeroToOne, Probability};
+pub use rtt::{RttReport, measure_rtt};
 pub use show::{ShowError, show};
 pub use stats::{Backend, DirectionStats, Dropped, Drops, EmulatorStats, LinkStats, Scheduling, Traffic};
+pub use timeline::{Deed, Step, states, steps};
+pub use tools::{Pings, Stream, ToolError};

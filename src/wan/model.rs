@@ -1,27 +1,34 @@
 //! One direction of a link as arithmetic: what becomes of a datagram that is offered now.
 //!
 //! ```text
-//! offer(now, bytes) → outage → mtu → loss → bottleneck (rate, byte-limited queue, tail drop) → one-way delay → at
+//! offer(now, bytes) → outage → mtu → script → loss → bottleneck (rate, byte-limited queue, tail drop) → delay → at
+//!                                                 └─ duplication: a copy, right behind it
 //! ```
 //!
 //! No packet, clock, socket or thread is in here, so the emulator and an in-process simulation use the same model and
-//! behave alike. The order of datagrams is kept, whatever the jitter and however the settings change.
+//! behave alike. The order of datagrams is kept, whatever the jitter and however the settings change; only those that
+//! [`Reordering`] picks overtake others. Each purpose has random numbers of its own, so that one setting does not change
+//! what another draws.
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::loss::{Loss, LossProcess};
-use super::random::Random;
+use super::ordinals::Ordinals;
+use super::random::{Probability, Random};
 use crate::proto::page::ByteRate;
 
 /// Bytes of Ethernet framing that `tc` counts with each IP packet, and so does the bottleneck.
 pub const ETHERNET_OVERHEAD: u32 = 14;
 
 /// What one direction of the link is like.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkSettings {
     /// From the bottleneck's exit to the other site. Half the RTT.
     pub one_way_delay: Duration,
     /// What the bottleneck passes, [`LinkSettings::overhead_bytes`] included. Zero counts as one byte per second.
+    #[serde(with = "rate_in_bytes")]
     pub rate: ByteRate,
     /// What may wait at the bottleneck, overhead included, the datagram in transmission too; what does not fit whole is
     /// dropped.
@@ -30,10 +37,16 @@ pub struct LinkSettings {
     pub overhead_bytes: u32,
     /// Longer IP packets are dropped.
     pub mtu_bytes: u32,
-    /// Which datagrams are lost.
+    /// Which datagrams are lost by chance.
     pub loss: Loss,
+    /// Which datagrams are lost by their number since the link began.
+    pub lost: Ordinals,
     /// Variation of the delay.
     pub jitter: Option<Jitter>,
+    /// Which datagrams overtake others.
+    pub reordering: Option<Reordering>,
+    /// How many of the datagrams that were not lost come twice. A copy passes the bottleneck like any datagram.
+    pub duplication: Probability,
 }
 
 impl LinkSettings {
@@ -46,12 +59,30 @@ impl LinkSettings {
 
 /// Delay that wanders about its mean as an Ornstein-Uhlenbeck process, as queues along a path make it do. Independent
 /// delays for each datagram would reorder nearly all of them at high rates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Jitter {
     /// Standard deviation.
     pub deviation: Duration,
     /// Time in which a deviation falls to 1/e.
     pub correlation_time: Duration,
+}
+
+/// A share of the datagrams takes a shorter way behind the bottleneck, as with `reorder` of `tc netem`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reordering {
+    /// How many do.
+    pub share: Probability,
+    /// By how much it is shorter. As long as the delay or longer, they do not wait at all, which is what netem does.
+    pub lead: Duration,
+}
+
+/// What becomes of a datagram, and of its copy where it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fate {
+    /// Of the datagram.
+    pub verdict: Verdict,
+    /// Of its copy.
+    pub copy: Option<Verdict>,
 }
 
 /// What becomes of a datagram.
@@ -60,6 +91,11 @@ pub enum Verdict {
     /// It reaches the other site then.
     Deliver {
         /// Never before the delivery of an earlier datagram.
+        at: Instant,
+    },
+    /// It reaches the other site before some that were offered earlier.
+    Overtake {
+        /// Never before the delivery of an earlier datagram that overtakes.
         at: Instant,
     },
     /// It does not.
@@ -73,6 +109,8 @@ pub enum DropCause {
     Outage,
     /// It was longer than the MTU.
     Mtu,
+    /// Its number, or a burst that was asked for, said so.
+    Script,
     /// The loss model took it.
     Loss,
     /// It did not fit into the bottleneck's queue.
@@ -85,6 +123,11 @@ pub struct LinkModel {
     settings: LinkSettings,
     loss: LossProcess,
     wander: Wander,
+    overtakers: Random,
+    copies: Random,
+    /// How many datagrams were offered, and up to which of them all are lost.
+    offered: u64,
+    lost_until: u64,
     /// How long a full queue takes to drain.
     queue_time: Duration,
     /// Half-open windows in which nothing enters.
@@ -93,6 +136,7 @@ pub struct LinkModel {
     busy_until: Instant,
     fraction: u64,
     last_delivery: Instant,
+    last_overtaking: Instant,
 }
 
 impl LinkModel {
@@ -106,12 +150,17 @@ impl LinkModel {
                 at: now,
                 random: Random::new(seed, 2 * stream + 1),
             },
+            overtakers: Random::new(seed, FURTHER_STREAMS + 2 * stream),
+            copies: Random::new(seed, FURTHER_STREAMS + 2 * stream + 1),
+            offered: 0,
+            lost_until: 0,
             queue_time: settings.queue_time(),
             settings,
             outages: Vec::new(),
             busy_until: now,
             fraction: 0,
             last_delivery: now,
+            last_overtaking: now,
         }
     }
 
@@ -122,16 +171,36 @@ impl LinkModel {
     }
 
     /// Offers one datagram of `ip_bytes`. Calls must come in the order of time.
-    pub fn offer(&mut self, now: Instant, ip_bytes: u32) -> Verdict {
+    pub fn offer(&mut self, now: Instant, ip_bytes: u32) -> Fate {
+        self.offered += 1;
+        let verdict = match self.refuses(now, ip_bytes) {
+            Some(cause) => Verdict::Drop(cause),
+            None => self.carry(now, ip_bytes),
+        };
+        let doubled = !matches!(verdict, Verdict::Drop(_)) && self.copies.hit(self.settings.duplication);
+        Fate {
+            verdict,
+            copy: doubled.then(|| self.carry(now, ip_bytes)),
+        }
+    }
+
+    /// Why a datagram does not come as far as the bottleneck.
+    fn refuses(&mut self, now: Instant, ip_bytes: u32) -> Option<DropCause> {
         if !self.outages.is_empty() && self.is_down(now) {
-            return Verdict::Drop(DropCause::Outage);
+            Some(DropCause::Outage)
+        } else if ip_bytes > self.settings.mtu_bytes {
+            Some(DropCause::Mtu)
+        } else if self.offered <= self.lost_until || self.settings.lost.contain(self.offered) {
+            Some(DropCause::Script)
+        } else if self.loss.loses() {
+            Some(DropCause::Loss)
+        } else {
+            None
         }
-        if ip_bytes > self.settings.mtu_bytes {
-            return Verdict::Drop(DropCause::Mtu);
-        }
-        if self.loss.loses() {
-            return Verdict::Drop(DropCause::Loss);
-        }
+    }
+
+    /// Takes a datagram through the bottleneck and the delay.
+    fn carry(&mut self, now: Instant, ip_bytes: u32) -> Verdict {
         let Some(sent_at) = self.enqueue(now, ip_bytes) else {
             return Verdict::Drop(DropCause::Queue);
         };
@@ -139,6 +208,13 @@ impl LinkModel {
             None => self.settings.one_way_delay,
             Some(jitter) => self.wander.apply(jitter, self.settings.one_way_delay, sent_at),
         };
+        if let Some(reordering) = self.settings.reordering
+            && self.overtakers.hit(reordering.share)
+        {
+            let at = (sent_at + delay.saturating_sub(reordering.lead)).max(self.last_overtaking);
+            self.last_overtaking = at;
+            return Verdict::Overtake { at };
+        }
         let at = (sent_at + delay).max(self.last_delivery);
         self.last_delivery = at;
         Verdict::Deliver { at }
@@ -189,6 +265,11 @@ impl LinkModel {
         self.outages.push((start, start + length));
     }
 
+    /// Loses the next `datagrams` that would otherwise be left to chance.
+    pub fn lose(&mut self, datagrams: u64) {
+        self.lost_until = self.offered.saturating_add(datagrams);
+    }
+
     /// Forgets all cuts, running and planned.
     pub fn restore(&mut self) {
         self.outages.clear();
@@ -220,12 +301,28 @@ impl Wander {
     }
 }
 
+/// A rate in JSON: bytes per second.
+mod rate_in_bytes {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    use crate::proto::page::ByteRate;
+
+    pub(super) fn serialize<S: Serializer>(rate: &ByteRate, serializer: S) -> Result<S::Ok, S::Error> {
+        rate.0.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ByteRate, D::Error> {
+        u64::deserialize(deserializer).map(ByteRate)
+    }
+}
+
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
+/// Behind the random streams of loss and jitter of all directions, so that those stay what they were.
+const FURTHER_STREAMS: u64 = 1 << 32;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wan::random::Probability;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -238,7 +335,10 @@ mod tests {
             overhead_bytes: ETHERNET_OVERHEAD,
             mtu_bytes: 1500,
             loss: Loss::None,
+            lost: Ordinals::default(),
             jitter: None,
+            reordering: None,
+            duplication: Probability::NEVER,
         }
     }
 
@@ -250,10 +350,25 @@ mod tests {
         Instant::now()
     }
 
-    fn delivery(verdict: Verdict) -> Instant {
-        match verdict {
+    fn delivery(fate: Fate) -> Instant {
+        match fate.verdict {
             Verdict::Deliver { at } => at,
-            Verdict::Drop(cause) => panic!("dropped: {cause:?}"),
+            other => panic!("not delivered in order: {other:?}"),
+        }
+    }
+
+    fn chance(value: f64) -> Probability {
+        Probability::new(value).expect("a probability")
+    }
+
+    fn passes(fate: Fate) -> bool {
+        matches!(fate.verdict, Verdict::Deliver { .. })
+    }
+
+    fn dropped(cause: DropCause) -> Fate {
+        Fate {
+            verdict: Verdict::Drop(cause),
+            copy: None,
         }
     }
 
@@ -316,21 +431,18 @@ mod tests {
         let mut link = LinkModel::new(settings(), 1, 0, begin);
         // 6 250 000 bytes of queue are 4128 full datagrams of 1514 bytes, and 208 bytes that hold no other.
         let mut accepted = 0;
-        while let Verdict::Deliver { .. } = link.offer(begin, 1500) {
+        while passes(link.offer(begin, 1500)) {
             accepted += 1;
         }
         assert_eq!(accepted, 4128);
         assert_eq!(link.queued_bytes(begin), 4128 * 1514);
-        assert_eq!(link.offer(begin, 1500), Verdict::Drop(DropCause::Queue));
-        assert!(matches!(
-            link.offer(begin, 208 - ETHERNET_OVERHEAD),
-            Verdict::Deliver { .. }
-        ));
-        assert_eq!(link.offer(begin, 1), Verdict::Drop(DropCause::Queue));
+        assert_eq!(link.offer(begin, 1500), dropped(DropCause::Queue));
+        assert!(passes(link.offer(begin, 208 - ETHERNET_OVERHEAD)));
+        assert_eq!(link.offer(begin, 1), dropped(DropCause::Queue));
         // One line time later there is room for exactly one.
         let later = begin + Duration::from_nanos(1514 * 8);
-        assert!(matches!(link.offer(later, 1500), Verdict::Deliver { .. }));
-        assert_eq!(link.offer(later, 1500), Verdict::Drop(DropCause::Queue));
+        assert!(passes(link.offer(later, 1500)));
+        assert_eq!(link.offer(later, 1500), dropped(DropCause::Queue));
     }
 
     #[test]
@@ -338,7 +450,7 @@ mod tests {
         let begin = start();
         let mut link = LinkModel::new(settings(), 1, 0, begin);
         let mut last = begin;
-        while let Verdict::Deliver { at } = link.offer(begin, 1500) {
+        while let Verdict::Deliver { at } = link.offer(begin, 1500).verdict {
             last = at;
         }
         let waited = last - begin - 75 * MS;
@@ -349,8 +461,8 @@ mod tests {
     fn a_datagram_of_the_mtu_passes_and_one_byte_more_does_not() {
         let begin = start();
         let mut link = LinkModel::new(settings(), 1, 0, begin);
-        assert!(matches!(link.offer(begin, 1500), Verdict::Deliver { .. }));
-        assert_eq!(link.offer(begin, 1501), Verdict::Drop(DropCause::Mtu));
+        assert!(passes(link.offer(begin, 1500)));
+        assert_eq!(link.offer(begin, 1501), dropped(DropCause::Mtu));
     }
 
     #[test]
@@ -358,7 +470,7 @@ mod tests {
         let begin = start();
         let mut link = LinkModel::new(settings(), 1, 0, begin);
         link.cut(begin + 10 * MS, 20 * MS);
-        let fate = |link: &mut LinkModel, ms: u32| matches!(link.offer(begin + ms * MS, 100), Verdict::Deliver { .. });
+        let fate = |link: &mut LinkModel, ms: u32| passes(link.offer(begin + ms * MS, 100));
         assert!(fate(&mut link, 9));
         assert!(!fate(&mut link, 10));
         assert!(!fate(&mut link, 29));
@@ -380,7 +492,7 @@ mod tests {
             0,
             begin,
         );
-        assert_eq!(link.offer(begin, 1500), Verdict::Drop(DropCause::Loss));
+        assert_eq!(link.offer(begin, 1500), dropped(DropCause::Loss));
         assert_eq!(link.queued_bytes(begin), 0);
     }
 
@@ -438,7 +550,7 @@ mod tests {
     fn one_seed_gives_the_same_verdicts_and_the_directions_differ() {
         let begin = start();
         let fates = |seed, stream| {
-            let loss = Loss::Bernoulli(Probability::new(0.5).expect("one half"));
+            let loss = Loss::Bernoulli(chance(0.5));
             let mut link = LinkModel::new(LinkSettings { loss, ..settings() }, seed, stream, begin);
             (0..64).map(|_| link.offer(begin, 100)).collect::<Vec<_>>()
         };
@@ -457,5 +569,178 @@ mod tests {
         });
         let at = delivery(link.offer(begin, 1250 - ETHERNET_OVERHEAD));
         assert_eq!(at - begin, 76 * MS);
+    }
+
+    #[test]
+    fn the_share_that_overtakes_arrives_its_lead_earlier_and_the_others_keep_their_order() {
+        let begin = start();
+        let reordering = Some(Reordering {
+            share: chance(0.1),
+            lead: 2 * MS,
+        });
+        let mut link = LinkModel::new(
+            LinkSettings {
+                reordering,
+                ..settings()
+            },
+            11,
+            0,
+            begin,
+        );
+        let line_time = Duration::from_nanos(1514 * 8);
+        let (mut overtaking, mut last, mut last_overtaking) = (0, begin, begin);
+        for index in 0..100_000_u32 {
+            let now = begin + index * Duration::from_micros(20);
+            match link.offer(now, 1500).verdict {
+                Verdict::Deliver { at } => {
+                    assert_eq!(at - now, 75 * MS + line_time);
+                    assert!(at >= last);
+                    last = at;
+                }
+                Verdict::Overtake { at } => {
+                    assert_eq!(at - now, 73 * MS + line_time);
+                    assert!(at >= last_overtaking);
+                    last_overtaking = at;
+                    overtaking += 1;
+                }
+                Verdict::Drop(cause) => panic!("dropped: {cause:?}"),
+            }
+        }
+        // Binomial: deviation 95.
+        assert!((9_620..=10_380).contains(&overtaking), "{overtaking}");
+    }
+
+    #[test]
+    fn a_lead_beyond_the_delay_is_no_delay_and_never_a_time_before_the_bottleneck() {
+        let begin = start();
+        let reordering = Some(Reordering {
+            share: Probability::ALWAYS,
+            lead: Duration::MAX,
+        });
+        let mut link = LinkModel::new(
+            LinkSettings {
+                reordering,
+                ..settings()
+            },
+            1,
+            0,
+            begin,
+        );
+        let at = begin + Duration::from_nanos(1514 * 8);
+        assert_eq!(link.offer(begin, 1500).verdict, Verdict::Overtake { at });
+    }
+
+    #[test]
+    fn a_copy_passes_the_bottleneck_right_behind_its_datagram() {
+        let begin = start();
+        let duplication = Probability::ALWAYS;
+        let mut link = LinkModel::new(
+            LinkSettings {
+                duplication,
+                ..settings()
+            },
+            1,
+            0,
+            begin,
+        );
+        let line_time = Duration::from_nanos(1514 * 8);
+        let first = begin + 75 * MS + line_time;
+        assert_eq!(
+            link.offer(begin, 1500),
+            Fate {
+                verdict: Verdict::Deliver { at: first },
+                copy: Some(Verdict::Deliver { at: first + line_time })
+            }
+        );
+        assert_eq!(link.queued_bytes(begin), 2 * 1514);
+    }
+
+    #[test]
+    fn a_share_of_those_that_pass_is_doubled_and_no_lost_one_is() {
+        let begin = start();
+        let settings = LinkSettings {
+            loss: Loss::Bernoulli(chance(0.5)),
+            duplication: chance(0.02),
+            ..settings()
+        };
+        let mut link = LinkModel::new(settings, 12, 0, begin);
+        let (mut passed, mut copies) = (0_u32, 0_u32);
+        for index in 0..200_000_u32 {
+            let fate = link.offer(begin + index * Duration::from_micros(30), 1500);
+            passed += u32::from(passes(fate));
+            copies += u32::from(fate.copy.is_some());
+            assert!(passes(fate) || fate.copy.is_none());
+        }
+        // 2 % of 100 000: deviation 44, and that of `passed` adds 4.
+        assert!((99_100..=100_900).contains(&passed), "{passed}");
+        assert!((1_820..=2_180).contains(&copies), "{copies}");
+    }
+
+    #[test]
+    fn reordering_and_copies_do_not_change_which_datagrams_are_lost() {
+        let begin = start();
+        let plain = LinkSettings {
+            loss: Loss::Bernoulli(chance(0.1)),
+            ..settings()
+        };
+        let lost = |settings: &LinkSettings| -> Vec<u32> {
+            let mut link = LinkModel::new(settings.clone(), 13, 0, begin);
+            let mut is_lost = |index: &u32| {
+                let now = begin + *index * Duration::from_micros(40);
+                link.offer(now, 1500) == dropped(DropCause::Loss)
+            };
+            (0..5_000).filter(|index| is_lost(index)).collect()
+        };
+        let busy = LinkSettings {
+            duplication: chance(0.3),
+            reordering: Some(Reordering {
+                share: chance(0.3),
+                lead: MS,
+            }),
+            ..plain.clone()
+        };
+        assert!(lost(&plain).len() > 400);
+        assert_eq!(lost(&plain), lost(&busy));
+    }
+
+    #[test]
+    fn a_script_loses_the_numbers_it_names_and_no_other() {
+        let begin = start();
+        let lost = "2, 5-7".parse().expect("numbers");
+        let mut link = LinkModel::new(LinkSettings { lost, ..settings() }, 1, 0, begin);
+        let gone: Vec<u32> = (1..=10)
+            .filter(|_| link.offer(begin, 100) == dropped(DropCause::Script))
+            .collect();
+        assert_eq!(gone, [2, 5, 6, 7]);
+    }
+
+    #[test]
+    fn a_burst_loses_the_next_datagrams_and_the_one_behind_them_passes() {
+        let begin = start();
+        let mut link = LinkModel::new(settings(), 1, 0, begin);
+        assert!(passes(link.offer(begin, 100)));
+        link.lose(3);
+        let fates: Vec<bool> = (0..5).map(|_| passes(link.offer(begin, 100))).collect();
+        assert_eq!(fates, [false, false, false, true, true]);
+    }
+
+    #[test]
+    fn settings_survive_json() {
+        let all = LinkSettings {
+            loss: Loss::Bernoulli(chance(0.1)),
+            lost: "3-4".parse().expect("numbers"),
+            jitter: Some(Jitter {
+                deviation: MS,
+                correlation_time: 200 * MS,
+            }),
+            reordering: Some(Reordering {
+                share: chance(0.01),
+                lead: Duration::MAX,
+            }),
+            duplication: chance(0.001),
+            ..settings()
+        };
+        let json = serde_json::to_string(&all).expect("plain data");
+        assert_eq!(serde_json::from_str::<LinkSettings>(&json).expect("the same"), all);
     }
 }

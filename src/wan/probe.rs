@@ -16,6 +16,8 @@ use serde::Serialize;
 use super::clock;
 use super::link::{Link, LinkError, Site, enter_namespace};
 use super::model::ETHERNET_OVERHEAD;
+use super::random::Probability;
+use super::starvation::Watch;
 use super::tun::schedule_in_real_time;
 use crate::proto::page::ByteRate;
 
@@ -45,6 +47,10 @@ pub struct ProbeReport {
     pub loss_runs: u64,
     /// Datagrams that arrived after a later one.
     pub reordered: u64,
+    /// Datagrams that arrived before an earlier one: those that overtook.
+    pub overtook: u64,
+    /// Copies of datagrams that had arrived before.
+    pub duplicates: u64,
     /// UDP payload of a datagram.
     pub payload_bytes: u64,
     /// How long sending took.
@@ -55,6 +61,8 @@ pub struct ProbeReport {
     pub one_way: OneWayDelay,
     /// In the second half, when a bottleneck's queue has found its length.
     pub one_way_second_half: OneWayDelay,
+    /// How long both threads together were ready and mostly did not run. Nothing where the kernel does not count.
+    pub starved_seconds: Option<f64>,
 }
 
 /// One-way delays, milliseconds, exact quantiles.
@@ -121,7 +129,12 @@ pub fn probe(link: &Link, settings: ProbeSettings) -> Result<ProbeReport, ProbeE
         let sent = sender.join().map_err(|_| ProbeError::Ended)?;
         // The receiver ends without a cause of its own when the sender fails.
         match (arrivals, sent) {
-            (Ok(arrivals), Ok(sent)) => evaluate(plan.payload, sent, &arrivals),
+            (Ok((arrivals, starved)), Ok(sent)) => {
+                let mut report = evaluate(plan.payload, sent, &arrivals)?;
+                let both = starved.zip(sent.starved).map(|(one, other)| one + other);
+                report.starved_seconds = both.map(|both| both.as_secs_f64());
+                Ok(report)
+            }
             (Err(ProbeError::Ended), Err(error)) | (Err(error), _) | (_, Err(error)) => Err(error),
         }
     })
@@ -142,6 +155,8 @@ struct Plan<'a> {
 struct Sent {
     datagrams: u64,
     elapsed: Duration,
+    /// How long the thread was ready and mostly did not run.
+    starved: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -184,7 +199,7 @@ impl<'a> Plan<'a> {
         // The link is measured, not the load of the machine. Refused, the figures still stand on an idle one.
         let _ = schedule_in_real_time(PRIORITY);
         let open = || {
-            let socket = UdpSocket::bind(SocketAddr::from((site.address(), 0)))?;
+            let socket = UdpSocket::bind(SocketAddr::from((self.link.address(site), 0)))?;
             let state = UdpSocketState::new((&socket).into())?;
             let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER_BYTES);
             let _ = rustix::net::sockopt::set_socket_send_buffer_size_force(&socket, SOCKET_BUFFER_BYTES);
@@ -210,11 +225,13 @@ fn send(plan: &Plan<'_>, destination: SocketAddr) -> Result<Sent, ProbeError> {
     let wire = (plan.payload + UDP_IP_HEADERS) as u64 + u64::from(ETHERNET_OVERHEAD);
     let mut train = vec![0x5a; plan.payload * segments];
     let start = clock::now();
+    let mut watch = Watch::new(start);
     let mut skipped = Duration::ZERO;
     let mut number = 0;
     while number < plan.datagrams {
         let due = start + skipped + plan.settings.rate.time_for(number * wire);
         let now = clock::now();
+        watch.look(now);
         if due > now + WORTH_SLEEPING {
             clock::sleep(due - now);
         } else if now > due + LONGEST_LAG {
@@ -245,9 +262,11 @@ fn send(plan: &Plan<'_>, destination: SocketAddr) -> Result<Sent, ProbeError> {
         }
         number += segments as u64;
     }
+    let end = clock::now();
     Ok(Sent {
         datagrams: number,
-        elapsed: clock::now() - start,
+        elapsed: end - start,
+        starved: watch.end(end),
     })
 }
 
@@ -255,7 +274,7 @@ fn receive(
     plan: &Plan<'_>,
     address: mpsc::Sender<SocketAddr>,
     end: &Receiver<Sent>,
-) -> Result<Vec<Arrival>, ProbeError> {
+) -> Result<(Vec<Arrival>, Option<Duration>), ProbeError> {
     let site = plan.settings.from.peer();
     let (socket, state) = plan.socket(site, "receiving")?;
     let failed = |source| ProbeError::Socket {
@@ -263,6 +282,7 @@ fn receive(
         namespace: plan.namespace(site),
         source,
     };
+    let mut watch = Watch::new(clock::now());
     let mut arrivals = Vec::with_capacity(plan.datagrams as usize);
     let mut room = vec![0; 64 * 1024 * RECEIVE_BATCH];
     address
@@ -270,6 +290,8 @@ fn receive(
         .map_err(|_| ProbeError::Ended)?;
     let mut sent: Option<(Sent, Instant)> = None;
     let profile = &plan.link.profile;
+    // Copies are counted, so the last of them are waited for.
+    let countable = profile.duplication == Probability::NEVER;
     let jitter = profile.jitter.map_or(Duration::ZERO, |jitter| 4 * jitter.deviation);
     let patience = profile.one_way_delay() + profile.queue + jitter + Duration::from_millis(300);
     loop {
@@ -277,7 +299,9 @@ fn receive(
         let mut parts: Vec<_> = room.chunks_mut(64 * 1024).map(IoSliceMut::new).collect();
         match state.recv((&socket).into(), &mut parts, &mut meta) {
             Ok(count) => {
-                let at = clock::now() - plan.epoch;
+                let now = clock::now();
+                watch.look(now);
+                let at = now - plan.epoch;
                 for (meta, part) in meta.iter().take(count).zip(&parts) {
                     for datagram in part[..meta.len].chunks(meta.stride.max(1)) {
                         if arrivals.len() < MAX_DATAGRAMS as usize {
@@ -291,9 +315,12 @@ fn receive(
             Err(error) => return Err(failed(error)),
         }
         let now = clock::now();
+        watch.look(now);
         match (sent, end.try_recv()) {
-            (Some((sent, since)), _) if arrivals.len() as u64 >= sent.datagrams || now > since + patience => {
-                return Ok(arrivals);
+            (Some((sent, since)), _)
+                if countable && arrivals.len() as u64 >= sent.datagrams || now > since + patience =>
+            {
+                return Ok((arrivals, watch.end(now)));
             }
             (None, Ok(all)) => sent = Some((all, now)),
             (None, Err(TryRecvError::Disconnected)) => return Err(ProbeError::Ended),
@@ -323,16 +350,22 @@ fn evaluate(payload: usize, sent: Sent, arrivals: &[Arrival]) -> Result<ProbeRep
         return Err(ProbeError::Silence(sent.datagrams));
     };
     let mut seen = vec![false; sent.datagrams as usize];
-    let (mut reordered, mut highest) = (0, 0);
+    let (mut reordered, mut highest, mut duplicates) = (0, 0, 0);
     for arrival in arrivals {
         if let Some(seen) = usize::try_from(arrival.number)
             .ok()
             .and_then(|number| seen.get_mut(number))
         {
+            duplicates += u64::from(*seen);
             *seen = true;
         }
         reordered += u64::from(arrival.number < highest);
         highest = highest.max(arrival.number);
+    }
+    let (mut overtook, mut lowest_behind) = (0, u64::MAX);
+    for arrival in arrivals.iter().rev() {
+        overtook += u64::from(arrival.number > lowest_behind);
+        lowest_behind = lowest_behind.min(arrival.number);
     }
     let received = seen.iter().filter(|seen| **seen).count() as u64;
     let loss_runs = seen.chunk_by(|one, next| one == next).filter(|run| !run[0]).count() as u64;
@@ -353,11 +386,14 @@ fn evaluate(payload: usize, sent: Sent, arrivals: &[Arrival]) -> Result<ProbeRep
         lost: sent.datagrams - received,
         loss_runs,
         reordered,
+        overtook,
+        duplicates,
         payload_bytes: payload as u64,
         send_seconds: sent.elapsed.as_secs_f64(),
         payload_bits_per_second: if seconds > 0.0 { bits / seconds } else { 0.0 },
         one_way: OneWayDelay::of(arrivals),
         one_way_second_half: OneWayDelay::of(&half),
+        starved_seconds: None,
     })
 }
 
@@ -365,13 +401,7 @@ impl OneWayDelay {
     fn of(arrivals: &[Arrival]) -> Self {
         let mut delays: Vec<_> = arrivals.iter().map(|arrival| arrival.one_way).collect();
         delays.sort_unstable();
-        // The nearest rank; there is at least one.
-        let ms = |quantile: f64| {
-            let rank = (delays.len() as f64 * quantile).ceil() as usize;
-            delays
-                .get(rank.saturating_sub(1))
-                .map_or(0.0, |delay| delay.as_secs_f64() * 1e3)
-        };
+        let ms = |quantile| quantile_ms(&delays, quantile);
         Self {
             min_ms: ms(0.0),
             p50_ms: ms(0.5),
@@ -379,6 +409,14 @@ impl OneWayDelay {
             max_ms: ms(1.0),
         }
     }
+}
+
+/// The time in `sorted` that a share `quantile` does not exceed, by the nearest rank; 0 of none.
+pub(super) fn quantile_ms(sorted: &[Duration], quantile: f64) -> f64 {
+    let rank = (sorted.len() as f64 * quantile).ceil() as usize;
+    sorted
+        .get(rank.saturating_sub(1))
+        .map_or(0.0, |time| time.as_secs_f64() * 1e3)
 }
 
 /// IPv4 and UDP.
@@ -403,6 +441,7 @@ mod tests {
         Sent {
             datagrams,
             elapsed: Duration::from_secs(1),
+            starved: None,
         }
     }
 
@@ -463,6 +502,16 @@ mod tests {
         all.push(double);
         let report = evaluate(1472, sent(10), &all).expect("all arrived");
         assert_eq!((report.received, report.lost, report.reordered), (10, 0, 1));
+        assert_eq!(report.duplicates, 1);
+    }
+
+    #[test]
+    fn one_that_overtakes_many_counts_once_and_those_behind_it_each() {
+        let mut all = arrivals(10, &[]);
+        let early = all.remove(8);
+        all.insert(2, early);
+        let report = evaluate(1472, sent(10), &all).expect("all arrived");
+        assert_eq!((report.overtook, report.reordered, report.duplicates), (1, 6, 0));
     }
 
     #[test]

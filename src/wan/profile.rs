@@ -6,10 +6,41 @@
 //! queue = "50ms"         # what the bottleneck holds before it drops, as time at the rate
 //! loss = "0.1%"          # of the datagrams in each direction, each on its own; or instead
 //! gilbert_elliott = { p = "0.02%", r = "20%", loss_in_bad = "100%", loss_in_good = "0%" }
+//! lose = "17, 100-109"   # and these, by their number in each direction since the link is up, from 1
 //! jitter = "1ms"         # standard deviation of the delay in each direction; order is kept
 //! jitter_correlation = "200ms"
+//! reordering = "1%"      # of the datagrams overtake others, as with tc netem: they do not wait for the delay at all,
+//! reordering_lead = "2ms" # or, with this key, arrive only so much earlier than the others, as on real paths
+//! duplication = "0.1%"   # of the datagrams that pass come twice; the copy passes the bottleneck right behind
 //! mtu = 1500             # IP bytes
+//!
+//! # What happens when `netem-scripts/link play` has started the clock:
+//! [[event]]
+//! at = "10s"             # required, as is the kind
+//! kind = "cut"           # nothing enters; what is on its way still arrives
+//! for = "5s"             # how long it lasts: required of a cut, and without it any other event is for good
+//! direction = "ab"       # ab, ba or both; both where it is not given
+//!
+//! [[event]]
+//! at = "20s"
+//! kind = "rate"          # rtt, delay (one way), rate, queue, loss, gilbert_elliott ("p/r/1-h/1-k"), jitter, reordering
+//! to = "100mbit"         # ("1%/2ms"), duplication or mtu changes to this; then to what it was before
+//! for = "3s"
+//!
+//! [[event]]
+//! at = "30s"
+//! kind = "lose"          # the next datagrams of the direction, whatever they are
+//! datagrams = 20
+//!
+//! [[event]]
+//! at = "40s"
+//! kind = "address"       # the site's address on the link; the one before is removed
+//! site = "a"             # a or b; a where it is not given
+//! to = "10.77.0.11"
 //! ```
+//!
+//! The kernel's netem cannot keep order under jitter, reorder by a lead, or lose by number: links of such profiles are
+//! emulated. A datagram beyond the MTU vanishes in the emulator; with netem the router answers it, as routers should.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,10 +48,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::event::{self, Event, EventTable};
 use super::loss::{GilbertElliott, Loss};
-use super::model::{ETHERNET_OVERHEAD, Jitter, LinkSettings};
+use super::model::{ETHERNET_OVERHEAD, Jitter, LinkSettings, Reordering};
+use super::ordinals::Ordinals;
 use super::random::Probability;
-use super::units;
+use super::{timeline, units};
 use crate::proto::page::ByteRate;
 
 /// A link that both directions follow.
@@ -36,10 +69,18 @@ pub struct Profile {
     pub queue: Duration,
     /// Of each direction.
     pub loss: Loss,
+    /// Datagrams of each direction that are lost whatever chance says.
+    pub lost: Ordinals,
     /// Of each direction.
     pub jitter: Option<Jitter>,
+    /// Of each direction.
+    pub reordering: Option<Reordering>,
+    /// Of each direction.
+    pub duplication: Probability,
     /// IP bytes of the longest packet.
     pub mtu_bytes: u32,
+    /// What happens when its time line is played, in the order of the file.
+    pub events: Vec<Event>,
 }
 
 /// A profile cannot be used.
@@ -84,8 +125,8 @@ pub enum ProfileError {
 /// What is wrong with one field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistake {
-    /// The field's key.
-    pub key: &'static str,
+    /// The field's key; of an event's field, with the number of the event.
+    pub key: String,
     /// A clause that goes on from the key.
     pub text: String,
 }
@@ -163,6 +204,9 @@ impl Profile {
             "queue_bytes": self.queue_bytes(),
             "loss_fraction": self.loss.mean(),
             "jitter_seconds": self.jitter.map_or(0.0, |jitter| jitter.deviation.as_secs_f64()),
+            "reordering_fraction": self.reordering.map_or(0.0, |reordering| reordering.share.value()),
+            "duplication_fraction": self.duplication.value(),
+            "events": self.events.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "mtu_bytes": self.mtu_bytes,
         })
     }
@@ -177,8 +221,17 @@ impl Profile {
             overhead_bytes: ETHERNET_OVERHEAD,
             mtu_bytes: self.mtu_bytes,
             loss: self.loss,
+            lost: self.lost.clone(),
             jitter: self.jitter,
+            reordering: self.reordering,
+            duplication: self.duplication,
         }
+    }
+
+    /// Every state that a direction passes through when the time line is played, the first included.
+    #[must_use]
+    pub fn states(&self) -> Vec<LinkSettings> {
+        timeline::states(&self.direction(), &self.events)
     }
 }
 
@@ -191,9 +244,15 @@ struct ProfileFile {
     queue: Option<String>,
     loss: Option<String>,
     gilbert_elliott: Option<GilbertElliottTable>,
+    lose: Option<String>,
     jitter: Option<String>,
     jitter_correlation: Option<String>,
+    reordering: Option<String>,
+    reordering_lead: Option<String>,
+    duplication: Option<String>,
     mtu: Option<i64>,
+    #[serde(default)]
+    event: Vec<EventTable>,
 }
 
 #[derive(Deserialize)]
@@ -213,17 +272,13 @@ impl ProfileFile {
             format!("{:?} is longer than a minute", rtt)
         });
         let rate = fields.rate(&self.rate);
-        fields.require((SLOWEST..=FASTEST).contains(&rate), "rate", || {
-            format!("{rate} is outside {SLOWEST} to {FASTEST}")
-        });
+        let outside = outside_rates(rate);
+        fields.require(outside.is_none(), "rate", || outside.unwrap_or_default());
         let queue = fields.duration("queue", self.queue.as_deref(), DEFAULT_QUEUE);
-        let mtu_bytes = u32::try_from(self.mtu.unwrap_or(DEFAULT_MTU)).unwrap_or(0);
-        fields.require((SMALLEST_MTU..=LARGEST_MTU).contains(&mtu_bytes), "mtu", || {
-            format!(
-                "{} is outside {SMALLEST_MTU} (the least that IPv6 needs) to {LARGEST_MTU}",
-                self.mtu.unwrap_or(0)
-            )
-        });
+        let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
+        let mtu_bytes = u32::try_from(mtu).unwrap_or(0);
+        let outside = outside_mtus(mtu);
+        fields.require(outside.is_none(), "mtu", || outside.unwrap_or_default());
         let packet = u64::from(mtu_bytes + ETHERNET_OVERHEAD);
         fields.require(rate.bytes_in(queue) >= packet || rate < SLOWEST, "queue", || {
             format!("{queue:?} at {rate} does not hold one packet of {packet} bytes")
@@ -232,7 +287,16 @@ impl ProfileFile {
             format!("{queue:?} is longer than a minute")
         });
         let loss = fields.loss(self.loss.as_deref(), self.gilbert_elliott.as_ref());
+        let lost = self.lose.as_deref().map_or_else(Ordinals::default, |text| {
+            fields.take("lose", text, text.parse(), Ordinals::default())
+        });
         let jitter = fields.jitter(self.jitter.as_deref(), self.jitter_correlation.as_deref(), rtt / 2);
+        let reordering = fields.reordering(self.reordering.as_deref(), self.reordering_lead.as_deref());
+        let duplication = self
+            .duplication
+            .as_deref()
+            .map_or(Probability::NEVER, |text| fields.percentage("duplication", text));
+        let events = event::check(&self.event, event::numbered, &mut fields.mistakes);
         if fields.mistakes.is_empty() {
             Ok(Profile {
                 name,
@@ -240,8 +304,12 @@ impl ProfileFile {
                 rate,
                 queue,
                 loss,
+                lost,
                 jitter,
+                reordering,
+                duplication,
                 mtu_bytes,
+                events,
             })
         } else {
             Err(fields.mistakes)
@@ -258,14 +326,17 @@ struct Fields {
 impl Fields {
     fn require(&mut self, holds: bool, key: &'static str, text: impl FnOnce() -> String) {
         if !holds && self.mistakes.iter().all(|mistake| mistake.key != key) {
-            self.mistakes.push(Mistake { key, text: text() });
+            self.mistakes.push(Mistake {
+                key: key.to_owned(),
+                text: text(),
+            });
         }
     }
 
     fn take<T, E: fmt::Display>(&mut self, key: &'static str, text: &str, read: Result<T, E>, otherwise: T) -> T {
         read.unwrap_or_else(|error| {
             self.mistakes.push(Mistake {
-                key,
+                key: key.to_owned(),
                 text: format!("{text:?} is not understood; {error}"),
             });
             otherwise
@@ -328,6 +399,29 @@ impl Fields {
             correlation_time,
         })
     }
+
+    fn reordering(&mut self, share: Option<&str>, lead: Option<&str>) -> Option<Reordering> {
+        self.require(share.is_some() || lead.is_none(), "reordering_lead", || {
+            "say with reordering which share of the datagrams has it".to_owned()
+        });
+        let lead = self.duration("reordering_lead", lead, Duration::MAX);
+        self.require(lead > Duration::ZERO, "reordering_lead", || {
+            "0 would overtake nothing".to_owned()
+        });
+        let share = share.map(|text| self.percentage("reordering", text))?;
+        (share != Probability::NEVER).then_some(Reordering { share, lead })
+    }
+}
+
+/// Why no link has this rate, if none has.
+pub(super) fn outside_rates(rate: ByteRate) -> Option<String> {
+    (!(SLOWEST..=FASTEST).contains(&rate)).then(|| format!("{rate} is outside {SLOWEST} to {FASTEST}"))
+}
+
+/// Why no link has this MTU, if none has.
+pub(super) fn outside_mtus(mtu: i64) -> Option<String> {
+    (!(i64::from(SMALLEST_MTU)..=i64::from(LARGEST_MTU)).contains(&mtu))
+        .then(|| format!("{mtu} is outside {SMALLEST_MTU} (the least that IPv6 needs) to {LARGEST_MTU}"))
 }
 
 /// Names of the profiles in `directory`, sorted.
@@ -349,7 +443,8 @@ fn known_names(names: &[String]) -> String {
     }
 }
 
-fn lines(mistakes: &[Mistake]) -> String {
+/// One on a line.
+pub(super) fn lines(mistakes: &[Mistake]) -> String {
     mistakes.iter().map(|mistake| format!("\n  {mistake}")).collect()
 }
 
@@ -363,7 +458,7 @@ const SMALLEST_MTU: u32 = 1280;
 /// The largest that a TUN device takes.
 const LARGEST_MTU: u32 = 65_535;
 /// Four times a geostationary satellite's RTT is 2.4 s; beyond a minute somebody mistook the unit.
-const LONGEST_RTT: Duration = Duration::from_secs(60);
+pub(super) const LONGEST_RTT: Duration = Duration::from_secs(60);
 const SLOWEST: ByteRate = ByteRate::from_bits_per_second(8_000);
 const FASTEST: ByteRate = ByteRate::from_bits_per_second(100_000_000_000);
 
@@ -430,6 +525,7 @@ mod tests {
     fn every_field_is_read() {
         let profile = parse(
             "rtt = '100ms'\nrate = '50mbit'\nqueue = '200ms'\njitter = '1ms'\njitter_correlation = '30ms'\nmtu = 9000\n\
+             lose = '3'\nreordering = '1%'\nreordering_lead = '2ms'\nduplication = '0.1%'\n\
              gilbert_elliott = { p = '1%', r = '10%', loss_in_bad = '50%', loss_in_good = '0.1%' }",
         )
         .expect("valid");
@@ -447,6 +543,44 @@ mod tests {
         };
         assert_eq!((profile.jitter, profile.mtu_bytes), (Some(jitter), 9000));
         assert_eq!(profile.queue_bytes(), 1_250_000);
+        let reordering = Reordering {
+            share: chance(0.01),
+            lead: Duration::from_millis(2),
+        };
+        assert_eq!(profile.reordering, Some(reordering));
+        assert_eq!(profile.duplication, chance(0.001));
+        assert!(profile.lost.contain(3) && !profile.lost.contain(4));
+    }
+
+    #[test]
+    fn reordering_without_a_lead_is_that_of_netem() {
+        let profile = parse("rtt = '150ms'\nrate = '1gbit'\nreordering = '1%'").expect("valid");
+        assert_eq!(
+            profile.reordering.map(|reordering| reordering.lead),
+            Some(Duration::MAX)
+        );
+        let none = parse("rtt = '150ms'\nrate = '1gbit'\nreordering = '0%'").expect("valid");
+        assert_eq!(none.reordering, None);
+    }
+
+    #[test]
+    fn events_are_read_and_the_states_they_lead_to_are_known() {
+        let profile = parse(
+            "rtt = '150ms'\nrate = '1gbit'\n[[event]]\nat = '1s'\nkind = 'rate'\nto = '2gbit'\nfor = '1s'\n\
+             [[event]]\nat = '5s'\nkind = 'cut'\nfor = '3s'\ndirection = 'ab'",
+        )
+        .expect("valid");
+        assert_eq!(profile.events.len(), 2);
+        let fastest = profile.states().iter().map(|state| state.rate).max();
+        assert_eq!(fastest, Some(ByteRate::from_bits_per_second(2_000_000_000)));
+    }
+
+    #[test]
+    fn mistakes_in_events_are_reported_with_those_of_the_link() {
+        let error = parse("rtt = '1h'\nrate = '1gbit'\n[[event]]\nat = '1s'\nkind = 'cut'").expect_err("two mistakes");
+        for key in ["rtt", "event 1.for"] {
+            assert!(error.contains(&format!("\n  {key}: ")), "{error}");
+        }
     }
 
     #[test]
@@ -466,6 +600,12 @@ mod tests {
             ("mtu = -1", "mtu"),
             ("jitter = '30ms'", "jitter"),
             ("jitter_correlation = '0ms'", "jitter_correlation"),
+            ("lose = '0'", "lose"),
+            ("reordering = '1'", "reordering"),
+            ("reordering_lead = '1ms'", "reordering_lead"),
+            ("reordering = '1%'\nreordering_lead = '0ms'", "reordering_lead"),
+            ("duplication = '101%'", "duplication"),
+            ("event = [{ at = '1s', kind = 'cut' }]", "event 1.for"),
             ("gilbert_elliott = { p = '1%', r = '0%' }", "gilbert_elliott.r"),
             ("gilbert_elliott = { p = 'x', r = '1%' }", "gilbert_elliott.p"),
             (

@@ -2,6 +2,8 @@
 //!
 //! Own rather than a crate's, because a seed must give the same losses for ever: it is part of every measured result.
 
+use serde::{Deserialize, Serialize};
+
 /// A seeded stream of random numbers. Equal seeds and stream numbers give equal numbers.
 #[derive(Clone, Debug)]
 pub(super) struct Random {
@@ -55,7 +57,8 @@ impl Random {
 }
 
 /// A probability from 0 to 1.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
 pub struct Probability {
     value: f64,
     /// `value` x 2^64; `u64::MAX` means always.
@@ -90,6 +93,25 @@ impl Probability {
         self.value
     }
 }
+
+impl TryFrom<f64> for Probability {
+    type Error = OutsideZeroToOne;
+
+    fn try_from(value: f64) -> Result<Self, OutsideZeroToOne> {
+        Self::new(value).ok_or(OutsideZeroToOne)
+    }
+}
+
+impl From<Probability> for f64 {
+    fn from(probability: Probability) -> Self {
+        probability.value
+    }
+}
+
+/// A number is no probability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a probability is a number from 0 to 1")]
+pub struct OutsideZeroToOne;
 
 /// One step of splitmix64: the next state and the output.
 fn splitmix(state: u64) -> (u64, u64) {

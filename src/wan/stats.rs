@@ -44,6 +44,10 @@ pub struct DirectionStats {
     pub delivered: Traffic,
     /// What it did not hand over, by cause.
     pub dropped: Drops,
+    /// Copies that the link made, beside what was offered. Nothing where the kernel does not count them.
+    pub duplicated: Option<Traffic>,
+    /// What took the shorter way and overtook others. Nothing where the kernel does not count them.
+    pub overtaking: Option<Traffic>,
     /// What is on its way: queued or delayed.
     pub in_flight_bytes: u64,
 }
@@ -57,14 +61,16 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// Datagrams that did not pass. Those of the first four causes are the link's doing, the others a fault of the harness.
+/// Datagrams that did not pass. Those of the first five causes are the link's doing, the others a fault of the harness.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drops {
     /// While the direction was cut.
     pub outage: Dropped,
     /// Longer than the MTU.
     pub mtu: Dropped,
-    /// Taken by the loss model.
+    /// Named by a script or lost in a burst that was asked for.
+    pub script: Dropped,
+    /// Taken by the loss model; with netem, by a cut too.
     pub loss: Dropped,
     /// Found the bottleneck's queue full.
     pub queue: Dropped,
@@ -199,6 +205,7 @@ mod tests {
         let mut link = stats();
         for drops in [
             &mut link.ab.dropped.loss,
+            &mut link.ab.dropped.script,
             &mut link.ab.dropped.queue,
             &mut link.ba.dropped.outage,
         ] {
