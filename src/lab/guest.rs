@@ -3,6 +3,7 @@
 //! The image is built by `netem-scripts/guest`; what the guest does and says is told in `netem-scripts/guest-src/main.rs`,
 //! and read by [`Heartbeat`](super::heartbeat::Heartbeat).
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -39,11 +40,28 @@ impl Image {
     /// # Errors
     /// [`ImageError::Script`] with what the script said, [`ImageError::Missing`] where it made nothing.
     pub fn build(script: &Path, directory: &Path) -> Result<Self, ImageError> {
+        Self::make(script, directory, &[])
+    }
+
+    /// As [`Image::build`], with what `application` needs in a root file system in memory. The first time it downloads the
+    /// application's packages.
+    ///
+    /// # Errors
+    /// As [`Image::build`].
+    pub fn build_with(script: &Path, directory: &Path, application: Workload) -> Result<Self, ImageError> {
+        match application {
+            Workload::None => Self::build(script, directory),
+            _ => Self::make(script, directory, &["--application", application.name()]),
+        }
+    }
+
+    fn make(script: &Path, directory: &Path, options: &[&str]) -> Result<Self, ImageError> {
         let unstarted = |source| ImageError::Unstarted {
             script: script.to_owned(),
             source,
         };
         let output = Command::new(script)
+            .args(options)
             .arg("--directory")
             .arg(directory)
             .stdin(Stdio::null())
@@ -57,6 +75,40 @@ impl Image {
             });
         }
         Self::open(directory)
+    }
+}
+
+/// What runs under load in the guest beside its working set. All but `None` need an image that has it ([`Image::build_with`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Workload {
+    /// Nothing.
+    #[default]
+    None,
+    /// Redis; an operation is a GET or a SET of 1 KiB.
+    Redis,
+    /// nginx; an operation is a GET of a file of 4 to 64 KiB.
+    Nginx,
+    /// PostgreSQL; an operation is a transaction of pgbench.
+    Postgres,
+    /// GCC; an operation is the compilation of a small file.
+    Compile,
+}
+
+impl Workload {
+    /// All that need an image of their own.
+    pub const APPLICATIONS: [Self; 4] = [Self::Redis, Self::Nginx, Self::Postgres, Self::Compile];
+
+    /// Its name, as the guest takes it and as a report says it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Redis => "redis",
+            Self::Nginx => "nginx",
+            Self::Postgres => "postgres",
+            Self::Compile => "compile",
+        }
     }
 }
 
@@ -77,10 +129,16 @@ pub struct GuestDials {
     /// Bytes that change in a rewritten page; at least 16, its version and checksum.
     #[arg(long, default_value_t = 64)]
     pub bytes_per_page: u64,
-    /// Share of the pages that hold random bytes, in percent; the others hold text.
+    /// Share of the pages that hold random bytes, in percent; what no share claims holds text.
     #[arg(long, default_value_t = 25)]
     pub incompressible_percent: u64,
-    /// Share of the pages that are hot, in percent.
+    /// Share of the pages that hold zeroes, in percent; they are never rewritten.
+    #[arg(long, default_value_t = 0)]
+    pub zero_percent: u64,
+    /// Share of the pages that hold the same text as seven others, in percent; they are never rewritten.
+    #[arg(long, default_value_t = 0)]
+    pub duplicated_percent: u64,
+    /// Share of the pages that are hot, in percent, of those that are rewritten.
     #[arg(long, default_value_t = 10)]
     pub hot_pages_percent: u64,
     /// Share of the writes that go to the hot pages, in percent; 0 spreads all writes evenly.
@@ -95,6 +153,13 @@ pub struct GuestDials {
     /// The same seed gives the same pages.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// The guest's address in its /24; without one it has no network.
+    #[arg(long, value_name = "IPV4")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
+    /// What runs under load beside the working set.
+    #[arg(long, value_enum, default_value_t)]
+    pub application: Workload,
 }
 
 impl Default for GuestDials {
@@ -105,11 +170,15 @@ impl Default for GuestDials {
             pages_per_second: 2_000,
             bytes_per_page: 64,
             incompressible_percent: 25,
+            zero_percent: 0,
+            duplicated_percent: 0,
             hot_pages_percent: 10,
             hot_writes_percent: 0,
             checks_per_second: 1_000,
             beat_us: 5_000,
             seed: 1,
+            address: None,
+            application: Workload::None,
         }
     }
 }
@@ -126,6 +195,39 @@ impl GuestDials {
         }
     }
 
+    /// A guest with room for `application` and a small working set that proves the memory: 1 GiB. The proof goes before the application,
+    /// which runs at a lower priority, so it is kept cheap.
+    #[must_use]
+    pub fn with_application(application: Workload) -> Self {
+        Self {
+            memory_mb: 1024,
+            working_set_mb: 16,
+            pages_per_second: 100,
+            checks_per_second: 100,
+            application,
+            ..Self::default()
+        }
+    }
+
+    /// Finds what a guest cannot do.
+    ///
+    /// # Errors
+    /// [`DialsError`] says which dials do not fit together. The guest would refuse them when it boots.
+    pub fn check(&self) -> Result<(), DialsError> {
+        let shares = [self.incompressible_percent, self.zero_percent, self.duplicated_percent];
+        let sum = shares.iter().fold(0_u64, |sum, share| sum.saturating_add(*share));
+        if sum > 100 {
+            return Err(DialsError::Shares { sum });
+        }
+        if self.working_set_mb >= self.memory_mb {
+            return Err(DialsError::Room {
+                working_set_mb: self.working_set_mb,
+                memory_mb: self.memory_mb,
+            });
+        }
+        Ok(())
+    }
+
     /// Pages of the working set, of 4 KiB.
     #[must_use]
     pub fn pages(&self) -> u64 {
@@ -140,6 +242,8 @@ impl GuestDials {
             ("pages_per_second", self.pages_per_second),
             ("bytes_per_page", self.bytes_per_page),
             ("incompressible_percent", self.incompressible_percent),
+            ("zero_percent", self.zero_percent),
+            ("duplicated_percent", self.duplicated_percent),
             ("hot_pages_percent", self.hot_pages_percent),
             ("hot_writes_percent", self.hot_writes_percent),
             ("checks_per_second", self.checks_per_second),
@@ -151,6 +255,11 @@ impl GuestDials {
         for (name, value) in dials {
             line.push_str(&format!(" longhaul.{name}={value}"));
         }
+        let address = self.address.map_or("none".to_owned(), |address| address.to_string());
+        let application = self.application.name();
+        line.push_str(&format!(
+            " longhaul.address={address} longhaul.application={application}"
+        ));
         line
     }
 }
@@ -164,10 +273,13 @@ pub struct GuestFiles {
     pub heartbeat: PathBuf,
     /// What the guest's kernel and program say.
     pub console: PathBuf,
+    /// The tap device of the guest's network, in the namespace where QEMU runs; it must exist before QEMU starts
+    /// ([`Network`](super::network::Network)). `None`: the guest has no network.
+    pub tap: Option<String>,
 }
 
 impl GuestFiles {
-    /// `NAME.qmp`, `NAME.beat` and `NAME.console` in `directory`.
+    /// `NAME.qmp`, `NAME.beat` and `NAME.console` in `directory`; no network.
     #[must_use]
     pub fn named(directory: &Path, name: &str) -> Self {
         let file = |kind: &str| directory.join(format!("{name}.{kind}"));
@@ -175,6 +287,16 @@ impl GuestFiles {
             qmp: file("qmp"),
             heartbeat: file("beat"),
             console: file("console"),
+            tap: None,
+        }
+    }
+
+    /// The same with a network on `tap`.
+    #[must_use]
+    pub fn on_tap(self, tap: &str) -> Self {
+        Self {
+            tap: Some(tap.to_owned()),
+            ..self
         }
     }
 }
@@ -284,6 +406,12 @@ impl Launch {
         ]
         .map(str::to_owned)
         .into();
+        if let Some(tap) = &files.tap {
+            // No boot ROM: nobody boots from it, and a migration would carry its 256 KiB.
+            let device = format!("virtio-net-pci,netdev=lan,mac={MAC},romfile=");
+            let network = format!("tap,id=lan,ifname={tap},script=no,downscript=no,vhost=off");
+            command.extend(["-netdev".to_owned(), network, "-device".to_owned(), device]);
+        }
         match start {
             Start::Boot => {}
             Start::Receive => command.extend(["-incoming", "defer"].map(str::to_owned)),
@@ -291,6 +419,28 @@ impl Launch {
         }
         command
     }
+}
+
+/// The guest's hardware address, at every site: locally administered.
+const MAC: &str = "52:4c:48:00:00:02";
+
+/// Dials that do not fit together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DialsError {
+    /// More than every page has a content.
+    #[error("incompressible, zero and duplicated pages are {sum} percent together, which is more than 100")]
+    Shares {
+        /// Their sum.
+        sum: u64,
+    },
+    /// The kernel needs memory too.
+    #[error("a working set of {working_set_mb} MiB has no room in a memory of {memory_mb} MiB")]
+    Room {
+        /// The working set.
+        working_set_mb: u64,
+        /// RAM of the VM.
+        memory_mb: u64,
+    },
 }
 
 /// The guest's image is not to be had.
@@ -350,6 +500,41 @@ mod tests {
         }
         let parsed = <Flags as clap::Parser>::try_parse_from(["flags"]).unwrap();
         assert_eq!(parsed.dials, GuestDials::default());
+    }
+
+    #[test]
+    fn the_name_of_an_application_is_what_a_plan_and_a_flag_call_it() {
+        for workload in [Workload::None].into_iter().chain(Workload::APPLICATIONS) {
+            let flag = clap::ValueEnum::to_possible_value(&workload).unwrap();
+            assert_eq!(flag.get_name(), workload.name());
+            assert_eq!(serde_json::to_value(workload).unwrap(), workload.name());
+        }
+    }
+
+    #[test]
+    fn shares_of_everything_fit_and_shares_of_more_do_not() {
+        let mut dials = GuestDials {
+            zero_percent: 50,
+            duplicated_percent: 25,
+            ..GuestDials::default()
+        };
+        assert_eq!(dials.check(), Ok(()));
+        dials.zero_percent += 1;
+        assert_eq!(dials.check(), Err(DialsError::Shares { sum: 101 }));
+    }
+
+    #[test]
+    fn a_guest_has_a_network_where_it_has_a_tap() {
+        let image = Image {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+        };
+        let launch = Launch::new(image, GuestDials::small());
+        let files = GuestFiles::named(Path::new("/t"), "a");
+        let without = launch.command(&files, Start::Boot);
+        let with = launch.command(&files.on_tap("tap-a"), Start::Boot);
+        assert_eq!(with[..without.len()], without);
+        assert!(with[without.len() + 1].contains("ifname=tap-a,"), "{with:?}");
     }
 
     #[test]

@@ -15,6 +15,8 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::application::{Window, Windows};
+
 /// One sign of life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Beat {
@@ -64,6 +66,8 @@ pub struct Heard {
     pub out_of_order: u64,
     /// Lines that say nothing known; one that migration cut in two is expected.
     pub fragments: u64,
+    /// What the guest's application did, where there is one.
+    pub windows: Windows,
     /// QEMU has closed the channel.
     pub ended: bool,
     verified: Option<(u64, Verified)>,
@@ -289,10 +293,11 @@ fn wait_readable(stream: &BlockingStream) -> std::io::Result<()> {
 }
 
 /// What one line says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Said {
     Ready(u64),
     Beat(Beat),
+    Work(Window),
     Verified(u64, Verified),
     Fragment,
 }
@@ -305,6 +310,9 @@ fn parse(line: &[u8], at: Instant) -> Said {
     let Some(line) = line.strip_suffix('\n') else {
         return Said::Fragment;
     };
+    if let Some(work) = line.strip_prefix("work ") {
+        return Window::parse(work, at).map_or(Said::Fragment, Said::Work);
+    }
     let mut words = line.split(' ');
     let kind = words.next();
     let numbers: Option<Vec<u64>> = words.map(|word| word.parse().ok()).collect();
@@ -329,6 +337,7 @@ impl Heard {
         match said {
             Said::Ready(pages) => self.ready = Some(pages),
             Said::Verified(token, verified) => self.verified = Some((token, verified)),
+            Said::Work(window) => self.windows.push(window),
             Said::Fragment => self.fragments += 1,
             Said::Beat(beat) => {
                 if let Some(last) = self.last {
@@ -350,8 +359,8 @@ fn now() -> Instant {
     Instant::now()
 }
 
-/// A line of the guest has at most 100 bytes.
-const LINE_BYTES: usize = 256;
+/// A sign of life has at most 100 bytes; what an application did names a class of length for each of its operations at worst.
+const LINE_BYTES: usize = 8 << 10;
 
 /// The guest cannot be heard.
 #[derive(Debug, thiserror::Error)]

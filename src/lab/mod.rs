@@ -1,14 +1,18 @@
 //! The lab: real guests on an emulated link, measured from outside.
 //!
-//! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`demo`] moves it to
+//! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`] is what else it does.
+//! [`network`] joins the sites' guests and a client, [`prober`] is that client. [`demo`] moves the guest to
 //! and fro beside plain QEMU, [`kill`] kills the gateways that move it. [`record`] is what one measured run found. The link itself is made by `netem-scripts/link`.
 
+pub mod application;
 pub mod demo;
 pub mod guest;
 pub mod heartbeat;
 pub mod kill;
 pub mod link;
 pub mod monitor;
+pub mod network;
+pub mod prober;
 pub mod process;
 pub mod record;
 
@@ -19,6 +23,7 @@ use clap::{Args, Subcommand};
 pub use self::demo::DemoArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
+pub use self::prober::ProbeArgs;
 
 /// `longhaul lab …`: measurements and demonstrations on this machine.
 #[derive(Clone, Debug, Subcommand)]
@@ -28,7 +33,9 @@ pub enum LabCommand {
     /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
     Kill(Box<KillArgs>),
     /// Prints the QEMU command line of the lab's guest, one argument a line.
-    Guest(GuestArgs),
+    Guest(Box<GuestArgs>),
+    /// Asks the lab's guest every few milliseconds whether it is there, until its own standard input ends; prints what it saw.
+    Probe(ProbeArgs),
 }
 
 impl LabCommand {
@@ -38,6 +45,7 @@ impl LabCommand {
             Self::Demo(args) => demo::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
             Self::Guest(args) => args.run(),
+            Self::Probe(args) => prober::run(args).await,
         }
     }
 }
@@ -51,6 +59,9 @@ pub struct GuestArgs {
     /// Directory of QEMU's sockets and of the console's text.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub directory: PathBuf,
+    /// Tap device of the guest's network.
+    #[arg(long, value_name = "DEVICE")]
+    pub tap: Option<String>,
     /// Wait, paused, for a guest that comes from elsewhere.
     #[arg(long)]
     pub incoming: bool,
@@ -89,7 +100,11 @@ impl GuestArgs {
         } else {
             Start::Boot
         };
-        for argument in launch.command(&GuestFiles::named(&self.directory, "vm"), start) {
+        let files = GuestFiles {
+            tap: self.tap,
+            ..GuestFiles::named(&self.directory, "vm")
+        };
+        for argument in launch.command(&files, start) {
             println!("{argument}");
         }
         0

@@ -159,7 +159,7 @@ fn last_lines(log: &Path) -> String {
 }
 
 /// A lab that is killed cannot clean up; then the kernel ends what it started.
-const WITH_ITS_PARENT: [&str; 4] = ["setpriv", "--pdeathsig", "KILL", "--"];
+pub(super) const WITH_ITS_PARENT: [&str; 4] = ["setpriv", "--pdeathsig", "KILL", "--"];
 
 const LAST_LINES: usize = 20;
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::baseline::{allow_controls, restore_controls};
 use super::{DemoError, say};
 use crate::lab::link::Link;
+use crate::lab::network::Network;
 use crate::lab::process::{kill_in_namespace, run};
 
 /// Everything to be removed again, by [`Stage::clean`].
@@ -16,6 +17,8 @@ pub(super) struct Stage {
     pub(super) directory: PathBuf,
     /// The emulated link.
     pub(super) link: Link,
+    /// The network of guests that have one.
+    network: Network,
     /// The namespace that has no link.
     pub(super) floor: String,
 }
@@ -41,11 +44,13 @@ impl Stage {
 
     fn of(process: u32, link_script: &Path) -> Self {
         let name = run_name(process);
+        let link = Link::named(link_script, &name);
         Self {
             // Not the user's own directory for temporary files: paths of sockets are short.
             directory: Path::new("/tmp").join(format!("longhaul-{name}")),
             floor: format!("{name}-floor"),
-            link: Link::named(link_script, &name),
+            network: Network::named(&name, [&link.namespace_a(), &link.namespace_b()]),
+            link,
         }
     }
 
@@ -78,6 +83,9 @@ impl Stage {
     /// Removes everything; logs are copied to `logs` before. Problems are told and do not stop the rest.
     pub(super) async fn clean(&self, logs: Option<&Path>) {
         self.kill_all().await;
+        if self.network.is_there() {
+            tell(self.network.down().await);
+        }
         if self.link.is_there() {
             tell(self.link.down().await);
         }
@@ -174,7 +182,12 @@ mod tests {
         for process in [1, 4711, 1 << 22] {
             let stage = Stage::of(process, Path::new("link"));
             assert!(run_name(process).len() <= 8, "{}", run_name(process));
-            for name in [&stage.floor, &stage.link.namespace_a(), &stage.link.namespace_b()] {
+            let namespaces = [
+                &stage.link.namespace_a(),
+                &stage.link.namespace_b(),
+                stage.network.client(),
+            ];
+            for name in namespaces.into_iter().chain([stage.floor.as_str()]) {
                 assert_eq!(run_of(name), Some(process), "{name}");
             }
             let directory = stage.directory.file_name().unwrap().to_string_lossy().into_owned();
