@@ -2,7 +2,8 @@
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`] is what else it does.
 //! [`network`] joins the sites' guests and a client, [`prober`] is that client. [`demo`] moves the guest to
-//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. [`record`] is what one measured run found. The link itself is made by `netem-scripts/link`.
+//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. [`record`] is what one measured run found,
+//! [`report`] shows many of them. The link itself is made by `netem-scripts/link`.
 
 pub mod application;
 pub mod demo;
@@ -15,6 +16,7 @@ pub mod network;
 pub mod prober;
 pub mod process;
 pub mod record;
+pub mod report;
 
 use std::path::PathBuf;
 
@@ -24,6 +26,7 @@ pub use self::demo::DemoArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
 pub use self::prober::ProbeArgs;
+pub use self::report::ReportArgs;
 
 /// `longhaul lab …`: measurements and demonstrations on this machine.
 #[derive(Clone, Debug, Subcommand)]
@@ -32,6 +35,8 @@ pub enum LabCommand {
     Demo(Box<DemoArgs>),
     /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
     Kill(Box<KillArgs>),
+    /// Makes a report of what the lab measured: DIR/index.html, and DIR/report.md with its pictures.
+    Report(ReportArgs),
     /// Prints the QEMU command line of the lab's guest, one argument a line.
     Guest(Box<GuestArgs>),
     /// Asks the lab's guest every few milliseconds whether it is there, until its own standard input ends; prints what it saw.
@@ -44,6 +49,7 @@ impl LabCommand {
         match self {
             Self::Demo(args) => demo::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
+            Self::Report(args) => args.run(),
             Self::Guest(args) => args.run(),
             Self::Probe(args) => prober::run(args).await,
         }

@@ -2,11 +2,54 @@
 //!
 //! Names are stable and new ones are added at will; the unit ends the name. What was not measured is absent, never zero. The words
 //! are defined in `docs/lab.md`.
+//!
+//! A line is a [`Run`] unless its `kind` says otherwise: runs have none (`"kind": "run"` is the same), a [`Frontier`] has
+//! `"kind": "frontier"`. A kind that is not known is refused, because leaving it out would change what a report says.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::guest::GuestDials;
+
+/// One line of the lab's file.
+#[derive(Clone, Debug)]
+pub enum Record {
+    /// A move.
+    Run(Box<Run>),
+    /// What several moves together found.
+    Frontier(Frontier),
+}
+
+impl Record {
+    /// Reads one line.
+    ///
+    /// # Errors
+    /// [`RecordError`] where it is no JSON, lacks a field, or is of a kind that is not known here.
+    pub fn parse(line: &[u8]) -> Result<Self, RecordError> {
+        let Kind { kind } = serde_json::from_slice(line)?;
+        match kind.as_deref() {
+            None | Some("run") => Ok(Self::Run(serde_json::from_slice(line)?)),
+            Some("frontier") => Ok(Self::Frontier(serde_json::from_slice(line)?)),
+            Some(kind) => Err(RecordError::Kind { kind: kind.to_owned() }),
+        }
+    }
+}
+
+/// A line is no record.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error("it is no JSON of a record")]
+    Json(#[from] serde_json::Error),
+    #[error("its kind, {kind:?}, is not known to this version of longhaul")]
+    Kind { kind: String },
+}
+
+/// Looked at first, so that what is wrong with a line is said in the words of its own kind.
+#[derive(Deserialize)]
+struct Kind {
+    #[serde(default)]
+    kind: Option<String>,
+}
 
 /// One move of one guest by one engine across one link.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -164,4 +207,77 @@ pub struct Setting {
     /// TCP settings of the sites' namespaces: `tcp_congestion_control`, `tcp_rmem`, `tcp_wmem`.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub tcp: Map<String, Value>,
+    /// RTT of the link's profile, with nothing queued.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_rtt_seconds: Option<f64>,
+    /// Rate of the link's profile, each direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_rate_bits_per_second: Option<f64>,
+    /// Mean share of packets that the link's profile loses, each direction, 0..=1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_loss_fraction: Option<f64>,
+}
+
+/// How fast a guest may write so that an engine still gets it across, as a search over its writes found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename = "frontier")]
+pub struct Frontier {
+    /// As in [`Run::engine`].
+    pub engine: String,
+    /// As in [`Run::profile`].
+    pub profile: String,
+    /// As in [`Run::guest`]; only its writes a second were varied.
+    pub guest: String,
+    /// The most at which it converged; absent where it never did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub converges_pages_per_second: Option<u64>,
+    /// The least at which it did not; absent where it always did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fails_pages_per_second: Option<u64>,
+    /// How many runs the search took.
+    pub runs: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frontier() -> Frontier {
+        Frontier {
+            engine: "longhaul".to_owned(),
+            profile: "lossy".to_owned(),
+            guest: "busy".to_owned(),
+            converges_pages_per_second: Some(16_000),
+            fails_pages_per_second: None,
+            runs: 7,
+        }
+    }
+
+    #[test]
+    fn a_frontier_is_told_from_a_run_by_its_kind() {
+        let line = serde_json::to_vec(&frontier()).unwrap();
+        match Record::parse(&line).unwrap() {
+            Record::Frontier(found) => assert_eq!(found, frontier()),
+            Record::Run(_) => panic!("{} was read as a run", String::from_utf8_lossy(&line)),
+        }
+        assert_eq!(serde_json::to_value(frontier()).unwrap()["kind"], "frontier");
+    }
+
+    #[test]
+    fn a_line_with_no_kind_is_a_run() {
+        let run = r#"{"engine":"e","profile":"p","guest":"g","seed":1,"repetition":1,"outcome":"not_finished","usable":true,"dials":{},
+            "setting":{"started_unix_seconds":1,"kernel":"k","cpus":2,"qemu":"10","accelerator":"tcg","longhaul":"l","link_backend":"netem"}}"#;
+        let named = run.replacen('{', r#"{"kind":"run","#, 1);
+        for line in [run, &named] {
+            assert!(
+                matches!(Record::parse(line.as_bytes()), Ok(Record::Run(run)) if run.setting.link_rtt_seconds.is_none())
+            );
+        }
+    }
+
+    #[test]
+    fn a_kind_of_tomorrow_is_refused_by_its_name() {
+        let error = Record::parse(br#"{"kind":"weather"}"#).unwrap_err();
+        assert!(error.to_string().contains("weather"), "{error}");
+    }
 }
