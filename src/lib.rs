@@ -31,7 +31,7 @@
 //! | [`cli`] | edge | one file per verb |
 //! | [`metrics`] | edge | every series, once |
 //! | [`wan`] | tool | the emulated link between two sites, and what looks at it |
-//! | [`lab`] | tool | the demo and the lab: guests, measures, reports |
+//! | [`lab`] | tool | real guests on that link: engines that move them, plans, measures, reports, the demo, the kills |
 //!
 //! # What a reader may rely on
 //!

@@ -170,6 +170,9 @@ pub struct Progress {
     pub dirty_bytes_per_second: f64,
     /// What is still to be sent in this round.
     pub remaining_bytes: u64,
+    /// What the gateway holds and has not sent yet.
+    #[serde(default)]
+    pub backlog_bytes: u64,
     /// Downtime if the VM were paused now.
     pub expected_downtime_seconds: f64,
     /// Until the VM runs at the destination; `None` while it is unknown or the migration is not converging.

@@ -141,6 +141,7 @@ mod tests {
             reduction_ratio: 4.21,
             dirty_bytes_per_second: 8_100_000.0,
             remaining_bytes: 1,
+            backlog_bytes: 0,
             expected_downtime_seconds: 0.2,
             eta_seconds: Some(12.0),
             eta_reason: None,

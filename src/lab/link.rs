@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::process::{ProcessError, run};
+use super::process::{Process, ProcessError, run};
 
 /// Address of site A on the link.
 pub const ADDRESS_A: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
@@ -25,10 +25,20 @@ pub(super) struct Link {
 /// What a link has carried.
 #[derive(Clone, Debug)]
 pub(super) struct Carried {
-    /// IP bytes that both sites have put onto it, lost ones included.
-    pub(super) wire_bytes: u64,
+    /// IP bytes that site A and site B have put onto it, lost ones included.
+    pub(super) offered: [u64; 2],
+    /// `netem` or `emulator`.
+    pub(super) backend: String,
     /// Why figures measured across it are not to be used. Nothing, where they are.
     pub(super) fault: Option<String>,
+}
+
+impl Carried {
+    /// IP bytes of both directions.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        let [a, b] = self.offered;
+        a.saturating_add(b)
+    }
 }
 
 impl Link {
@@ -43,9 +53,11 @@ impl Link {
         }
     }
 
-    /// Makes the link.
-    pub(super) async fn up(&self, profile: &str) -> Result<(), LinkError> {
-        self.script(&["up", "--profile", profile, "--name", &self.name]).await?;
+    /// Makes the link `profile` (a name or a file), whose losses follow `seed`.
+    pub(super) async fn up(&self, profile: &str, seed: u64) -> Result<(), LinkError> {
+        let seed = seed.to_string();
+        self.script(&["up", "--profile", profile, "--name", &self.name, "--seed", &seed])
+            .await?;
         Ok(())
     }
 
@@ -53,6 +65,24 @@ impl Link {
     pub(super) async fn down(&self) -> Result<(), LinkError> {
         self.script(&["down", "--name", &self.name]).await?;
         Ok(())
+    }
+
+    /// Starts the time line of the profile's events, which goes on until it is over or the process is killed.
+    pub(super) fn play(&self, log: &Path) -> Result<Process, LinkError> {
+        let argv = [
+            "env",
+            &self.program,
+            &self.script.display().to_string(),
+            "play",
+            "--name",
+            &self.name,
+        ];
+        Ok(Process::spawn(
+            "the link's events",
+            None,
+            &argv.map(str::to_owned),
+            log,
+        )?)
     }
 
     /// Whether anything of the link exists, also of one that is half made.
@@ -76,9 +106,9 @@ impl Link {
         let unreadable = || LinkError::Unreadable { shown: shown.clone() };
         let value: Value = serde_json::from_str(&shown).map_err(|_| unreadable())?;
         let offered = |direction: &str| value[direction]["offered"]["bytes"].as_u64().ok_or_else(unreadable);
-        let wire_bytes = offered("ab")?.saturating_add(offered("ba")?);
         Ok(Carried {
-            wire_bytes,
+            offered: [offered("ab")?, offered("ba")?],
+            backend: value["backend"].as_str().unwrap_or("unknown").to_owned(),
             fault: value["fault"].as_str().map(str::to_owned),
         })
     }

@@ -1,30 +1,44 @@
 //! The lab: real guests on an emulated link, measured from outside.
 //!
-//! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`] is what else it does.
-//! [`network`] joins the sites' guests and a client, [`prober`] is that client. [`demo`] moves the guest to
-//! and fro beside plain QEMU, [`kill`] kills the gateways that move it. [`record`] is what one measured run found,
-//! [`report`] shows many of them. The link itself is made by `netem-scripts/link`.
+//! ```text
+//! stage (namespaces, link) ─▶ site (gateway, QEMU) ─▶ engine (who moves the guest) ─▶ record (what was found) ─▶ report
+//! ```
+//!
+//! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
+//! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
+//! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move. [`record`] is what one
+//! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
 pub mod application;
+pub mod compare;
 pub mod demo;
+mod engine;
+mod error;
 pub mod guest;
 pub mod heartbeat;
 pub mod kill;
 pub mod link;
 pub mod monitor;
 pub mod network;
+pub mod plan;
 pub mod prober;
 pub mod process;
 pub mod record;
 pub mod report;
+mod site;
+mod stage;
+mod table;
+mod usage;
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+pub use self::compare::CompareArgs;
 pub use self::demo::DemoArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
+pub use self::plan::PlanArgs;
 pub use self::prober::ProbeArgs;
 pub use self::report::ReportArgs;
 
@@ -35,8 +49,12 @@ pub enum LabCommand {
     Demo(Box<DemoArgs>),
     /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
     Kill(Box<KillArgs>),
+    /// Measures what a plan says: links, guests, engines and seeds, one move after the other.
+    Plan(Box<PlanArgs>),
     /// Makes a report of what the lab measured: DIR/index.html, and DIR/report.md with its pictures.
     Report(ReportArgs),
+    /// Compares the medians of two files of runs, cell by cell.
+    Compare(CompareArgs),
     /// Prints the QEMU command line of the lab's guest, one argument a line.
     Guest(Box<GuestArgs>),
     /// Asks the lab's guest every few milliseconds whether it is there, until its own standard input ends; prints what it saw.
@@ -49,7 +67,9 @@ impl LabCommand {
         match self {
             Self::Demo(args) => demo::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
+            Self::Plan(args) => plan::run(*args).await,
             Self::Report(args) => args.run(),
+            Self::Compare(args) => args.run(),
             Self::Guest(args) => args.run(),
             Self::Probe(args) => prober::run(args).await,
         }

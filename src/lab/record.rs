@@ -95,9 +95,13 @@ pub struct Run {
     /// Most memory that a gateway had resident.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<Ends<u64>>,
-    /// Longest share of a second that a process of the engine waited for a CPU (run delay of `/proc/PID/schedstat`), 0..=1.
+    /// Of the time that its threads could have run, the share in which they waited for a CPU (run delay of `schedstat`), 0..=1: of
+    /// the gateway or hypervisor that waited most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_delay_share: Option<f64>,
+    /// Pages that the guest rewrote a second while it was moved, at the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_pages_per_second: Option<f64>,
     /// The guest checked its own memory and found it as it must be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_intact: Option<bool>,
@@ -234,6 +238,9 @@ pub struct Frontier {
     /// The least at which it did not; absent where it always did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fails_pages_per_second: Option<u64>,
+    /// Why the search ended where it did, other than by a move that did not converge: a guest that cannot write faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<String>,
     /// How many runs the search took.
     pub runs: u32,
 }
@@ -249,6 +256,7 @@ mod tests {
             guest: "busy".to_owned(),
             converges_pages_per_second: Some(16_000),
             fails_pages_per_second: None,
+            limit: None,
             runs: 7,
         }
     }

@@ -166,6 +166,7 @@ pub(crate) fn progress(phase: Phase, round: u32, percent: f64) -> Event {
         reduction_ratio: 4.2,
         dirty_bytes_per_second: 8_100_000.0,
         remaining_bytes: 1 << 20,
+        backlog_bytes: 0,
         expected_downtime_seconds: 0.2,
         eta_seconds: Some(12.0),
         eta_reason: None,

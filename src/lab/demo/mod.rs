@@ -9,29 +9,27 @@
 //! In the same run the same guest is moved with no link (the floor of its downtime) and by plain QEMU across the same
 //! link (the baselines). Whatever happens, also Ctrl-C, nothing is left behind.
 
-mod baseline;
-mod legs;
 mod report;
-mod site;
-mod stage;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
 use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::legs::Pair;
-use self::report::{Proof, Report, median};
-use self::site::{LinkSection, Site};
-use self::stage::Stage;
-use super::guest::{Accelerator, GuestDials, Image, ImageError, Launch};
-use super::heartbeat::HeartbeatError;
-use super::link::{ADDRESS_A, ADDRESS_B, LinkError};
-use super::monitor::MonitorError;
-use super::process::ProcessError;
+use self::report::{Baseline, Leg, Report};
+use super::engine::gateways::Pair;
+use super::engine::outside::Outside;
+use super::engine::proof::Proof;
+use super::engine::{Engine, qemu};
+use super::error::LabError;
+use super::guest::{Accelerator, GuestDials, Image, Launch};
+use super::record::Outcome;
+use super::site::{LinkSection, Site};
+use super::stage::Stage;
+use super::table::median;
+use crate::wan::Profile;
 
 /// Moves a Linux guest across an emulated link and back, beside plain QEMU, and reports.
 #[derive(Clone, Debug, Args)]
@@ -96,16 +94,13 @@ pub async fn run(args: DemoArgs) -> u8 {
         floor_downtime_seconds: None,
         legs: Vec::new(),
         baselines: Vec::new(),
-        guest: Proof {
-            intact: false,
-            pages_checked: 0,
-        },
+        guest: Proof::default(),
         link_fault: None,
         problem: None,
     };
     let performed = tokio::select! {
         performed = perform(&args, &tools, &link, &stage, &mut report) => performed,
-        name = interrupted() => Err(DemoError::Interrupted { name }),
+        name = interrupted() => Err(LabError::Interrupted { name }),
     };
     stage.clean(args.logs.as_deref()).await;
     match performed {
@@ -117,36 +112,30 @@ pub async fn run(args: DemoArgs) -> u8 {
     if let Some(file) = &args.json
         && let Err(source) = write_json(file, &report)
     {
-        eprintln!(
-            "demo: {}",
-            DemoError::File {
-                path: file.clone(),
-                source
-            }
-        );
+        say(&LabError::file(file, source).to_string());
         return 1;
     }
     u8::from(!report.guest.intact)
 }
 
-async fn prepare(args: &DemoArgs) -> Result<(Tools, LinkSection, Stage), DemoError> {
+async fn prepare(args: &DemoArgs) -> Result<(Tools, LinkSection, Stage), LabError> {
     if !rustix::process::geteuid().is_root() {
-        return Err(DemoError::NotRoot);
+        return Err(LabError::NotRoot);
     }
-    let link = read_profile(&args.profiles, &args.profile)?;
+    let link = LinkSection::of(&Profile::find(&args.profiles, &args.profile)?);
     let image = Image::open(&std::path::absolute(&args.image).unwrap_or_else(|_| args.image.clone()))?;
     let longhaul = args
         .longhaul
         .clone()
         .map_or_else(std::env::current_exe, Ok)
-        .map_err(DemoError::Unnamed)?;
+        .map_err(LabError::Unnamed)?;
     let longhaul = longhaul.display().to_string();
     let launch = Launch {
         qemu: args.qemu.clone(),
         accelerator: args.accelerator,
         ..Launch::new(image, args.dials.clone())
     };
-    let stage = Stage::new(&args.scripts.join("link")).await?;
+    let stage = Stage::new(&args.scripts.join("link"), say).await?;
     Ok((Tools { longhaul, launch }, link, stage))
 }
 
@@ -156,31 +145,28 @@ async fn perform(
     section: &LinkSection,
     stage: &Stage,
     report: &mut Report,
-) -> Result<(), DemoError> {
+) -> Result<(), LabError> {
     if args.repeat > 0 {
         report.floor_downtime_seconds = Some(floor(tools, stage, &mut report.guest).await?);
     }
     say(&format!("bringing up the link {}", args.profile));
-    stage.link.up(&args.profile).await?;
-    let sites = [
-        Site::new(
-            &stage.directory,
-            "site-a",
-            stage.link.namespace_a(),
-            (ADDRESS_A, PORT).into(),
-        )?,
-        Site::new(
-            &stage.directory,
-            "site-b",
-            stage.link.namespace_b(),
-            (ADDRESS_B, PORT).into(),
-        )?,
-    ];
+    stage.link.up(&args.profile, SEED).await?;
+    let sites = stage.sites()?;
     if args.repeat > 0 {
-        let mut pair = Pair::start(tools, sites.clone(), section, Some(stage.link.clone())).await?;
+        say("booting the guest at site-a");
+        let link = Some(stage.link.clone());
+        let mut pair = Pair::start(
+            &tools.longhaul,
+            &tools.launch,
+            sites.clone(),
+            section,
+            link,
+            Outside::default(),
+        )
+        .await?;
         for number in 1..=args.repeat * 2 {
             say(&format!("leg {number} of {}", args.repeat * 2));
-            pair.leg(&mut report.guest, &mut report.legs).await?;
+            leg(&mut pair, &mut report.guest, &mut report.legs).await?;
         }
         pair.stop().await;
         stage.kill_all().await;
@@ -193,6 +179,26 @@ async fn perform(
     }
 }
 
+/// One leg; what was found is in `legs` also where the guest did not arrive.
+async fn leg(pair: &mut Pair<'_>, proof: &mut Proof, legs: &mut Vec<Leg>) -> Result<(), LabError> {
+    let direction = pair.direction();
+    let moved = pair.leg(LEG, proof).await?;
+    let (outcome, reason) = (moved.outcome, moved.reason.clone());
+    legs.push(Leg {
+        report: moved.report,
+        downtime_outside_seconds: moved.downtime_seconds,
+        wire_bytes_outside: moved.wire_bytes,
+        direction,
+    });
+    if outcome == Outcome::Completed {
+        return Ok(());
+    }
+    Err(LabError::NotMoved {
+        direction,
+        said: reason.unwrap_or_else(|| format!("it was stopped after {} s", LEG.as_secs())),
+    })
+}
+
 /// Runs every baseline, each for at most ten times our time.
 async fn baselines(
     args: &DemoArgs,
@@ -200,63 +206,60 @@ async fn baselines(
     stage: &Stage,
     [a, b]: &[Site; 2],
     report: &mut Report,
-) -> Result<(), DemoError> {
+) -> Result<(), LabError> {
     let ours = report
         .median_total_seconds()
         .map(|seconds| Duration::from_secs_f64(seconds.clamp(0.1, 3600.0)));
     let limit = ours.map_or(BASELINE_ALONE, |ours| ours * 10);
     stage.allow_controls().await;
-    for engine in baseline::ENGINES {
+    for engine in BASELINES {
         // A link that one engine has driven out of its limits says so for ever; each gets a new one.
         stage.link.down().await?;
-        stage.link.up(&args.profile).await?;
-        let found = baseline::measure(tools, engine, [a, b], &stage.link, limit, &mut report.guest).await?;
-        report.baselines.push(found);
+        stage.link.up(&args.profile, SEED).await?;
+        say(&format!(
+            "baseline {engine}, stopped after {:.0} s",
+            limit.as_secs_f64()
+        ));
+        let baseline = qemu::Move {
+            engine,
+            launch: &tools.launch,
+            a,
+            b,
+            link: &stage.link,
+            limit,
+            outside: Outside::default(),
+        };
+        let moved = baseline.run(&mut report.guest).await?;
+        report.baselines.push(Baseline::new(engine, moved));
     }
     Ok(())
 }
 
 /// Median downtime of the same guest moved between two gateways on one loopback device.
-async fn floor(tools: &Tools, stage: &Stage, proof: &mut Proof) -> Result<f64, DemoError> {
+async fn floor(tools: &Tools, stage: &Stage, proof: &mut Proof) -> Result<f64, LabError> {
     say("measuring the floor: the same moves with no link");
     stage.make_floor().await?;
     let section = LinkSection {
         rate: "10gbit".to_owned(),
         rtt: "1ms".to_owned(),
     };
-    let loopback = std::net::IpAddr::from(std::net::Ipv4Addr::LOCALHOST);
-    let sites = [
-        Site::new(&stage.directory, "site-a", stage.floor.clone(), (loopback, PORT).into())?,
-        Site::new(
-            &stage.directory,
-            "site-b",
-            stage.floor.clone(),
-            (loopback, PORT + 10).into(),
-        )?,
-    ];
-    let mut pair = Pair::start(tools, sites, &section, None).await?;
+    let sites = stage.sites_without_link()?;
+    let mut pair = Pair::start(
+        &tools.longhaul,
+        &tools.launch,
+        sites,
+        &section,
+        None,
+        Outside::default(),
+    )
+    .await?;
     let mut legs = Vec::new();
     for _ in 0..FLOOR_LEGS {
-        pair.leg(proof, &mut legs).await?;
+        leg(&mut pair, proof, &mut legs).await?;
     }
     pair.stop().await;
     stage.kill_all().await;
-    median(legs.iter().filter_map(|leg| leg.downtime_outside_seconds)).ok_or(DemoError::NeverHeard)
-}
-
-/// What a profile says of its link, as the gateways' configuration wants it.
-fn read_profile(directory: &Path, name: &str) -> Result<LinkSection, DemoError> {
-    let path = directory.join(format!("{name}.toml"));
-    let text = std::fs::read_to_string(&path).map_err(|source| DemoError::File {
-        path: path.clone(),
-        source,
-    })?;
-    let table: toml::Table = text.parse().map_err(|_| DemoError::Profile { path: path.clone() })?;
-    let value = |key: &str| table.get(key)?.as_str().map(str::to_owned);
-    match (value("rate"), value("rtt")) {
-        (Some(rate), Some(rtt)) => Ok(LinkSection { rate, rtt }),
-        _ => Err(DemoError::Profile { path }),
-    }
+    median(legs.iter().filter_map(|leg| leg.downtime_outside_seconds)).ok_or(LabError::NeverHeard)
 }
 
 fn write_json(file: &Path, report: &Report) -> std::io::Result<()> {
@@ -265,8 +268,8 @@ fn write_json(file: &Path, report: &Report) -> std::io::Result<()> {
     std::fs::write(file, text)
 }
 
-/// Waits for a signal that asks the demo to end, and names it.
-async fn interrupted() -> &'static str {
+/// Waits for a signal that asks the lab to end, and names it.
+pub(super) async fn interrupted() -> &'static str {
     let wait = |kind| async move {
         match signal(kind) {
             Ok(mut signal) => {
@@ -288,106 +291,17 @@ fn say(what: &str) {
     let _ = writeln!(std::io::stderr(), "demo: {what}");
 }
 
-/// The VM's name in the gateways' configurations.
-const VM: &str = "demo";
-const PORT: u16 = 4646;
+/// What is compared with, in order.
+const BASELINES: [Engine; 3] = [
+    Engine::QemuTcpCubicDefault,
+    Engine::QemuTcpBbrTuned,
+    Engine::QemuMultifdZstd,
+];
+/// Of the link's losses.
+const SEED: u64 = 1;
+/// How long a leg may take before the demo gives up.
+const LEG: Duration = Duration::from_secs(900);
 /// Enough for a median; each takes a second or two.
 const FLOOR_LEGS: u32 = 4;
 /// How long a baseline may take where there is no time of ours to compare with.
 const BASELINE_ALONE: Duration = Duration::from_secs(60);
-
-/// The demo could not be run to its end, or found what must not be.
-#[derive(Debug, thiserror::Error)]
-pub enum DemoError {
-    /// Namespaces need root.
-    #[error("making network namespaces needs root; netem-scripts/demo asks sudo for it")]
-    NotRoot,
-    /// The path of this program is unknown.
-    #[error("cannot find the path of this program: {0}")]
-    Unnamed(std::io::Error),
-    /// A file cannot be read or written.
-    #[error("cannot use {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A profile lacks what the gateways need to know.
-    #[error("the profile {} states no rate and rtt", path.display())]
-    Profile {
-        /// The profile.
-        path: PathBuf,
-    },
-    /// A gateway's configuration cannot be written as TOML.
-    #[error("cannot write a gateway's configuration: {0}")]
-    Configuration(toml::ser::Error),
-    /// The guest's image is not to be had.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// A process did not do what it should.
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    /// The link cannot be used.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The guest cannot be heard.
-    #[error(transparent)]
-    Heartbeat(#[from] HeartbeatError),
-    /// A QEMU cannot be driven.
-    #[error(transparent)]
-    Monitor(#[from] MonitorError),
-    /// A gateway runs but serves no control socket.
-    #[error("the gateway of {site} serves no control socket; it said: {said}")]
-    GatewayMute {
-        /// Its site.
-        site: &'static str,
-        /// Its last words.
-        said: String,
-    },
-    /// A leg failed.
-    #[error("the guest was not moved from {direction} ({status}): {said}")]
-    NotMoved {
-        /// Which way it should have gone.
-        direction: &'static str,
-        /// How the command ended.
-        status: ExitStatus,
-        /// What the command and the gateways said.
-        said: String,
-    },
-    /// The guest gave no sign of life where it ran.
-    #[error("the guest gave no sign of life where it should have run")]
-    NeverHeard,
-    /// Memory of the guest is not as it must be.
-    #[error("the guest found {bad} damaged pages of {pages}")]
-    Damaged {
-        /// Damaged pages.
-        bad: u64,
-        /// Checked pages.
-        pages: u64,
-    },
-    /// The guest's count went back or jumped at one site.
-    #[error("the guest's signs of life were out of order {jumps} times")]
-    OutOfOrder {
-        /// How often.
-        jumps: u64,
-    },
-    /// The guest did not go on at the destination where it was stopped at the source.
-    #[error(
-        "after sign of life {last} at the source came {first} at the destination ({direction}): the guest ran twice"
-    )]
-    RanTwice {
-        /// Which way it went.
-        direction: &'static str,
-        /// The last number at the source.
-        last: u64,
-        /// The first number at the destination.
-        first: u64,
-    },
-    /// Someone asked the demo to end.
-    #[error("stopped by {name}")]
-    Interrupted {
-        /// The signal.
-        name: &'static str,
-    },
-}

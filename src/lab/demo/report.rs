@@ -1,9 +1,14 @@
 //! What the demo found: for programs as JSON, for people as tables.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
+
+use crate::lab::engine::proof::Proof;
+use crate::lab::engine::{Engine, Moved};
+use crate::lab::record::Outcome;
+use crate::lab::table::{Table, median, megabytes, milliseconds, or_dash, seconds};
 
 /// Everything that one run found. Its JSON is a stable interface.
 #[derive(Clone, Debug, Serialize)]
@@ -40,27 +45,11 @@ pub(super) struct Leg {
     pub(super) direction: &'static str,
 }
 
-/// How a move ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(super) enum Outcome {
-    /// The guest runs at the destination.
-    #[serde(rename = "completed")]
-    Completed,
-    /// It was stopped at ten times our time.
-    #[serde(rename = "not finished")]
-    NotFinished,
-    /// QEMU gave up.
-    #[serde(rename = "failed")]
-    Failed,
-    /// This machine cannot run it.
-    #[serde(rename = "unavailable")]
-    Unavailable,
-}
-
 /// One move by plain QEMU.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Baseline {
-    pub(super) engine: &'static str,
+    pub(super) engine: Engine,
+    #[serde(serialize_with = "words")]
     pub(super) outcome: Outcome,
     /// From the command to the first sign of life at the destination; until it was stopped where it did not finish.
     pub(super) total_seconds: Option<f64>,
@@ -76,13 +65,32 @@ pub(super) struct Baseline {
     pub(super) link_fault: Option<String>,
 }
 
-/// What the guest said of its own memory.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Proof {
-    /// Every check of every page was good, and its signs of life never showed a second copy.
-    pub(super) intact: bool,
-    /// Pages that were checked on demand.
-    pub(super) pages_checked: u64,
+impl Baseline {
+    pub(super) fn new(engine: Engine, moved: Moved) -> Self {
+        Self {
+            engine,
+            outcome: moved.outcome,
+            total_seconds: moved.total_seconds,
+            wire_bytes: moved.wire_bytes,
+            downtime_seconds: moved.downtime_seconds,
+            reason: moved.reason,
+            link_fault: moved.link_fault,
+        }
+    }
+}
+
+/// An outcome as the demo's JSON, whose names are older than those of the lab's runs, writes it.
+fn words<S: Serializer>(outcome: &Outcome, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(in_words(*outcome))
+}
+
+fn in_words(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Completed => "completed",
+        Outcome::NotFinished => "not finished",
+        Outcome::Failed => "failed",
+        Outcome::Unavailable => "unavailable",
+    }
 }
 
 impl Leg {
@@ -166,17 +174,14 @@ impl Report {
             ]);
         }
         for baseline in &self.baselines {
-            let outcome = serde_json::to_value(baseline.outcome)
-                .ok()
-                .and_then(|word| word.as_str().map(str::to_owned));
             let stopped = if baseline.outcome == Outcome::NotFinished {
                 "> "
             } else {
                 ""
             };
             table.row([
-                baseline.engine.to_owned(),
-                outcome.unwrap_or_default(),
+                baseline.engine.to_string(),
+                in_words(baseline.outcome).to_owned(),
                 or_dash(baseline.total_seconds, |total| format!("{stopped}{}", seconds(total))),
                 or_dash(baseline.wire_bytes, |bytes| megabytes(bytes as f64)),
                 or_dash(baseline.downtime_seconds, milliseconds),
@@ -187,7 +192,7 @@ impl Report {
             if let Some(reason) = &baseline.reason {
                 writeln!(f, "{}: {reason}", baseline.engine)?;
             }
-            write_fault(f, baseline.engine, baseline.link_fault.as_deref())?;
+            write_fault(f, baseline.engine.name(), baseline.link_fault.as_deref())?;
         }
         Ok(())
     }
@@ -221,77 +226,6 @@ fn write_fault(f: &mut fmt::Formatter<'_>, engine: &str, fault: Option<&str>) ->
     }
 }
 
-/// Columns as wide as their widest cell; the first is aligned to the left, the others to the right.
-struct Table {
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    fn new(head: &[&str]) -> Self {
-        Self {
-            rows: vec![head.iter().map(|&name| name.to_owned()).collect()],
-        }
-    }
-
-    fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.into());
-    }
-}
-
-impl fmt::Display for Table {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns = self.rows[0].len();
-        let width = |column: usize| {
-            self.rows
-                .iter()
-                .map(|row| row[column].chars().count())
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..columns).map(width).collect();
-        for row in &self.rows {
-            let mut line = String::new();
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                if column == 0 {
-                    write!(line, "{cell:width$}")?;
-                } else {
-                    write!(line, "   {cell:>width$}")?;
-                }
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
-    }
-}
-
-/// The middle value, or the mean of the two in the middle.
-pub(super) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        length if length % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
-}
-
-fn or_dash<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
-    value.map_or_else(|| "-".to_owned(), show)
-}
-
-fn seconds(value: f64) -> String {
-    format!("{value:.2} s")
-}
-
-fn milliseconds(value: f64) -> String {
-    format!("{:.0} ms", value * 1e3)
-}
-
-fn megabytes(bytes: f64) -> String {
-    format!("{:.1} MB", bytes / 1e6)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,7 +246,7 @@ mod tests {
         }
         };
         let baseline = Baseline {
-            engine: "qemu-tcp-cubic-default",
+            engine: Engine::QemuTcpCubicDefault,
             outcome: Outcome::NotFinished,
             total_seconds: Some(25.0),
             wire_bytes: Some(31_000_000),
@@ -368,12 +302,5 @@ mod tests {
 
         Guest: intact, 102400 pages checked.
         ");
-    }
-
-    #[test]
-    fn the_median_of_an_even_number_is_between_the_two_in_the_middle() {
-        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), Some(2.5));
-        assert_eq!(median(std::iter::empty()), None);
     }
 }

@@ -205,7 +205,7 @@ async fn perform(
     lines: &mut Vec<Line>,
 ) -> Result<(), KillError> {
     if !world.is_loopback {
-        world.link.up(&args.profile).await?;
+        world.link.up(&args.profile, args.seed).await?;
     }
     let mut usual = None;
     for (number, case) in cases.iter().enumerate() {

@@ -37,6 +37,7 @@ use clap::Args;
 
 use self::document::{Block, Document};
 pub use self::read::ReadError;
+pub(super) use self::read::read;
 use super::record::{Frontier, Run};
 
 /// Makes a report of what the lab measured: DIR/index.html, and DIR/report.md with its pictures.
@@ -66,7 +67,7 @@ impl ReportArgs {
     }
 
     fn write(&self) -> Result<(), ReportError> {
-        let records = read::read(&self.runs)?;
+        let records = read(&self.runs)?;
         write(&records.runs, &records.frontiers, &self.report)
     }
 }

@@ -9,9 +9,9 @@ use crate::lab::record::{Frontier, Record, RecordError, Run};
 
 /// Everything that a file tells.
 #[derive(Debug, Default)]
-pub(super) struct Records {
-    pub(super) runs: Vec<Run>,
-    pub(super) frontiers: Vec<Frontier>,
+pub(in crate::lab) struct Records {
+    pub(in crate::lab) runs: Vec<Run>,
+    pub(in crate::lab) frontiers: Vec<Frontier>,
 }
 
 /// The file cannot be read, or is not what the lab writes.
@@ -38,7 +38,7 @@ pub enum ReadError {
 ///
 /// # Errors
 /// [`ReadError`] names the first line that is wrong: a report of the rest would look complete and not be.
-pub(super) fn read(file: &Path) -> Result<Records, ReadError> {
+pub(in crate::lab) fn read(file: &Path) -> Result<Records, ReadError> {
     let opened = File::open(file).map_err(|source| ReadError::Open {
         file: file.to_owned(),
         source,

@@ -32,6 +32,7 @@ pub(in crate::lab) fn run(engine: &str, repetition: u32) -> Run {
         }),
         peak_rss_bytes: None,
         run_delay_share: Some(0.02),
+        guest_pages_per_second: None,
         guest_intact: Some(true),
         pages_checked: Some(51_200),
         application: None,
@@ -72,6 +73,7 @@ pub(in crate::lab) fn frontier(engine: &str) -> Frontier {
         guest: "small".to_owned(),
         converges_pages_per_second: Some(16_000),
         fails_pages_per_second: Some(32_000),
+        limit: None,
         runs: 6,
     }
 }

@@ -99,6 +99,7 @@ mod tests {
             guest: "busy".to_owned(),
             converges_pages_per_second: converges,
             fails_pages_per_second: fails,
+            limit: None,
             runs: 3,
         };
         bar(&frontier, 64_000, 0)

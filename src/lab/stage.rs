@@ -1,14 +1,16 @@
 //! What a run makes on the host: a directory, namespaces, settings. Everything is named after the process, so that a later
 //! run finds and removes what a killed one left.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::baseline::{allow_controls, restore_controls};
-use super::{DemoError, say};
-use crate::lab::link::Link;
-use crate::lab::network::Network;
-use crate::lab::process::{kill_in_namespace, run};
+use super::engine::hosts::{allow_controls, restore_controls};
+use super::error::LabError;
+use super::link::{ADDRESS_A, ADDRESS_B, Link};
+use super::network::Network;
+use super::process::{kill_in_namespace, run};
+use super::site::Site;
 
 /// Everything to be removed again, by [`Stage::clean`].
 #[derive(Debug)]
@@ -18,23 +20,22 @@ pub(super) struct Stage {
     /// The emulated link.
     pub(super) link: Link,
     /// The network of guests that have one.
-    network: Network,
+    pub(super) network: Network,
     /// The namespace that has no link.
     pub(super) floor: String,
+    /// Tells the user.
+    say: fn(&str),
 }
 
 impl Stage {
     /// Makes the directory, and removes what killed runs have left.
-    pub(super) async fn new(link_script: &Path) -> Result<Self, DemoError> {
+    pub(super) async fn new(link_script: &Path, say: fn(&str)) -> Result<Self, LabError> {
         for process in dead_runs() {
             say(&format!("removing what the killed run {process} left"));
-            Self::of(process, link_script).clean(None).await;
+            Self::of(process, link_script, say).clean(None).await;
         }
-        let stage = Self::of(std::process::id(), link_script);
-        let failed = |source| DemoError::File {
-            path: stage.directory.clone(),
-            source,
-        };
+        let stage = Self::of(std::process::id(), link_script, say);
+        let failed = |source| LabError::file(&stage.directory, source);
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&stage.directory)
@@ -42,7 +43,7 @@ impl Stage {
         Ok(stage)
     }
 
-    fn of(process: u32, link_script: &Path) -> Self {
+    fn of(process: u32, link_script: &Path, say: fn(&str)) -> Self {
         let name = run_name(process);
         let link = Link::named(link_script, &name);
         Self {
@@ -51,19 +52,58 @@ impl Stage {
             floor: format!("{name}-floor"),
             network: Network::named(&name, [&link.namespace_a(), &link.namespace_b()]),
             link,
+            say,
         }
     }
 
     /// Makes the namespace without a link, with its loopback device up.
-    pub(super) async fn make_floor(&self) -> Result<(), DemoError> {
+    pub(super) async fn make_floor(&self) -> Result<(), LabError> {
         run(&["ip", "netns", "add", &self.floor]).await?;
         run(&["ip", "-n", &self.floor, "link", "set", "lo", "up"]).await?;
         Ok(())
     }
 
+    /// Two sites on the link, each with a directory of its own.
+    pub(super) fn sites(&self) -> Result<[Site; 2], LabError> {
+        Ok([
+            Site::new(
+                &self.directory,
+                "site-a",
+                self.link.namespace_a(),
+                (ADDRESS_A, PORT).into(),
+            )?,
+            Site::new(
+                &self.directory,
+                "site-b",
+                self.link.namespace_b(),
+                (ADDRESS_B, PORT).into(),
+            )?,
+        ])
+    }
+
+    /// Two sites without a link between them: both on one loopback device.
+    pub(super) fn sites_without_link(&self) -> Result<[Site; 2], LabError> {
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let site = |name, port| Site::new(&self.directory, name, self.floor.clone(), (loopback, port).into());
+        Ok([site("site-a", PORT)?, site("site-b", PORT + 10)?])
+    }
+
+    /// Removes the directories of sites whose processes are gone.
+    pub(super) fn remove_sites(&self, sites: &[Site; 2]) {
+        for site in sites {
+            self.tell(std::fs::remove_dir_all(&site.directory));
+        }
+    }
+
     /// Lets the baselines use their congestion controls, until [`Stage::clean`].
     pub(super) async fn allow_controls(&self) {
-        tell(allow_controls(&self.controls_note()).await);
+        self.tell(allow_controls(&self.controls_note()).await);
+    }
+
+    fn tell<T, E: std::fmt::Display>(&self, result: Result<T, E>) {
+        if let Err(error) = result {
+            (self.say)(&format!("preparing or cleaning up: {error}"));
+        }
     }
 
     fn controls_note(&self) -> PathBuf {
@@ -84,20 +124,20 @@ impl Stage {
     pub(super) async fn clean(&self, logs: Option<&Path>) {
         self.kill_all().await;
         if self.network.is_there() {
-            tell(self.network.down().await);
+            self.tell(self.network.down().await);
         }
         if self.link.is_there() {
-            tell(self.link.down().await);
+            self.tell(self.link.down().await);
         }
         if exists(&self.floor) {
-            tell(run(&["ip", "netns", "delete", &self.floor]).await);
+            self.tell(run(&["ip", "netns", "delete", &self.floor]).await);
         }
-        tell(restore_controls(&self.controls_note()));
+        self.tell(restore_controls(&self.controls_note()));
         if let Some(logs) = logs {
-            tell(keep_logs(&self.directory, logs));
+            self.tell(keep_logs(&self.directory, logs));
         }
         if self.directory.exists() {
-            tell(std::fs::remove_dir_all(&self.directory));
+            self.tell(std::fs::remove_dir_all(&self.directory));
         }
     }
 }
@@ -163,12 +203,8 @@ fn exists(namespace: &str) -> bool {
     Path::new(NAMESPACES).join(namespace).exists()
 }
 
-fn tell<T, E: std::fmt::Display>(result: Result<T, E>) {
-    if let Err(error) = result {
-        say(&format!("preparing or cleaning up: {error}"));
-    }
-}
-
+/// Where gateways listen.
+const PORT: u16 = 4646;
 const PREFIX: &str = "lhd";
 const NAMESPACES: &str = "/run/netns";
 
@@ -180,7 +216,7 @@ mod tests {
     fn a_run_is_found_by_the_names_of_what_it_made() {
         // The largest number of a process that Linux gives (PID_MAX_LIMIT) is 2^22.
         for process in [1, 4711, 1 << 22] {
-            let stage = Stage::of(process, Path::new("link"));
+            let stage = Stage::of(process, Path::new("link"), |_| {});
             assert!(run_name(process).len() <= 8, "{}", run_name(process));
             let namespaces = [
                 &stage.link.namespace_a(),

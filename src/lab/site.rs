@@ -1,4 +1,4 @@
-//! One site of the demo: its namespace, its gateway, and where its QEMU's sockets are.
+//! One site of a run: its namespace, its gateway, and where its QEMU's sockets are.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,11 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::net::UnixStream;
 
-use super::{DemoError, VM};
-use crate::lab::guest::{GuestFiles, Launch, Start};
-use crate::lab::process::{Process, run};
+use super::error::LabError;
+use super::guest::{GuestFiles, Launch, Start};
+use super::process::{Process, run};
+use crate::config::units::show_duration;
+use crate::wan::Profile;
 
 /// A place where a gateway and at most one QEMU run.
 #[derive(Clone, Debug)]
@@ -23,7 +25,7 @@ pub(super) struct Site {
     /// Its QEMU's sockets and files.
     pub(super) files: GuestFiles,
     /// Everything of the site is in here.
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
 }
 
 /// What both gateways are told about the link.
@@ -33,6 +35,16 @@ pub(super) struct LinkSection {
     pub(super) rtt: String,
 }
 
+impl LinkSection {
+    /// What an operator with a link like `profile` would write.
+    pub(super) fn of(profile: &Profile) -> Self {
+        Self {
+            rate: profile.rate.to_string(),
+            rtt: show_duration(profile.rtt),
+        }
+    }
+}
+
 impl Site {
     /// A site that has its own directory in `stage`, and no process yet.
     pub(super) fn new(
@@ -40,12 +52,9 @@ impl Site {
         name: &'static str,
         namespace: String,
         listen: SocketAddr,
-    ) -> Result<Self, DemoError> {
+    ) -> Result<Self, LabError> {
         let directory = stage.join(format!("{namespace}.{name}"));
-        std::fs::create_dir(&directory).map_err(|source| DemoError::File {
-            path: directory.clone(),
-            source,
-        })?;
+        std::fs::create_dir(&directory).map_err(|source| LabError::file(&directory, source))?;
         let files = GuestFiles::named(&directory, "vm");
         Ok(Self {
             name,
@@ -57,7 +66,7 @@ impl Site {
     }
 
     /// Starts a QEMU here.
-    pub(super) fn start_qemu(&self, launch: &Launch, start: Start) -> Result<Process, DemoError> {
+    pub(super) fn start_qemu(&self, launch: &Launch, start: Start) -> Result<Process, LabError> {
         let log = self.directory.join("qemu.log");
         let name = format!("QEMU at {}", self.name);
         Ok(Process::spawn(
@@ -75,13 +84,10 @@ impl Site {
         other: &Self,
         launch: &Launch,
         link: &LinkSection,
-    ) -> Result<Process, DemoError> {
+    ) -> Result<Process, LabError> {
         let config = self.directory.join("gateway.toml");
         let text = self.configuration(other, launch, link)?;
-        std::fs::write(&config, text).map_err(|source| DemoError::File {
-            path: config.clone(),
-            source,
-        })?;
+        std::fs::write(&config, text).map_err(|source| LabError::file(&config, source))?;
         let argv = [longhaul, "gateway", "--config", &config.display().to_string()].map(str::to_owned);
         let log = self.directory.join("gateway.log");
         let mut gateway = Process::spawn(
@@ -94,7 +100,7 @@ impl Site {
         while UnixStream::connect(self.control_socket()).await.is_err() {
             gateway.check()?;
             if tokio::time::Instant::now() > deadline {
-                return Err(DemoError::GatewayMute {
+                return Err(LabError::GatewayMute {
                     site: self.name,
                     said: gateway.said(),
                 });
@@ -115,7 +121,7 @@ impl Site {
     }
 
     /// Makes this site's gateway and that of `other` trust each other.
-    pub(super) async fn pair(&self, longhaul: &str, other: &Self) -> Result<(), DemoError> {
+    pub(super) async fn pair(&self, longhaul: &str, other: &Self) -> Result<(), LabError> {
         let invite = self.client(longhaul, &["pair", "--invite"]);
         let code = run(&words(&invite)).await?;
         let accept = other.client(longhaul, &["pair", code.trim()]);
@@ -123,7 +129,7 @@ impl Site {
         Ok(())
     }
 
-    fn configuration(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<String, DemoError> {
+    fn configuration(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<String, LabError> {
         // The gateway fills in its own QMP socket.
         let files = GuestFiles {
             qmp: "{qmp}".into(),
@@ -145,14 +151,15 @@ impl Site {
                 command: launch.command(&files, Start::ReceivePaused),
             }],
         };
-        toml::to_string(&config).map_err(DemoError::Configuration)
+        toml::to_string(&config).map_err(LabError::Configuration)
     }
 
     fn state(&self) -> PathBuf {
         self.directory.join("state")
     }
 
-    fn control_socket(&self) -> PathBuf {
+    /// Where its gateway takes commands.
+    pub(super) fn control_socket(&self) -> PathBuf {
         self.state().join("control.sock")
     }
 }
@@ -162,7 +169,7 @@ pub(super) fn words(argv: &[String]) -> Vec<&str> {
     argv.iter().map(String::as_str).collect()
 }
 
-/// The configuration file of a gateway, as far as the demo needs it.
+/// The configuration file of a gateway, as far as the lab needs it.
 #[derive(Serialize)]
 struct Gateway<'a> {
     site: &'a str,
@@ -192,5 +199,7 @@ struct Vm<'a> {
     command: Vec<String>,
 }
 
+/// The VM's name in the gateways' configurations.
+pub(super) const VM: &str = "demo";
 /// A gateway makes its keys at its first start.
 const GATEWAY_START: Duration = Duration::from_secs(20);
