@@ -100,14 +100,15 @@ impl Vm {
         self.migrate_until(|_| ())
     }
 
-    /// Keeps a writing guest from converging until QEMU synchronised its dirty bitmap `syncs` times.
+    /// Keeps a writing guest from converging until QEMU synchronised its dirty bitmap `syncs` times. A guest that gets no CPU meanwhile
+    /// writes nothing and converges all the same.
     pub(crate) fn migrate_in_rounds(&mut self, syncs: u64) -> Capture {
         self.execute(
             "migrate-set-parameters",
             json!({"max-bandwidth": 1 << 20, "downtime-limit": 1}),
         );
         self.migrate_until(|vm| {
-            vm.wait("MIGRATION_PASS", |data| data["pass"].as_u64() >= Some(syncs));
+            vm.wait_for_pass(syncs);
             vm.execute(
                 "migrate-set-parameters",
                 json!({"max-bandwidth": 0, "downtime-limit": 10_000}),
@@ -180,6 +181,24 @@ impl Vm {
             }
             assert!(answer.get("event").is_some(), "{command}: {answer}");
             self.events.push(answer);
+        }
+    }
+
+    /// Waits for a pass over memory, or for the end of the migration, whose event is left to be waited for.
+    fn wait_for_pass(&mut self, pass: u64) {
+        let is_pass =
+            |event: &Value| event["event"] == "MIGRATION_PASS" && event["data"]["pass"].as_u64() >= Some(pass);
+        let is_end = |event: &Value| matches!(event["data"]["status"].as_str(), Some("completed" | "failed"));
+        loop {
+            if let Some(position) = self.events.iter().position(is_pass) {
+                self.events.drain(..=position);
+                return;
+            }
+            if self.events.iter().any(is_end) {
+                return;
+            }
+            let event = self.read();
+            self.events.push(event);
         }
     }
 
