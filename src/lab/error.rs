@@ -16,7 +16,9 @@ use crate::wan::ProfileError;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LabError {
     /// Namespaces need root.
-    #[error("making network namespaces needs root; the scripts in netem-scripts ask sudo for it")]
+    #[error(
+        "making network namespaces needs root; the scripts in netem-scripts ask sudo for it, and a run without a link needs none"
+    )]
     NotRoot,
     /// The path of this program is unknown.
     #[error("cannot find the path of this program: {0}")]
@@ -104,6 +106,21 @@ pub(super) enum LabError {
         /// The first number at the destination.
         first: u64,
     },
+    /// `--only` matches nothing.
+    #[error("no case has such a name; --list shows them")]
+    NoCase,
+    /// A thread that watches could not be started.
+    #[error("cannot start a thread: {source}")]
+    Thread {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// There are no free ports.
+    #[error("no free UDP ports on the loopback device: {0}")]
+    NoPort(std::io::Error),
+    /// A migration that was to be cancelled did not begin.
+    #[error("the migration that was to be cancelled did not begin")]
+    NotBegun,
     /// Someone asked the lab to end.
     #[error("stopped by {name}")]
     Interrupted {

@@ -4,14 +4,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
 use tokio::net::UnixStream;
 
 use super::error::LabError;
+use super::gateway_file::{GatewayFile, LinkSection, client, words};
 use super::guest::{GuestFiles, Launch, Start};
 use super::process::{Process, run};
-use crate::config::units::show_duration;
-use crate::wan::Profile;
 
 /// A place where a gateway and at most one QEMU run.
 #[derive(Clone, Debug)]
@@ -26,23 +24,6 @@ pub(super) struct Site {
     pub(super) files: GuestFiles,
     /// Everything of the site is in here.
     pub(super) directory: PathBuf,
-}
-
-/// What both gateways are told about the link.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct LinkSection {
-    pub(super) rate: String,
-    pub(super) rtt: String,
-}
-
-impl LinkSection {
-    /// What an operator with a link like `profile` would write.
-    pub(super) fn of(profile: &Profile) -> Self {
-        Self {
-            rate: profile.rate.to_string(),
-            rtt: show_duration(profile.rtt),
-        }
-    }
 }
 
 impl Site {
@@ -111,13 +92,8 @@ impl Site {
     }
 
     /// The command line of a client of this site's gateway.
-    pub(super) fn client<'a>(&self, longhaul: &'a str, arguments: &[&'a str]) -> Vec<String> {
-        let socket = self.control_socket().display().to_string();
-        std::iter::once(longhaul)
-            .chain(arguments.iter().copied())
-            .map(str::to_owned)
-            .chain(["--socket".to_owned(), socket])
-            .collect()
+    pub(super) fn client(&self, longhaul: &str, arguments: &[&str]) -> Vec<String> {
+        client(longhaul, arguments, &self.control_socket())
     }
 
     /// Makes this site's gateway and that of `other` trust each other.
@@ -135,23 +111,17 @@ impl Site {
             qmp: "{qmp}".into(),
             ..self.files.clone()
         };
-        let config = Gateway {
+        GatewayFile {
             site: self.name,
-            state_dir: self.state(),
+            state_dir: &self.state(),
             listen: self.listen,
             link,
-            metrics: Metrics { listen: "off" },
-            peer: [Peer {
-                name: other.name,
-                address: other.listen,
-            }],
-            vm: [Vm {
-                name: VM,
-                qmp: &self.files.qmp,
-                command: launch.command(&files, Start::ReceivePaused),
-            }],
-        };
-        toml::to_string(&config).map_err(LabError::Configuration)
+            log_level: None,
+            peer: (other.name, other.listen),
+            qmp: &self.files.qmp,
+            command: launch.command(&files, Start::ReceivePaused),
+        }
+        .text()
     }
 
     fn state(&self) -> PathBuf {
@@ -164,42 +134,5 @@ impl Site {
     }
 }
 
-/// A command line as the functions that run one take it.
-pub(super) fn words(argv: &[String]) -> Vec<&str> {
-    argv.iter().map(String::as_str).collect()
-}
-
-/// The configuration file of a gateway, as far as the lab needs it.
-#[derive(Serialize)]
-struct Gateway<'a> {
-    site: &'a str,
-    state_dir: PathBuf,
-    listen: SocketAddr,
-    link: &'a LinkSection,
-    metrics: Metrics,
-    peer: [Peer<'a>; 1],
-    vm: [Vm<'a>; 1],
-}
-
-#[derive(Serialize)]
-struct Metrics {
-    listen: &'static str,
-}
-
-#[derive(Serialize)]
-struct Peer<'a> {
-    name: &'a str,
-    address: SocketAddr,
-}
-
-#[derive(Serialize)]
-struct Vm<'a> {
-    name: &'a str,
-    qmp: &'a Path,
-    command: Vec<String>,
-}
-
-/// The VM's name in the gateways' configurations.
-pub(super) const VM: &str = "demo";
 /// A gateway makes its keys at its first start.
 const GATEWAY_START: Duration = Duration::from_secs(20);

@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 
 use self::report::{Baseline, Leg, Report};
 use super::engine::gateways::Pair;
@@ -24,9 +23,11 @@ use super::engine::outside::Outside;
 use super::engine::proof::Proof;
 use super::engine::{Engine, qemu};
 use super::error::LabError;
+use super::gateway_file::LinkSection;
 use super::guest::{Accelerator, GuestDials, Image, Launch};
+use super::interrupt::interrupted;
 use super::record::Outcome;
-use super::site::{LinkSection, Site};
+use super::site::Site;
 use super::stage::Stage;
 use super::table::median;
 use crate::wan::Profile;
@@ -239,10 +240,7 @@ async fn baselines(
 async fn floor(tools: &Tools, stage: &Stage, proof: &mut Proof) -> Result<f64, LabError> {
     say("measuring the floor: the same moves with no link");
     stage.make_floor().await?;
-    let section = LinkSection {
-        rate: "10gbit".to_owned(),
-        rtt: "1ms".to_owned(),
-    };
+    let section = LinkSection::loopback();
     let sites = stage.sites_without_link()?;
     let mut pair = Pair::start(
         &tools.longhaul,
@@ -266,24 +264,6 @@ fn write_json(file: &Path, report: &Report) -> std::io::Result<()> {
     let mut text = serde_json::to_string_pretty(report)?;
     text.push('\n');
     std::fs::write(file, text)
-}
-
-/// Waits for a signal that asks the lab to end, and names it.
-pub(super) async fn interrupted() -> &'static str {
-    let wait = |kind| async move {
-        match signal(kind) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            // Without a handler the signal keeps its default, which is to end the process.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = wait(SignalKind::interrupt()) => "SIGINT",
-        () = wait(SignalKind::terminate()) => "SIGTERM",
-        () = wait(SignalKind::hangup()) => "SIGHUP",
-    }
 }
 
 /// Tells the user what is being done. A terminal that has gone is no reason to stop before everything is cleaned up.

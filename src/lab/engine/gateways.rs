@@ -10,12 +10,13 @@ use super::timeline::Timeline;
 use super::{Moved, pages_per_second};
 use crate::api::Client;
 use crate::lab::error::LabError;
+use crate::lab::gateway_file::{LinkSection, VM, words};
 use crate::lab::guest::Launch;
 use crate::lab::heartbeat::Heartbeat;
 use crate::lab::link::Link;
 use crate::lab::process::{Process, output};
 use crate::lab::record::Outcome;
-use crate::lab::site::{LinkSection, Site, VM, words};
+use crate::lab::site::Site;
 use crate::lab::usage::Watch;
 
 /// Two sites with gateways, and the guest at one of them.

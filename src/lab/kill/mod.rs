@@ -26,18 +26,18 @@ use std::time::Duration;
 
 use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::signal::unix::{SignalKind, signal};
 
 use self::case::{Case, Place, matrix};
 use self::judge::judge;
 use self::report::{Line, Table, Verdict};
 use self::run::{Ground, processes_of};
-use self::site::{LinkSection, Site};
-use super::guest::{Accelerator, GuestDials, Image, ImageError, Launch};
-use super::heartbeat::HeartbeatError;
-use super::link::{ADDRESS_A, ADDRESS_B, Link, LinkError};
-use super::monitor::MonitorError;
-use super::process::ProcessError;
+use self::site::Site;
+use super::error::LabError;
+use super::gateway_file::LinkSection;
+use super::guest::{Accelerator, GuestDials, Image, Launch};
+use super::interrupt::interrupted;
+use super::link::{ADDRESS_A, ADDRESS_B, Link};
+use crate::wan::Profile;
 
 /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
 #[derive(Clone, Debug, Args)]
@@ -118,7 +118,7 @@ pub async fn run(args: KillArgs) -> u8 {
     let mut lines = Vec::new();
     let performed = tokio::select! {
         performed = perform(&args, &tools, &world, &cases, &mut lines) => performed,
-        name = interrupted() => Err(KillError::Interrupted { name }),
+        name = interrupted() => Err(LabError::Interrupted { name }),
     };
     world.clean().await;
     say_out(&Table(&lines).to_string());
@@ -143,35 +143,32 @@ fn chosen(args: &KillArgs) -> Vec<Case> {
     cases
 }
 
-async fn prepare(args: &KillArgs, cases: &[Case]) -> Result<(Tools, World), KillError> {
+async fn prepare(args: &KillArgs, cases: &[Case]) -> Result<(Tools, World), LabError> {
     if cases.len() < 2 {
-        return Err(KillError::NoCase);
+        return Err(LabError::NoCase);
     }
     let is_loopback = args.profile == "none";
     if !is_loopback && !rustix::process::geteuid().is_root() {
-        return Err(KillError::NotRoot);
+        return Err(LabError::NotRoot);
     }
     let section = if is_loopback {
-        LinkSection {
-            rate: "10gbit".to_owned(),
-            rtt: "1ms".to_owned(),
-        }
+        LinkSection::loopback()
     } else {
-        read_profile(&args.profiles, &args.profile)?
+        LinkSection::of(&Profile::find(&args.profiles, &args.profile)?)
     };
     let image = Image::open(&std::path::absolute(&args.image).unwrap_or_else(|_| args.image.clone()))?;
     let longhaul = args
         .longhaul
         .clone()
         .map_or_else(std::env::current_exe, Ok)
-        .map_err(KillError::Unnamed)?;
+        .map_err(LabError::Unnamed)?;
     let launch = Launch {
         qemu: args.qemu.clone(),
         accelerator: args.accelerator,
         ..Launch::new(image, dials())
     };
     if let Some(file) = &args.json {
-        std::fs::write(file, "").map_err(|source| KillError::file(file, source))?;
+        std::fs::write(file, "").map_err(|source| LabError::file(file, source))?;
     }
     let link_script = args.scripts.join("link");
     for process in dead_runs() {
@@ -182,7 +179,7 @@ async fn prepare(args: &KillArgs, cases: &[Case]) -> Result<(Tools, World), Kill
     }
     let world = World::of(std::process::id(), &link_script, section, is_loopback);
     let made = std::fs::DirBuilder::new().mode(0o700).create(&world.directory);
-    made.map_err(|source| KillError::file(&world.directory, source))?;
+    made.map_err(|source| LabError::file(&world.directory, source))?;
     let longhaul = longhaul.display().to_string();
     Ok((Tools { longhaul, launch }, world))
 }
@@ -203,7 +200,7 @@ async fn perform(
     world: &World,
     cases: &[Case],
     lines: &mut Vec<Line>,
-) -> Result<(), KillError> {
+) -> Result<(), LabError> {
     if !world.is_loopback {
         world.link.up(&args.profile, args.seed).await?;
     }
@@ -223,7 +220,7 @@ async fn perform(
                 keep_logs(args, &ground, &case.name);
             }
             let removed = std::fs::remove_dir_all(&ground.directory);
-            removed.map_err(|source| KillError::file(&ground.directory, source))?;
+            removed.map_err(|source| LabError::file(&ground.directory, source))?;
             if line.verdict == Verdict::Missed && attempt < ATTEMPTS {
                 continue;
             }
@@ -236,7 +233,7 @@ async fn perform(
 }
 
 /// Says what came of a case as soon as it is known.
-fn tell(args: &KillArgs, number: usize, of: usize, line: &Line) -> Result<(), KillError> {
+fn tell(args: &KillArgs, number: usize, of: usize, line: &Line) -> Result<(), LabError> {
     let what = match line.verdict {
         Verdict::Kept => "kept".to_owned(),
         Verdict::Missed => "missed".to_owned(),
@@ -250,7 +247,7 @@ fn tell(args: &KillArgs, number: usize, of: usize, line: &Line) -> Result<(), Ki
         .append(true)
         .open(file)
         .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| KillError::file(file, source))
+        .map_err(|source| LabError::file(file, source))
 }
 
 impl World {
@@ -265,9 +262,9 @@ impl World {
     }
 
     /// A fresh directory and two sites in it.
-    fn ground(&self, name: &str, rate: &str) -> Result<Ground, KillError> {
+    fn ground(&self, name: &str, rate: &str) -> Result<Ground, LabError> {
         let directory = self.directory.join(name);
-        std::fs::create_dir(&directory).map_err(|source| KillError::file(&directory, source))?;
+        std::fs::create_dir(&directory).map_err(|source| LabError::file(&directory, source))?;
         let site = |place, namespace, listen| Site::new(&directory, place, namespace, listen);
         let sites = if self.is_loopback {
             let [at_a, at_b] = free_addresses()?;
@@ -341,13 +338,13 @@ fn keep_logs(args: &KillArgs, ground: &Ground, case: &str) {
 }
 
 /// Two addresses of the loopback device on which a gateway finds both its ports free.
-fn free_addresses() -> Result<[SocketAddr; 2], KillError> {
+fn free_addresses() -> Result<[SocketAddr; 2], LabError> {
     let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
     let mut held = Vec::new();
     let mut found = Vec::new();
     while found.len() < 2 {
-        let control = UdpSocket::bind((loopback, 0)).map_err(KillError::NoPort)?;
-        let address = control.local_addr().map_err(KillError::NoPort)?;
+        let control = UdpSocket::bind((loopback, 0)).map_err(LabError::NoPort)?;
+        let address = control.local_addr().map_err(LabError::NoPort)?;
         // A gateway takes the next port too.
         if let Some(next) = address.port().checked_add(1)
             && let Ok(bulk) = UdpSocket::bind((loopback, next))
@@ -357,22 +354,10 @@ fn free_addresses() -> Result<[SocketAddr; 2], KillError> {
         }
         held.push(control);
         if held.len() > 64 {
-            return Err(KillError::NoPort(std::io::ErrorKind::AddrInUse.into()));
+            return Err(LabError::NoPort(std::io::ErrorKind::AddrInUse.into()));
         }
     }
     Ok([found[0], found[1]])
-}
-
-/// What a profile says of its link, as the gateways' configuration wants it.
-fn read_profile(directory: &Path, name: &str) -> Result<LinkSection, KillError> {
-    let path = directory.join(format!("{name}.toml"));
-    let text = std::fs::read_to_string(&path).map_err(|source| KillError::file(&path, source))?;
-    let table: toml::Table = text.parse().map_err(|_| KillError::Profile { path: path.clone() })?;
-    let value = |key: &str| table.get(key)?.as_str().map(str::to_owned);
-    match (value("rate"), value("rtt")) {
-        (Some(rate), Some(rtt)) => Ok(LinkSection { rate, rtt }),
-        _ => Err(KillError::Profile { path }),
-    }
 }
 
 /// Processes that made a directory of a run and are gone.
@@ -385,24 +370,6 @@ fn dead_runs() -> Vec<u32> {
         .collect()
 }
 
-/// Waits for a signal that asks the lab to end, and names it.
-async fn interrupted() -> &'static str {
-    let wait = |kind| async move {
-        match signal(kind) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            // Without a handler the signal keeps its default, which is to end the process.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = wait(SignalKind::interrupt()) => "SIGINT",
-        () = wait(SignalKind::terminate()) => "SIGTERM",
-        () = wait(SignalKind::hangup()) => "SIGHUP",
-    }
-}
-
 /// Tells the user what is being done.
 fn say(what: &str) {
     // A reader that has gone is no reason to stop.
@@ -413,90 +380,7 @@ fn say_out(what: &str) {
     let _ = writeln!(std::io::stdout(), "{what}");
 }
 
-/// The VM's name in the gateways' configurations.
-const VM: &str = "demo";
 const PORT: u16 = 4646;
 /// How often a moment is tried to be hit.
 const ATTEMPTS: u32 = 3;
 const DIRECTORY: &str = "/tmp/longhaul-kill-";
-
-/// The cases could not be run.
-#[derive(Debug, thiserror::Error)]
-pub enum KillError {
-    /// `--only` matches nothing.
-    #[error("no case has such a name; --list shows them")]
-    NoCase,
-    /// Namespaces need root.
-    #[error("making network namespaces needs root; netem-scripts/kill asks sudo for it, and --profile none needs none")]
-    NotRoot,
-    /// The path of this program is unknown.
-    #[error("cannot find the path of this program: {0}")]
-    Unnamed(std::io::Error),
-    /// A file cannot be read or written.
-    #[error("cannot use {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A thread that watches could not be started.
-    #[error("cannot start a thread: {source}")]
-    Thread {
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// There are no free ports.
-    #[error("no free UDP ports on the loopback device: {0}")]
-    NoPort(std::io::Error),
-    /// A profile lacks what the gateways need to know.
-    #[error("the profile {} states no rate and rtt", path.display())]
-    Profile {
-        /// The profile.
-        path: PathBuf,
-    },
-    /// A gateway's configuration cannot be written as TOML.
-    #[error("cannot write a gateway's configuration: {0}")]
-    Configuration(toml::ser::Error),
-    /// The guest's image is not to be had.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// A process did not do what it should.
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    /// The link cannot be used.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The guest cannot be heard.
-    #[error(transparent)]
-    Heartbeat(#[from] HeartbeatError),
-    /// A QEMU cannot be asked.
-    #[error(transparent)]
-    Monitor(#[from] MonitorError),
-    /// A gateway runs but does not answer.
-    #[error("the gateway of {place} does not answer; it said: {said}")]
-    GatewayMute {
-        /// Its site.
-        place: String,
-        /// Its last words.
-        said: String,
-    },
-    /// A migration that was to be cancelled did not begin.
-    #[error("the migration that was to be cancelled did not begin")]
-    NotBegun,
-    /// Someone asked the lab to end.
-    #[error("stopped by {name}")]
-    Interrupted {
-        /// The signal.
-        name: &'static str,
-    },
-}
-
-impl KillError {
-    fn file(path: &Path, source: std::io::Error) -> Self {
-        Self::File {
-            path: path.to_owned(),
-            source,
-        }
-    }
-}

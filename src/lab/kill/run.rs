@@ -8,12 +8,14 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
+use super::Tools;
 use super::case::{Case, Moment, Place, Step};
 use super::observe::{Observer, Seen, WallTime};
-use super::site::{LinkSection, Site};
+use super::site::Site;
 use super::trigger::{JournalWatch, Trigger};
-use super::{KillError, Tools, VM};
 use crate::api::{Outcome, Phase};
+use crate::lab::error::LabError;
+use crate::lab::gateway_file::{LinkSection, VM};
 use crate::lab::heartbeat::{Heard, Heartbeat, HeartbeatError, Verified};
 use crate::lab::monitor::Monitor;
 use crate::lab::process::Process;
@@ -73,7 +75,7 @@ pub(super) async fn run(
     ground: &Ground,
     case: &Case,
     usual: Option<Duration>,
-) -> Result<Finding, KillError> {
+) -> Result<Finding, LabError> {
     let mut stage = Stage::set(tools, ground, case).await?;
     let found = stage.perform(tools, ground, case, usual).await;
     stage.strike().await;
@@ -93,9 +95,9 @@ struct Stage {
 
 impl Stage {
     /// Starts and pairs the gateways, boots the guest at A, and prepares to kill.
-    async fn set(tools: &Tools, ground: &Ground, case: &Case) -> Result<Self, KillError> {
+    async fn set(tools: &Tools, ground: &Ground, case: &Case) -> Result<Self, LabError> {
         let [a, b] = &ground.sites;
-        let thread = |source| KillError::Thread { source };
+        let thread = |source| LabError::Thread { source };
         let trigger = Trigger::new();
         let qemu = a.boot(&tools.launch)?;
         let at_stop = Arc::clone(&trigger);
@@ -153,7 +155,7 @@ impl Stage {
         ground: &Ground,
         case: &Case,
         usual: Option<Duration>,
-    ) -> Result<Finding, KillError> {
+    ) -> Result<Finding, LabError> {
         let [a, b] = &ground.sites;
         let mut arguments = vec!["migrate", VM, "--to", b.place.site()];
         if let Some(rate) = &ground.rate {
@@ -269,16 +271,16 @@ impl Stage {
     }
 
     /// Cancels the migration once it copies.
-    async fn cancel(&mut self, a: &Site, log: &Path) -> Result<(), KillError> {
+    async fn cancel(&mut self, a: &Site, log: &Path) -> Result<(), LabError> {
         let deadline = tokio::time::Instant::now() + MOMENT;
         while !steps_of(&a.journal(), Place::A).contains(&Step::Started) {
             if tokio::time::Instant::now() > deadline {
-                return Err(KillError::NotBegun);
+                return Err(LabError::NotBegun);
             }
             tokio::time::sleep(LOOK).await;
         }
         tokio::time::sleep(BEFORE_CANCEL).await;
-        let migration = id_in(log).ok_or(KillError::NotBegun)?;
+        let migration = id_in(log).ok_or(LabError::NotBegun)?;
         // The gateway may be killed before it has answered.
         let _ = a.api().cancel(migration).await;
         Ok(())
@@ -339,7 +341,7 @@ fn steps_of(journal: &Path, place: Place) -> Vec<Step> {
 }
 
 /// Capabilities and parameters of migration. The gateway leaves its monitor free between migrations.
-async fn settings_of(site: &Site) -> Result<[Value; 2], KillError> {
+async fn settings_of(site: &Site) -> Result<[Value; 2], LabError> {
     let mut monitor = Monitor::connect(&site.files.qmp, SOON).await?;
     let capabilities = monitor.execute("query-migrate-capabilities", Value::Null).await?;
     let parameters = monitor.execute("query-migrate-parameters", Value::Null).await?;

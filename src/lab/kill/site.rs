@@ -4,11 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
-
 use super::case::Place;
-use super::{KillError, VM};
 use crate::api::Client;
+use crate::lab::error::LabError;
+use crate::lab::gateway_file::{GatewayFile, LinkSection, client, words};
 use crate::lab::guest::{GuestFiles, Launch, Start};
 use crate::lab::process::{Process, run};
 
@@ -28,13 +27,6 @@ pub(super) struct Site {
     pub(super) directory: PathBuf,
 }
 
-/// What both gateways are told about the link.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct LinkSection {
-    pub(super) rate: String,
-    pub(super) rtt: String,
-}
-
 impl Site {
     /// A site that has its own directory below `parent`, and no process yet.
     pub(super) fn new(
@@ -42,9 +34,9 @@ impl Site {
         place: Place,
         namespace: Option<String>,
         listen: SocketAddr,
-    ) -> Result<Self, KillError> {
+    ) -> Result<Self, LabError> {
         let directory = parent.join(place.to_string().to_lowercase());
-        std::fs::create_dir(&directory).map_err(|source| KillError::file(&directory, source))?;
+        std::fs::create_dir(&directory).map_err(|source| LabError::file(&directory, source))?;
         Ok(Self {
             place,
             namespace,
@@ -56,43 +48,36 @@ impl Site {
     }
 
     /// Boots the guest here.
-    pub(super) fn boot(&self, launch: &Launch) -> Result<Process, KillError> {
+    pub(super) fn boot(&self, launch: &Launch) -> Result<Process, LabError> {
         let log = self.directory.join("qemu.log");
         let argv = self.qemu(launch, &self.files, Start::Boot);
         Ok(Process::spawn("QEMU at A", self.namespace.as_deref(), &argv, &log)?)
     }
 
     /// Writes the configuration of the gateway, whose peer is `other`.
-    pub(super) fn configure(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<(), KillError> {
+    pub(super) fn configure(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<(), LabError> {
         // The gateway fills in its own QMP socket.
         let files = GuestFiles {
             qmp: "{qmp}".into(),
             ..self.files.clone()
         };
-        let config = Gateway {
+        let text = GatewayFile {
             site: self.place.site(),
-            state_dir: self.state(),
+            state_dir: &self.state(),
             listen: self.listen,
             link,
-            metrics: Metrics { listen: "off" },
-            log: Log { level: "debug" },
-            peer: [Peer {
-                name: other.place.site(),
-                address: other.listen,
-            }],
-            vm: [Vm {
-                name: VM,
-                qmp: &self.files.qmp,
-                command: self.qemu(launch, &files, Start::ReceivePaused),
-            }],
-        };
-        let text = toml::to_string(&config).map_err(KillError::Configuration)?;
+            log_level: Some("debug"),
+            peer: (other.place.site(), other.listen),
+            qmp: &self.files.qmp,
+            command: self.qemu(launch, &files, Start::ReceivePaused),
+        }
+        .text()?;
         let file = self.config();
-        std::fs::write(&file, text).map_err(|source| KillError::file(&file, source))
+        std::fs::write(&file, text).map_err(|source| LabError::file(&file, source))
     }
 
     /// Starts the gateway for the `time`th time and waits until it answers on its control socket.
-    pub(super) async fn start_gateway(&self, longhaul: &str, time: u32) -> Result<Process, KillError> {
+    pub(super) async fn start_gateway(&self, longhaul: &str, time: u32) -> Result<Process, LabError> {
         let argv = [longhaul, "gateway", "--config", &self.config().display().to_string()].map(str::to_owned);
         let log = self.directory.join(format!("gateway-{time}.log"));
         let name = format!("the gateway of {}", self.place);
@@ -102,8 +87,8 @@ impl Site {
         while client.identity().await.is_err() {
             gateway.check()?;
             if tokio::time::Instant::now() > deadline {
-                return Err(KillError::GatewayMute {
-                    place: self.place.to_string(),
+                return Err(LabError::GatewayMute {
+                    site: self.place.site(),
                     said: gateway.said(),
                 });
             }
@@ -114,12 +99,7 @@ impl Site {
 
     /// The command line of a client of this site's gateway.
     pub(super) fn client(&self, longhaul: &str, arguments: &[&str]) -> Vec<String> {
-        let socket = self.control_socket().display().to_string();
-        std::iter::once(longhaul)
-            .chain(arguments.iter().copied())
-            .chain(["--socket", &socket])
-            .map(str::to_owned)
-            .collect()
+        client(longhaul, arguments, &self.control_socket())
     }
 
     /// A client of this site's gateway in this process.
@@ -128,7 +108,7 @@ impl Site {
     }
 
     /// Makes this site's gateway and that of `other` trust each other.
-    pub(super) async fn pair(&self, longhaul: &str, other: &Self) -> Result<(), KillError> {
+    pub(super) async fn pair(&self, longhaul: &str, other: &Self) -> Result<(), LabError> {
         let address = self.listen.to_string();
         let invite = self.client(longhaul, &["pair", "--invite", "--address", &address]);
         let code = run(&words(&invite)).await?;
@@ -159,47 +139,6 @@ impl Site {
     fn control_socket(&self) -> PathBuf {
         self.state().join("control.sock")
     }
-}
-
-/// A command line as the functions that run one take it.
-pub(super) fn words(argv: &[String]) -> Vec<&str> {
-    argv.iter().map(String::as_str).collect()
-}
-
-/// The configuration file of a gateway, as far as a case needs it.
-#[derive(Serialize)]
-struct Gateway<'a> {
-    site: &'a str,
-    state_dir: PathBuf,
-    listen: SocketAddr,
-    link: &'a LinkSection,
-    metrics: Metrics,
-    log: Log,
-    peer: [Peer<'a>; 1],
-    vm: [Vm<'a>; 1],
-}
-
-#[derive(Serialize)]
-struct Metrics {
-    listen: &'static str,
-}
-
-#[derive(Serialize)]
-struct Log {
-    level: &'static str,
-}
-
-#[derive(Serialize)]
-struct Peer<'a> {
-    name: &'a str,
-    address: SocketAddr,
-}
-
-#[derive(Serialize)]
-struct Vm<'a> {
-    name: &'a str,
-    qmp: &'a Path,
-    command: Vec<String>,
 }
 
 /// A gateway makes its keys at its first start.

@@ -9,9 +9,9 @@ use crate::lab::engine::outside::{Client, Outside};
 use crate::lab::engine::proof::Proof;
 use crate::lab::engine::{Engine, Moved, hosts, qemu};
 use crate::lab::error::LabError;
+use crate::lab::gateway_file::LinkSection;
 use crate::lab::guest::Launch;
 use crate::lab::record::{Ends, Outcome, Run, Setting};
-use crate::lab::site::LinkSection;
 use crate::lab::stage::Stage;
 
 /// What the moves of a plan have in common.
