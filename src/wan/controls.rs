@@ -6,12 +6,12 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::process::Command;
 
 use serde_json::Value;
 
 use super::change::Directions;
 use super::control::{self, ControlError};
+use super::iproute::{IprouteError, run};
 use super::link::{Link, LinkName, SITE_DEVICE, Site};
 use super::model::LinkSettings;
 use super::stats::Backend;
@@ -48,22 +48,9 @@ pub enum ControlsError {
         /// Why.
         source: io::Error,
     },
-    /// `ip` or `tc` cannot be run.
-    #[error("{command} cannot be run; install iproute2")]
-    Tool {
-        /// The command line.
-        command: String,
-        /// Why.
-        source: io::Error,
-    },
     /// `ip` or `tc` failed.
-    #[error("{command} failed: {message}")]
-    ToolFailed {
-        /// The command line.
-        command: String,
-        /// Its words.
-        message: String,
-    },
+    #[error(transparent)]
+    Iproute(#[from] IprouteError),
 }
 
 /// The controls of one link.
@@ -238,7 +225,7 @@ impl Controls {
         let peer = self.name.site(site.peer());
         for (namespace, device) in [(&router, device), (&peer, SITE_DEVICE)] {
             let shown = run(&format!("ip -n {namespace} -j neighbour show to {old} dev {device}"))?;
-            let entries: Value = serde_json::from_str(&shown).unwrap_or(Value::Null);
+            let entries: Value = serde_json::from_slice(&shown).unwrap_or(Value::Null);
             if let Some(hardware) = entries[0]["lladdr"].as_str() {
                 run(&format!(
                     "ip -n {namespace} neighbour replace {address} lladdr {hardware} nud permanent dev {device}"
@@ -260,24 +247,4 @@ impl Controls {
 
 fn settings_file(name: &LinkName) -> PathBuf {
     name.state_directory().join("settings")
-}
-
-/// Runs a command of plain words.
-fn run(command: &str) -> Result<String, ControlsError> {
-    let mut words = command.split_whitespace();
-    let output = Command::new(words.next().unwrap_or_default())
-        .args(words)
-        .output()
-        .map_err(|source| ControlsError::Tool {
-            command: command.to_owned(),
-            source,
-        })?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    } else {
-        Err(ControlsError::ToolFailed {
-            command: command.to_owned(),
-            message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        })
-    }
 }

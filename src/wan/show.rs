@@ -1,11 +1,9 @@
 //! What a link has carried, from whichever backend carries it.
 
-use std::io;
-use std::process::Command;
-
 use serde_json::Value;
 
 use super::control::{self, ControlError};
+use super::iproute::{IprouteError, run};
 use super::link::{Link, SITE_DEVICE, Site};
 use super::model::ETHERNET_OVERHEAD;
 use super::stats::{Backend, DirectionStats, Dropped, LinkStats, Traffic};
@@ -22,22 +20,9 @@ pub enum ShowError {
         /// What it said.
         answer: String,
     },
-    /// `ip` or `tc` cannot be run.
-    #[error("{command} cannot be run; install iproute2")]
-    Tool {
-        /// The command line.
-        command: String,
-        /// Why.
-        source: io::Error,
-    },
     /// `ip` or `tc` failed.
-    #[error("{command} failed: {message}")]
-    ToolFailed {
-        /// The command line.
-        command: String,
-        /// Its words.
-        message: String,
-    },
+    #[error(transparent)]
+    Iproute(#[from] IprouteError),
     /// A device or queue is missing from what `ip` or `tc` printed.
     #[error("{command} does not show {what}; the link may have been changed by hand")]
     Missing {
@@ -135,28 +120,18 @@ impl Report {
     fn run(tool: &str, namespace: &str, arguments: &[&str]) -> Result<Self, ShowError> {
         let options = ["-n", namespace, "-s", "-j"];
         let command = format!("{tool} {} {}", options.join(" "), arguments.join(" "));
-        let output = Command::new(tool)
-            .args(options)
-            .args(arguments)
-            .output()
-            .map_err(|source| ShowError::Tool {
-                command: command.clone(),
-                source,
-            })?;
-        if !output.status.success() {
-            let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(ShowError::ToolFailed { command, message });
-        }
-        Self::parse(command, &output.stdout)
+        let json = run(&command)?;
+        Self::parse(command, &json)
     }
 
     fn parse(command: String, json: &[u8]) -> Result<Self, ShowError> {
         match serde_json::from_slice(json) {
             Ok(entries) => Ok(Self { command, entries }),
-            Err(error) => Err(ShowError::ToolFailed {
+            Err(error) => Err(IprouteError::Failed {
                 command,
                 message: format!("its output is not JSON: {error}"),
-            }),
+            }
+            .into()),
         }
     }
 
