@@ -8,9 +8,10 @@ use std::process::Command;
 
 use longhaul::metrics::SERIES;
 
-const PAGES: [&str; 5] = [
+const PAGES: [&str; 6] = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/lab.md",
     "docs/operators-guide.md",
     "docs/ownership.md",
     "docs/wire-format.md",
@@ -97,13 +98,18 @@ fn commands(text: &str) -> Vec<(String, Vec<String>)> {
         let Some(verb) = words.next().filter(|verb| VERBS.contains(verb)) else {
             continue;
         };
+        // The lab has verbs of its own.
+        let verb = match verb {
+            "lab" => format!("lab {}", words.next().unwrap_or_default()),
+            _ => verb.to_owned(),
+        };
         let flags = words
             .filter(|word| {
                 word.strip_prefix("--")
                     .is_some_and(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
             })
             .map(|word| word.split('=').next().unwrap().trim_end_matches('.').to_owned());
-        found.push((verb.to_owned(), flags.collect()));
+        found.push((verb, flags.collect()));
     }
     found
 }
@@ -130,7 +136,8 @@ const VERBS: [&str; 15] = [
 /// Every flag of a verb; nothing where there is no such verb.
 fn help(verb: &str) -> Option<BTreeSet<String>> {
     let output = Command::new(env!("CARGO_BIN_EXE_longhaul"))
-        .args([verb, "--help"])
+        .args(verb.split_whitespace())
+        .arg("--help")
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
