@@ -9,7 +9,8 @@
 //! little flows it waits for devices and due times themselves, and is exact to some 50 us, which is how long a machine that
 //! idles takes to wake up. When next to nothing flows, as under `ping`, it wakes up that much earlier and looks at the
 //! clock until the time has come, and goes on looking for a moment afterwards, since what arrives is answered: at a packet
-//! a second this costs nothing, and at one in each millisecond at most a third of a core.
+//! a second this costs nothing, and at two in each millisecond at most half a core. What it sleeps through before a packet
+//! that wakes it is not the link's delay, and is taken off (see `wake_up`).
 
 use std::io::{self, Write as _};
 use std::num::NonZeroU64;
@@ -31,6 +32,7 @@ use super::model::LinkSettings;
 use super::profile::Profile;
 use super::stats::{Backend, EmulatorStats, LinkStats, Scheduling};
 use super::tun::{self, Tun};
+use super::wake_up::WakeUps;
 
 /// What an emulator is to be.
 #[derive(Clone, Debug)]
@@ -87,6 +89,7 @@ pub(super) fn run(settings: EmulatorSettings) -> Result<(), EmulatorError> {
     // Room for what the time line may do, also when all of it is never played.
     let most = settings.profile.states().iter().map(in_flight_bytes).max().unwrap_or(0);
     let direction = |stream| Direction::new(settings.profile.direction(), most, settings.seed, stream, now);
+    let scheduling = take_priority();
     let mut emulator = Emulator {
         directions: [direction(0), direction(1)],
         ports,
@@ -94,8 +97,10 @@ pub(super) fn run(settings: EmulatorSettings) -> Result<(), EmulatorError> {
         requests,
         tick: tick(settings.profile.one_way_delay()),
         lateness: Lateness::default(),
+        wake_ups: WakeUps::learn(),
+        came: [None; 2],
         started: now,
-        scheduling: take_priority(),
+        scheduling,
         settings,
     };
     if let Some(path) = &emulator.settings.ready {
@@ -124,6 +129,9 @@ struct Emulator {
     wake: OwnedFd,
     tick: Duration,
     lateness: Lateness,
+    wake_ups: WakeUps,
+    /// Of each port, when that came which ended the last sleep.
+    came: [Option<Instant>; 2],
     scheduling: Scheduling,
     started: Instant,
 }
@@ -163,7 +171,8 @@ impl Emulator {
             let direction = &mut self.directions[index];
             let (from, to) = (&self.ports[index], &self.ports[1 - index]);
             for count in 1..=BUDGET {
-                match direction.receive(clock::now(), |room| from.read(room)) {
+                let at = self.came[index].take().unwrap_or_else(clock::now);
+                match direction.receive(at, |room| from.read(room)) {
                     Ok(()) => handled += 1,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -190,22 +199,31 @@ impl Emulator {
     }
 
     /// Waits for a packet, a command, or until something is due in the time `ahead`; not at all, where it is already.
-    fn wait(&self, now: Instant, ahead: Duration) -> Result<(), EmulatorError> {
+    fn wait(&mut self, now: Instant, ahead: Duration) -> Result<(), EmulatorError> {
         let due = self.directions.iter().filter_map(Direction::next_due).min();
         let time = due.map(|due| due.saturating_duration_since(now));
         if time.is_some_and(|time| time <= ahead) {
             return Ok(());
         }
-        let timeout = time.map(|time| clock::timespec(time.saturating_sub(ahead)));
+        // What never sleeps until a time does not learn how long it takes to wake up.
+        let time = time.map_or(IDLE, |time| (time - ahead).min(IDLE));
         let mut events = [
             PollFd::new(&self.ports[0], PollFlags::IN),
             PollFd::new(&self.ports[1], PollFlags::IN),
             PollFd::new(&self.wake, PollFlags::IN),
         ];
-        match rustix::event::poll(&mut events, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(EmulatorError::Wait(error.into())),
+        let ready = match rustix::event::poll(&mut events, Some(&clock::timespec(time))) {
+            Ok(ready) => ready,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(error) => return Err(EmulatorError::Wait(error.into())),
+        };
+        let woke = clock::now();
+        let came = |event: &PollFd<'_>| (!event.revents().is_empty()).then(|| self.wake_ups.came(now, woke));
+        self.came = [came(&events[0]), came(&events[1])];
+        if ready == 0 {
+            self.wake_ups.record(now, now + time, woke);
         }
+        Ok(())
     }
 
     /// Answers commands. Returns false when one was to stop.
@@ -332,8 +350,8 @@ impl Density {
         self.frames += frames;
         match self.frames.max(self.before) {
             FLOWING_FRAMES.. => Flow::Dense,
-            3.. => Flow::Light,
-            // One packet is a frame in and a frame out.
+            5.. => Flow::Light,
+            // A packet and its answer are two frames in and two out.
             _ => Flow::Sparse,
         }
     }
@@ -387,6 +405,8 @@ const FLOWING_FRAMES: usize = 16;
 const WAKE_UP: Duration = Duration::from_micros(100);
 /// A program that waits for a packet takes as long until it answers.
 const ANSWER: Duration = Duration::from_micros(150);
+/// At two thousandths of a processor.
+const IDLE: Duration = Duration::from_millis(25);
 /// Below the kernel's own threads at 50.
 const REAL_TIME_PRIORITY: i32 = 10;
 

@@ -108,7 +108,6 @@ impl<'a> Measurement<'a> {
         let mut sent = 0;
         loop {
             let now = clock::now();
-            watch.look(now);
             let next_send = start + spacing * u32::try_from(sent).unwrap_or(u32::MAX);
             if sent < count && now >= next_send {
                 self.send(sent, &mut trips)?;
@@ -130,6 +129,9 @@ impl<'a> Measurement<'a> {
             } else {
                 due
             };
+            if due.is_none_or(|due| due > now + SLACK) {
+                watch.look(now);
+            }
             self.wait(now, due);
         }
         evaluate(&trips, watch.end(clock::now()))
@@ -263,6 +265,8 @@ const PRIORITY: i32 = 5;
 const WAKE_UP: Duration = Duration::from_micros(150);
 /// What has not come a millisecond after its time is not worth looking at the clock for.
 const OVERDUE: Duration = Duration::from_millis(1);
+/// Time for what has nothing to do with a datagram.
+const SLACK: Duration = Duration::from_millis(1);
 const IDLE: Duration = Duration::from_millis(20);
 
 #[cfg(test)]
