@@ -113,6 +113,7 @@ fn every_move_of_a_plan_is_a_line_with_its_figures_and_the_report_shows_them() {
         ] {
             assert!(run[figure].as_f64().unwrap() > 0.0, "{figure}: {run}");
         }
+        assert!((0.0..=1.0).contains(&run["others_share"].as_f64().unwrap()), "{run}");
         for end in ["source", "destination"] {
             assert!(run["cpu_seconds_per_gib"][end].as_f64().unwrap() > 0.0, "{run}");
         }

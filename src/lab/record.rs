@@ -99,6 +99,10 @@ pub struct Run {
     /// the gateway or hypervisor that waited most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_delay_share: Option<f64>,
+    /// Of the CPU time that this machine used, the share that was no part of the measurement, 0..=1: other programs, and what
+    /// the host took (steal).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub others_share: Option<f64>,
     /// Pages that the guest rewrote a second while it was moved, at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_pages_per_second: Option<f64>,

@@ -2,6 +2,10 @@
 //!
 //! A process belongs to a site where its command line names the site's directory. Threads are looked at five times a second;
 //! what one that ends did after the last look is not counted.
+//!
+//! The processes of a move wait for each other too: eight threads that compress on two processors wait three quarters of their
+//! time. So what is held against the machine is the share of that time in which *others* had the processors: programs that are
+//! no part of the measurement, and a host that ran something else (steal).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,7 +25,7 @@ const WORTH_JUDGING: u64 = 50_000_000;
 /// Looks on until [`Watch::stop`].
 #[derive(Debug)]
 pub(super) struct Watch {
-    seen: Arc<Mutex<[Seen; 2]>>,
+    seen: Arc<Mutex<([Seen; 2], Machine)>>,
     task: AbortHandle,
 }
 
@@ -35,12 +39,32 @@ pub(super) struct Usage {
     /// Of the time that the threads of a process could have run, the share in which they waited for a CPU: of the gateway or
     /// hypervisor that waited most, 0..=1.
     pub(super) run_delay_share: Option<f64>,
+    /// Of the CPU time that was used on this machine, the share that others had, 0..=1.
+    pub(super) others_share: Option<f64>,
 }
 
 /// What was seen of a site's processes.
 #[derive(Clone, Debug, Default)]
 struct Seen {
     processes: HashMap<u32, Process>,
+}
+
+/// What was seen of everything.
+#[derive(Clone, Debug, Default)]
+struct Machine {
+    /// CPU time that was used since the start of the machine, in ticks: at the first look and at the last.
+    used: Option<[u64; 2]>,
+    /// Of the measurement's own processes and the kernel's threads: the same, each since its own first look.
+    own: HashMap<u32, [u64; 2]>,
+}
+
+impl Machine {
+    fn others_share(&self) -> Option<f64> {
+        let [first, last] = self.used?;
+        let used = last.saturating_sub(first);
+        let own: u64 = self.own.values().map(|[first, last]| last.saturating_sub(*first)).sum();
+        (used > 0).then(|| used.saturating_sub(own) as f64 / used as f64)
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -67,7 +91,7 @@ struct Schedule {
 impl Watch {
     /// Watches the processes that name one of the directories: the source's and the destination's.
     pub(super) fn start(directories: [PathBuf; 2]) -> Self {
-        let seen: Arc<Mutex<[Seen; 2]>> = Arc::default();
+        let seen: Arc<Mutex<([Seen; 2], Machine)>> = Arc::default();
         let task = tokio::spawn({
             let seen = Arc::clone(&seen);
             async move {
@@ -75,7 +99,8 @@ impl Watch {
                 loop {
                     {
                         let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                        look(&directories, &mut seen, first);
+                        let (sites, machine) = &mut *seen;
+                        look(&directories, sites, machine, first);
                     }
                     first = false;
                     tokio::time::sleep(LOOK).await;
@@ -91,8 +116,8 @@ impl Watch {
     /// What was seen until now.
     pub(super) fn stop(self) -> Usage {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let [source, destination] = &*seen;
-        Usage::of(source, destination)
+        let ([source, destination], machine) = &*seen;
+        Usage::of(source, destination, machine)
     }
 }
 
@@ -103,7 +128,7 @@ impl Drop for Watch {
 }
 
 impl Usage {
-    fn of(source: &Seen, destination: &Seen) -> Self {
+    fn of(source: &Seen, destination: &Seen, machine: &Machine) -> Self {
         let both = |figure: fn(&Seen) -> f64| Ends {
             source: figure(source),
             destination: figure(destination),
@@ -122,7 +147,13 @@ impl Usage {
             cpu_seconds: both(Seen::cpu_seconds),
             gateway_peak_rss_bytes: peaks.map(|(source, destination)| Ends { source, destination }),
             run_delay_share: shares.max_by(f64::total_cmp),
+            others_share: machine.others_share(),
         }
+    }
+
+    /// Of the time that the process which waited most could have run, the share in which it waited and others ran.
+    pub(super) fn waited_for_others(&self) -> Option<f64> {
+        Some(self.run_delay_share? * self.others_share?)
     }
 }
 
@@ -146,15 +177,31 @@ impl Process {
 
 /// Takes in what every process of the sites has done. What it did before the first look does not count; what one did that was
 /// not there at the first look counts from its beginning.
-fn look(directories: &[PathBuf; 2], seen: &mut [Seen; 2], is_first: bool) {
-    for process in numbers_in(Path::new("/proc")) {
+fn look(directories: &[PathBuf; 2], seen: &mut [Seen; 2], machine: &mut Machine, is_first: bool) {
+    let stat = std::fs::read_to_string("/proc/stat").ok();
+    if let Some(used) = stat.and_then(|text| used_ticks(&text)) {
+        machine.used = Some([machine.used.map_or(used, |[first, _]| first), used]);
+    }
+    let processes = numbers_in(Path::new("/proc"));
+    let family = Family::of(&processes);
+    for process in processes {
         let of_process = PathBuf::from(format!("/proc/{process}"));
         let Ok(command_line) = std::fs::read(of_process.join("cmdline")) else {
             continue;
         };
         let command_line = String::from_utf8_lossy(&command_line);
         let names = |directory: &PathBuf| command_line.contains(&*directory.to_string_lossy());
-        let Some(site) = directories.iter().position(names) else {
+        let site = directories.iter().position(names);
+        // The kernel's threads have no command line, and the emulator no parent.
+        let is_own = site.is_some()
+            || command_line.is_empty()
+            || command_line.contains("\0wan-emulator\0run\0")
+            || family.descends_from(process, std::process::id());
+        if is_own && let Some(ticks) = family.ticks(process) {
+            let first = if is_first { ticks } else { 0 };
+            machine.own.entry(process).or_insert([first, ticks])[1] = ticks;
+        }
+        let Some(site) = site else {
             continue;
         };
         let known = seen[site].processes.entry(process).or_default();
@@ -176,6 +223,67 @@ fn look(directories: &[PathBuf; 2], seen: &mut [Seen; 2], is_first: bool) {
             known.last = now;
         }
     }
+}
+
+/// Parents and CPU times of processes (`/proc/PID/stat`, proc(5)).
+#[derive(Debug, Default)]
+struct Family {
+    members: HashMap<u32, Member>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Member {
+    parent: u32,
+    /// In user and kernel mode, all threads, also those that have ended.
+    ticks: u64,
+}
+
+impl Family {
+    fn of(processes: &[u32]) -> Self {
+        let member = |&process: &u32| {
+            let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+            Some((process, member(&text)?))
+        };
+        Self {
+            members: processes.iter().filter_map(member).collect(),
+        }
+    }
+
+    fn ticks(&self, process: u32) -> Option<u64> {
+        Some(self.members.get(&process)?.ticks)
+    }
+
+    fn descends_from(&self, process: u32, ancestor: u32) -> bool {
+        let mut line = std::iter::successors(Some(process), |process| Some(self.members.get(process)?.parent));
+        // A tree that changes while it is read could have a loop.
+        line.by_ref()
+            .take(self.members.len() + 1)
+            .any(|process| process == ancestor)
+    }
+}
+
+fn member(stat: &str) -> Option<Member> {
+    // The command's name may hold anything; what follows its last parenthesis begins with the third field.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some(Member {
+        parent: u32::try_from(field(4)?).ok()?,
+        ticks: field(14)? + field(15)?,
+    })
+}
+
+/// Of all processors, all but what was idle; what the host took counts as used. In ticks.
+fn used_ticks(stat: &str) -> Option<u64> {
+    let line = stat.lines().next()?.strip_prefix("cpu ")?;
+    let fields: Vec<u64> = line
+        .split_ascii_whitespace()
+        .map_while(|field| field.parse().ok())
+        .collect();
+    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = fields[..] else {
+        return None;
+    };
+    Some(user + nice + system + irq + softirq + steal)
 }
 
 fn numbers_in(directory: &Path) -> Vec<u32> {
@@ -225,7 +333,7 @@ mod tests {
     fn the_process_that_waited_most_is_judged_and_idle_ones_are_not() {
         let busy = seen(&[(300_000_000, 50_000_000), (100_000_000, 50_000_000)], true);
         let idle = seen(&[(1_000, 1_000_000_000)], true);
-        let usage = Usage::of(&busy, &idle);
+        let usage = Usage::of(&busy, &idle, &Machine::default());
         assert_eq!(usage.run_delay_share, Some(0.2));
         assert!((usage.cpu_seconds.source - 0.4).abs() < 1e-9);
         assert_eq!(
@@ -238,8 +346,43 @@ mod tests {
     }
 
     #[test]
+    fn waiting_for_each_other_is_not_waiting_for_others() {
+        let busy = seen(&[(100_000_000, 300_000_000)], true);
+        let machine = |own: u64| Machine {
+            used: Some([1_000, 1_200]),
+            own: HashMap::from([(1, [50, 50 + own])]),
+        };
+        let waited = |own| {
+            let usage = Usage::of(&busy, &Seen::default(), &machine(own));
+            (usage.run_delay_share, usage.waited_for_others())
+        };
+        assert_eq!(waited(200), (Some(0.75), Some(0.0)));
+        assert_eq!(waited(100), (Some(0.75), Some(0.375)));
+        // Ticks are coarse.
+        assert_eq!(waited(201), (Some(0.75), Some(0.0)));
+    }
+
+    #[test]
+    fn parents_and_times_are_read_whatever_a_process_is_called() {
+        let stat = "7 (a) b) S 3 7 7 0 -1 4194560 1 0 0 0 20 5 0 0 20 0 1 0 100 0 0";
+        let expected = Member { parent: 3, ticks: 25 };
+        assert_eq!(member(stat), Some(expected));
+        assert_eq!(member("7 (a) S 3"), None);
+        let members = HashMap::from([(7, expected), (3, Member { parent: 1, ticks: 0 })]);
+        let family = Family { members };
+        assert!(family.descends_from(7, 7) && family.descends_from(7, 1) && !family.descends_from(3, 7));
+    }
+
+    #[test]
+    fn what_is_idle_is_not_used() {
+        let text = "cpu  10 20 30 4000 5000 6 7 8 9 9\ncpu0 1 1 1 1 1 1 1 1 1 1\n";
+        assert_eq!(used_ticks(text), Some(10 + 20 + 30 + 6 + 7 + 8));
+        assert_eq!(used_ticks("cpu 1 2 3"), None);
+    }
+
+    #[test]
     fn a_move_without_gateways_has_no_memory_of_theirs() {
-        let usage = Usage::of(&seen(&[(1, 1)], false), &seen(&[(1, 1)], true));
+        let usage = Usage::of(&seen(&[(1, 1)], false), &seen(&[(1, 1)], true), &Machine::default());
         assert_eq!(usage.gateway_peak_rss_bytes, None);
         assert_eq!(usage.run_delay_share, None);
     }
@@ -254,7 +397,7 @@ mod tests {
         let watch = Watch::start([directory.clone(), PathBuf::from("/nowhere-at-all")]);
         let ran = || {
             let seen = watch.seen.lock().unwrap();
-            seen[0].cpu_seconds()
+            seen.0[0].cpu_seconds()
         };
         let found = async {
             while ran() <= 0.0 {

@@ -212,7 +212,8 @@ impl Findings {
             if late.is_empty() {
                 break;
             }
-            self.repeated.push(format!("{what}, attempt {attempt}: {}", late.join("; ")));
+            self.repeated
+                .push(format!("{what}, attempt {attempt}: {}", late.join("; ")));
             findings = measurement()?;
         }
         for finding in findings {

@@ -133,7 +133,7 @@ impl Direction {
             Some(room) => {
                 let length = read(room)?;
                 match Train::parse(self.arena.written(length)) {
-                    Ok(train) => self.judge(now, length, &train),
+                    Ok(train) => self.judge(now, &train),
                     Err(_) => self.stats.dropped.ingress.add(1, length as u64),
                 }
             }
@@ -151,13 +151,14 @@ impl Direction {
         Ok(())
     }
 
-    fn judge(&mut self, now: Instant, length: usize, train: &Train) {
+    fn judge(&mut self, now: Instant, train: &Train) {
         let mut frame = Frame {
             slot: Slot::default(),
             train: *train,
             runs: 0,
         };
         let mut open: Option<OpenRun> = None;
+        let mut survivors_end = 0;
         for index in 0..train.segments() {
             let bytes = u64::from(train.segment_bytes(index));
             self.stats.offered.add(bytes);
@@ -168,6 +169,7 @@ impl Direction {
             for verdict in [Some(fate.verdict), fate.copy].into_iter().flatten() {
                 match verdict {
                     Verdict::Deliver { at } => {
+                        survivors_end = index + 1;
                         self.stats.in_flight_bytes += bytes;
                         open = match open {
                             Some(run) if run.segments.end == index && at - run.first_due <= self.quantum => {
@@ -178,7 +180,7 @@ impl Direction {
                                 })
                             }
                             closed => {
-                                self.close(closed, &mut frame, length);
+                                self.close(closed, &mut frame);
                                 Some(OpenRun {
                                     first_due: at,
                                     last_due: at,
@@ -188,33 +190,33 @@ impl Direction {
                         };
                     }
                     Verdict::Overtake { at } => {
+                        survivors_end = index + 1;
                         self.stats.in_flight_bytes += bytes;
                         count(&mut self.stats.overtaking, bytes);
-                        let run = self.run(at, index..index + 1, &mut frame, length);
+                        let run = self.run(at, index..index + 1, &mut frame);
                         self.overtaking.push_back(run);
                     }
                     Verdict::Drop(cause) => of_cause(&mut self.stats.dropped, cause).add(1, bytes),
                 }
             }
         }
-        self.close(open, &mut frame, length);
+        self.close(open, &mut frame);
         if frame.runs > 0 {
+            // A full queue drops all but the first of a train: what nobody will read is not kept.
+            frame.slot = self.arena.keep(train.frame_bytes(survivors_end));
             self.frames.push_back(frame);
         }
     }
 
-    fn close(&mut self, open: Option<OpenRun>, frame: &mut Frame, length: usize) {
+    fn close(&mut self, open: Option<OpenRun>, frame: &mut Frame) {
         if let Some(open) = open {
-            let run = self.run(open.last_due, open.segments, frame, length);
+            let run = self.run(open.last_due, open.segments, frame);
             self.in_order.push_back(run);
         }
     }
 
-    /// A run of the frame that is being judged. The first keeps the frame.
-    fn run(&mut self, due: Instant, segments: Range<u32>, frame: &mut Frame, length: usize) -> Run {
-        if frame.runs == 0 {
-            frame.slot = self.arena.keep(length);
-        }
+    /// A run of the frame that is being judged.
+    fn run(&self, due: Instant, segments: Range<u32>, frame: &mut Frame) -> Run {
         frame.runs += 1;
         Run {
             due,
@@ -504,6 +506,30 @@ mod tests {
             .map(|(numbers, _)| numbers.len())
             .sum();
         assert_eq!(arrived as u64, 12_000 - stats.dropped.overrun.packets);
+    }
+
+    #[test]
+    fn trains_that_a_full_queue_cuts_short_take_the_room_of_what_survives() {
+        let begin = start();
+        let settings = LinkSettings {
+            one_way_delay: 1000 * MS,
+            rate: ByteRate(1_000_000),
+            queue_bytes: 200_000,
+            ..settings()
+        };
+        let mut link = direction(settings, 1, begin);
+        // 30 MB, of which 1.2 MB find room in the queue, and the arena has 8.
+        for ms in 0..1000 {
+            send(&mut link, begin + ms * MS, &train(30));
+        }
+        let stats = link.stats();
+        assert_eq!(stats.dropped.overrun.packets, 0);
+        assert!(stats.dropped.queue.packets > 28_000, "{stats:?}");
+        let arrived: usize = drain(&mut link, begin + 3000 * MS)
+            .iter()
+            .map(|(numbers, _)| numbers.len())
+            .sum();
+        assert_eq!(arrived as u64, 30_000 - stats.dropped.queue.packets);
     }
 
     #[test]

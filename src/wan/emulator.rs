@@ -315,7 +315,7 @@ impl Emulator {
             }),
             fault: None,
         };
-        stats.fault = stats.judge();
+        stats.fault = stats.judge(self.settings.profile.rtt);
         stats
     }
 }
@@ -442,7 +442,7 @@ mod tests {
         let mut density = Density::default();
         let mut now = clock::now();
         for _ in 0..100 {
-            now += Duration::from_micros(250);
+            now += Duration::from_micros(150);
             density.flow(now, 1);
         }
         assert_eq!(density.flow(now, 0), Flow::Light);

@@ -145,7 +145,13 @@ impl Train {
         u64::from(segments.end - segments.start) * u64::from(self.header_bytes) + (payload.end - payload.start) as u64
     }
 
-    /// Writes the datagrams in `segments` of `frame`, which this train was parsed from, as one frame by one call of
+    /// Bytes of the frame that [`Train::write_run`] reads for datagrams before the one with number `end`.
+    pub(super) fn frame_bytes(&self, end: u32) -> usize {
+        VNET_HEADER_BYTES + self.header_bytes as usize + self.payload_range(&(0..end)).end
+    }
+
+    /// Writes the datagrams in `segments` of `frame`, which this train was parsed from and of which the first
+    /// [`Train::frame_bytes`] are there, as one frame by one call of
     /// `write`, which is given the frame in parts.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ pub fn show(link: &Link) -> Result<LinkStats, ShowError> {
         Backend::Emulator => emulator(link)?,
         Backend::Netem => netem(link)?,
     };
-    stats.fault = stats.judge();
+    stats.fault = stats.judge(link.profile.rtt);
     Ok(stats)
 }
 

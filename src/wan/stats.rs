@@ -1,5 +1,7 @@
 //! What a link has carried, as JSON. Both backends report the same object.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::lateness::LatenessSummary;
@@ -148,8 +150,8 @@ impl Dropped {
 }
 
 impl LinkStats {
-    /// Why these figures are not to be used, where there is a reason.
-    pub(super) fn judge(&self) -> Option<String> {
+    /// Why these figures, of a link of this RTT, are not to be used, where there is a reason.
+    pub(super) fn judge(&self, rtt: Duration) -> Option<String> {
         for (direction, stats) in [("A to B", &self.ab), ("B to A", &self.ba)] {
             let faults = [
                 (stats.dropped.overrun, "the emulator's memory was full for"),
@@ -163,9 +165,10 @@ impl LinkStats {
             }
         }
         let lateness = self.emulator.as_ref()?.lateness;
-        (lateness.p99_us > MAX_LATENESS_US).then(|| {
+        let most = MAX_LATENESS_US.max(MAX_LATENESS_OF_RTT * rtt.as_secs_f64() * 1e6);
+        (lateness.p99_us > most).then(|| {
             format!(
-                "the emulator was late: p99 {} us, at most {MAX_LATENESS_US} us are allowed",
+                "the emulator was late: p99 {} us, at most {most} us are allowed",
                 lateness.p99_us
             )
         })
@@ -174,10 +177,14 @@ impl LinkStats {
 
 /// A p99 beyond this shows in the measured delay; an idle machine stays below 300 us at any profile.
 const MAX_LATENESS_US: f64 = 500.0;
+/// A hundredth of the RTT in a hundredth of the packets is less than the jitter of any real link of that length.
+const MAX_LATENESS_OF_RTT: f64 = 0.01;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const SHORT: Duration = Duration::from_millis(10);
 
     fn stats() -> LinkStats {
         LinkStats {
@@ -211,7 +218,7 @@ mod tests {
         ] {
             drops.add(1, 1500);
         }
-        assert_eq!(link.judge(), None);
+        assert_eq!(link.judge(SHORT), None);
         let faults: [fn(&mut DirectionStats) -> &mut Dropped; 3] = [
             |ab| &mut ab.dropped.overrun,
             |ab| &mut ab.dropped.ingress,
@@ -220,16 +227,20 @@ mod tests {
         for fault in faults {
             let mut link = stats();
             fault(&mut link.ba).add(1, 1500);
-            assert!(link.judge().is_some_and(|text| text.contains("1 packets from B to A")));
+            assert!(
+                link.judge(SHORT)
+                    .is_some_and(|text| text.contains("1 packets from B to A"))
+            );
         }
     }
 
     #[test]
     fn a_late_emulator_is_a_fault() {
         let mut link = stats();
-        assert_eq!(link.judge(), None, "at the limit");
+        assert_eq!(link.judge(SHORT), None, "at the limit");
         link.emulator.as_mut().expect("an emulator").lateness.p99_us += 0.1;
-        assert!(link.judge().is_some_and(|text| text.contains("late")));
+        assert!(link.judge(SHORT).is_some_and(|text| text.contains("late")));
+        assert_eq!(link.judge(Duration::from_millis(150)), None, "1 500 us");
     }
 
     #[test]

@@ -50,7 +50,11 @@ impl WakeUps {
     pub(super) fn came(&self, asleep: Instant, now: Instant) -> Instant {
         let slept = now.saturating_duration_since(asleep);
         // It may not have slept at all.
-        if slept < AWAKE { now } else { now - self.usual.min(slept) }
+        if slept < AWAKE {
+            now
+        } else {
+            now - self.usual.min(slept)
+        }
     }
 }
 

@@ -140,11 +140,11 @@ impl Bench<'_> {
         setting.link_fault.clone_from(&moved.link_fault);
         let gib = cell.dials.memory_mb as f64 / 1024.0;
         let usage = moved.usage;
-        let run_delay_share = usage.and_then(|usage| usage.run_delay_share);
-        let starved = run_delay_share.filter(|&share| share > self.longest_run_delay).map(|share| {
+        let waited = usage.and_then(|usage| usage.waited_for_others());
+        let starved = waited.filter(|&share| share > self.longest_run_delay).map(|share| {
             format!(
-                "the machine was too busy: a process waited for a CPU in {:.0} % of the time that it could have run, at most \
-                 {:.0} % are allowed",
+                "the machine was too busy: in {:.0} % of the time that a gateway or hypervisor could have run, other programs \
+                 had the CPU; at most {:.0} % are allowed",
                 share * 100.0,
                 self.longest_run_delay * 100.0
             )
@@ -175,7 +175,8 @@ impl Bench<'_> {
                 destination: usage.cpu_seconds.destination / gib,
             }),
             peak_rss_bytes: usage.and_then(|usage| usage.gateway_peak_rss_bytes),
-            run_delay_share,
+            run_delay_share: usage.and_then(|usage| usage.run_delay_share),
+            others_share: usage.and_then(|usage| usage.others_share),
             guest_pages_per_second: moved.pages_per_second,
             guest_intact: match (moved.outcome, is_damaged) {
                 (_, true) => Some(false),

@@ -47,8 +47,8 @@ pub struct PlanArgs {
     /// Print what would be measured, and do nothing.
     #[arg(long)]
     pub list: bool,
-    /// Longest share of its time that a process may wait for a CPU, in percent; above it a run is not usable.
-    #[arg(long, value_name = "PERCENT", default_value_t = 60.0)]
+    /// Longest share of its time that a process may wait for a CPU which others have, in percent; above it a run is not usable.
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
     pub longest_run_delay: f64,
     /// What the results say was measured, beside this program's version.
     #[arg(long, value_name = "TEXT")]
@@ -423,6 +423,9 @@ fn in_a_sentence(run: &Run) -> String {
     }
     if let Some(share) = run.run_delay_share {
         text.push_str(&format!(", waited for a CPU {:.0} %", share * 100.0));
+    }
+    if let Some(share) = run.others_share {
+        text.push_str(&format!(" (others had {:.0} % of it)", share * 100.0));
     }
     if !run.usable {
         text.push_str(", NOT USABLE");

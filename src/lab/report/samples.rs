@@ -32,6 +32,7 @@ pub(in crate::lab) fn run(engine: &str, repetition: u32) -> Run {
         }),
         peak_rss_bytes: None,
         run_delay_share: Some(0.02),
+        others_share: Some(0.01),
         guest_pages_per_second: None,
         guest_intact: Some(true),
         pages_checked: Some(51_200),
