@@ -186,7 +186,47 @@ fn frontier(summary: &Summary<'_>, frontiers: &[Frontier]) -> Vec<Block> {
                 .to_owned(),
         ),
         Block::Figures(figures),
+        Block::List(frontiers.iter().map(|other| compared(other, frontiers)).collect()),
     ]
+}
+
+/// How far an engine's frontier is from ours, and why its search ended.
+fn compared(frontier: &Frontier, all: &[Frontier]) -> String {
+    let Frontier {
+        engine, profile, guest, ..
+    } = frontier;
+    let mut text = format!(
+        "{engine} moves {guest} across {profile}: {}",
+        several(frontier.runs as usize, "move", "moves")
+    );
+    let ours = all
+        .iter()
+        .find(|ours| ours.engine == OURS && ours.profile == *profile && ours.guest == *guest);
+    let rates = ours.and_then(|ours| {
+        Some((
+            ours,
+            ours.converges_pages_per_second?,
+            frontier.converges_pages_per_second?,
+        ))
+    });
+    if let Some((ours, our_rate, rate)) = rates
+        && *engine != OURS
+        && rate > 0
+    {
+        let at_least = if ours.fails_pages_per_second.is_none() {
+            "at least "
+        } else {
+            ""
+        };
+        text.push_str(&format!(
+            "; {OURS} converges at {at_least}{:.1} times as many pages a second",
+            our_rate as f64 / rate as f64
+        ));
+    }
+    if let Some(limit) = &frontier.limit {
+        text.push_str(&format!("; the search ended since {limit}"));
+    }
+    text
 }
 
 fn timelines(summary: &Summary<'_>) -> Vec<Block> {

@@ -366,6 +366,22 @@ mod tests {
     }
 
     #[test]
+    fn frontiers_are_compared_with_ours_and_say_why_they_end() {
+        let mut ours = samples::frontier("longhaul");
+        ours.converges_pages_per_second = Some(48_000);
+        ours.fails_pages_per_second = None;
+        ours.limit = Some("the guest writes no faster".to_owned());
+        let written = write_all(&[], &[ours, samples::frontier("qemu-xbzrle")]);
+        for text in [
+            "at least 3.0 times as many",
+            "ended since the guest writes no faster",
+            "6 moves",
+        ] {
+            assert!(written.markdown.contains(text) && written.page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
     fn pictures_whose_names_are_alike_do_not_replace_each_other() {
         let mut runs = vec![samples::run("a b", 1), samples::run("a.b", 1), samples::run("…", 1)];
         runs[2].guest = "…".to_owned();
