@@ -316,25 +316,9 @@ fn invalid(key: &str, value: &str, reason: impl fmt::Display) -> InvalidChange {
 pub(super) const KEYS: &str = "rtt, delay, rate, queue, loss, gilbert_elliott, jitter, reordering, duplication and mtu";
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-    use crate::wan::ordinals::Ordinals;
-
-    /// 150 ms RTT, 1 Gbit/s, 50 ms of queue.
-    pub(in crate::wan) fn settings() -> LinkSettings {
-        LinkSettings {
-            one_way_delay: Duration::from_millis(75),
-            rate: ByteRate::from_bits_per_second(1_000_000_000),
-            queue_bytes: 6_250_000,
-            overhead_bytes: 14,
-            mtu_bytes: 1500,
-            loss: Loss::None,
-            lost: Ordinals::default(),
-            jitter: None,
-            reordering: None,
-            duplication: Probability::NEVER,
-        }
-    }
+    use crate::wan::model::tests::settings;
 
     fn half() -> Probability {
         Probability::new(0.5).expect("a probability")

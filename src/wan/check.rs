@@ -42,7 +42,7 @@ use super::model::ETHERNET_OVERHEAD;
 use super::probe::{ProbeError, ProbeReport, ProbeSettings, probe};
 use super::rtt::{RttReport, measure_rtt};
 use super::show::{ShowError, show};
-use super::stats::{Backend, DirectionStats, Drops, LinkStats};
+use super::stats::{Backend, DirectionStats, Drops, LinkStats, MAX_LATENESS_US};
 use super::{clock, interval, starvation, tools};
 use crate::proto::page::ByteRate;
 
@@ -586,8 +586,6 @@ const ATTEMPTS: u32 = 3;
 const PING_SPACING: Duration = Duration::from_millis(10);
 /// What rounding in clocks may take off.
 const CLOCK_MS: f64 = 0.02;
-/// The emulator's own bound for usable figures.
-const MAX_LATENESS_US: f64 = 500.0;
 /// A p99 cannot be moved by less.
 const MAX_STARVED_PERCENT: f64 = 1.0;
 

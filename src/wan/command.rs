@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn what_settings_prints_replaces_settings() {
-        let settings = crate::wan::change::tests::settings();
+        let settings = crate::wan::model::tests::settings();
         let json = serde_json::to_string_pretty(&settings)
             .expect("plain data")
             .replace('\n', " ");

@@ -355,26 +355,11 @@ mod tests {
     use super::*;
     use crate::proto::page::ByteRate;
     use crate::wan::loss::Loss;
-    use crate::wan::model::{ETHERNET_OVERHEAD, Reordering};
-    use crate::wan::ordinals::Ordinals;
+    use crate::wan::model::Reordering;
+    use crate::wan::model::tests::settings;
     use crate::wan::random::Probability;
 
     const MS: Duration = Duration::from_millis(1);
-
-    fn settings() -> LinkSettings {
-        LinkSettings {
-            one_way_delay: 75 * MS,
-            rate: ByteRate::from_bits_per_second(1_000_000_000),
-            queue_bytes: 6_250_000,
-            overhead_bytes: ETHERNET_OVERHEAD,
-            mtu_bytes: 1500,
-            loss: Loss::None,
-            lost: Ordinals::default(),
-            jitter: None,
-            reordering: None,
-            duplication: Probability::NEVER,
-        }
-    }
 
     fn direction(settings: LinkSettings, seed: u64, begin: Instant) -> Direction {
         let most = in_flight_bytes(&settings);

@@ -11,7 +11,8 @@
 //!    └─ model ── one direction as arithmetic; loss, ordinals and random numbers are its parts
 //!          │      (pure: also for an in-process simulation)
 //!          └─ direction ── frames in, runs of surviving segments out; arena and segments are its parts
-//!                └─ emulator ── two TUN devices, one thread; wake_up ── when did a packet come?;  control ── its socket and signals, command ── its lines
+//!                └─ emulator ── two TUN devices, one thread;  control ── its socket and signals, command ── its lines
+//!                     └─ wake_up ── when did a packet come that woke it?
 //!
 //! show ── what a link carried, of either backend
 //! check ── does it do what its profile asks? By rtt and probe, within interval; beside it what other tools say; starvation

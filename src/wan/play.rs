@@ -114,9 +114,9 @@ fn ends_to_come(steps: &[Step], next: usize) -> impl Iterator<Item = &Step> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wan::change::tests::settings;
     use crate::wan::change::{Change, Directions};
     use crate::wan::event::Happening;
+    use crate::wan::model::tests::settings;
 
     #[test]
     fn a_time_line_that_is_stopped_takes_back_what_has_begun_and_nothing_else() {

@@ -176,7 +176,7 @@ impl LinkStats {
 }
 
 /// A p99 beyond this shows in the measured delay; an idle machine stays below 300 us at any profile.
-const MAX_LATENESS_US: f64 = 500.0;
+pub(super) const MAX_LATENESS_US: f64 = 500.0;
 /// A hundredth of the RTT in a hundredth of the packets is less than the jitter of any real link of that length.
 const MAX_LATENESS_OF_RTT: f64 = 0.01;
 

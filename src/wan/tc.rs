@@ -106,7 +106,7 @@ const MIN_BURST_BYTES: u64 = 16_000;
 mod tests {
     use super::*;
     use crate::wan::change::Change;
-    use crate::wan::change::tests::settings;
+    use crate::wan::model::tests::settings;
 
     fn changed(key: &str, value: &str) -> LinkSettings {
         Change::parse(key, value).expect("valid").apply(&settings())

@@ -162,7 +162,7 @@ impl fmt::Display for Deed {
 mod tests {
     use super::*;
     use crate::proto::page::ByteRate;
-    use crate::wan::change::tests::settings;
+    use crate::wan::model::tests::settings;
 
     fn seconds(count: u64) -> Duration {
         Duration::from_secs(count)

@@ -22,7 +22,7 @@ pub(super) struct Bench<'a> {
     pub(super) time_limit: Duration,
     /// What every run's setting says.
     pub(super) setting: Setting,
-    /// A process that waited for a CPU for more of its time was starved, 0..=1.
+    /// A process that for more of its time waited for a CPU which others had was starved, 0..=1.
     pub(super) longest_run_delay: f64,
 }
 

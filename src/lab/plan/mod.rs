@@ -425,7 +425,7 @@ fn in_a_sentence(run: &Run) -> String {
         text.push_str(&format!(", waited for a CPU {:.0} %", share * 100.0));
     }
     if let Some(share) = run.others_share {
-        text.push_str(&format!(" (others had {:.0} % of it)", share * 100.0));
+        text.push_str(&format!(", others used {:.0} % of the CPU time", share * 100.0));
     }
     if !run.usable {
         text.push_str(", NOT USABLE");

@@ -321,4 +321,4 @@ const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const FURTHER_STREAMS: u64 = 1 << 32;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -3,7 +3,7 @@ use super::*;
 const MS: Duration = Duration::from_millis(1);
 
 /// 150 ms RTT, 1 Gbit/s, 50 ms of queue: 6.25 MB.
-fn settings() -> LinkSettings {
+pub(in crate::wan) fn settings() -> LinkSettings {
     LinkSettings {
         one_way_delay: 75 * MS,
         rate: ByteRate::from_bits_per_second(1_000_000_000),
