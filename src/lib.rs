@@ -42,7 +42,7 @@
 //! - Inside `proto` a stage imports only the noun of the stage before it. Only `session` sees several; `wire` also carries the
 //!   messages of `ownership`.
 //! - `transport` does not know what a page is, `shaper` does not know what a migration is.
-//! - `unsafe` is only in `wan/tun.rs`.
+//! - `unsafe` is only in `wan/tun.rs` and `wan/schedule.rs`.
 //! - Every queue has a bound in bytes or entries where it is made, and no length that a peer, a hypervisor or a file states is
 //!   allocated before it was compared with a limit.
 //! - A record is in the journal before anything is done because of it. Drivers (`gateway::source`, `gateway::destination`) route

@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::awake::Awake;
 use super::control::{self, ControlError};
 use super::link::{Link, Site};
 use super::model::ETHERNET_OVERHEAD;
@@ -134,6 +135,9 @@ pub enum CheckError {
 pub fn check(link: &Link, duration: Duration) -> Result<CheckReport, CheckError> {
     let pings = (duration.as_millis() / PING_SPACING.as_millis()).clamp(20, 1000) as u64;
     let mut findings = Findings::default();
+    let _awake = Awake::keep();
+    // The emulator learns anew how long this machine takes to wake up.
+    clock::sleep(SETTLE);
     findings.measure("RTT", || {
         let begin = Begin::of(link)?;
         let report = measure_rtt(link, pings, PING_SPACING)?;
@@ -583,6 +587,8 @@ const RTT_P50: &str = "RTT, p50";
 const RTT_P99: &str = "RTT, p99";
 /// Of a measurement.
 const ATTEMPTS: u32 = 3;
+/// More than the emulator looks back at, when nothing flows.
+const SETTLE: Duration = Duration::from_millis(500);
 const PING_SPACING: Duration = Duration::from_millis(10);
 /// What rounding in clocks may take off.
 const CLOCK_MS: f64 = 0.02;

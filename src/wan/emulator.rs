@@ -22,7 +22,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::change::Directions;
-use super::clock;
 use super::command::Command;
 use super::control::{self, Answer, ControlError, Request};
 use super::direction::{Direction, in_flight_bytes};
@@ -33,6 +32,7 @@ use super::profile::Profile;
 use super::stats::{Backend, EmulatorStats, LinkStats, Scheduling};
 use super::tun::{self, Tun};
 use super::wake_up::WakeUps;
+use super::{clock, schedule};
 
 /// What an emulator is to be.
 #[derive(Clone, Debug)]
@@ -369,7 +369,7 @@ fn attach(name: &LinkName, site: Site) -> Result<Tun, EmulatorError> {
 fn take_priority() -> Scheduling {
     // Refused only for a value that no thread may have.
     let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
-    if tun::schedule_in_real_time(REAL_TIME_PRIORITY).is_ok() {
+    if schedule::in_real_time(REAL_TIME_PRIORITY).is_ok() {
         Scheduling::Fifo
     } else if rustix::process::setpriority_process(None, -20).is_ok() {
         Scheduling::Nice

@@ -15,15 +15,16 @@
 //!                     └─ wake_up ── when did a packet come that woke it?
 //!
 //! show ── what a link carried, of either backend
-//! check ── does it do what its profile asks? By rtt and probe, within interval; beside it what other tools say; starvation
+//! check ── does it do what its profile asks? By rtt and probe, within interval; beside it what other tools say; starvation, awake
 //! ```
 //!
 //! Loss, rate and queue apply to each datagram as a wire would carry it, also inside the trains of segmentation offload.
 //! All byte counts are IP bytes; the bottleneck adds [`ETHERNET_OVERHEAD`] to each datagram, as `tc` does.
-//! `unsafe` is only in `tun`.
+//! `unsafe` is only in `tun` and `schedule`.
 
 mod arena;
 mod args;
+mod awake;
 mod change;
 mod check;
 mod clock;
@@ -45,6 +46,7 @@ mod probe;
 mod profile;
 mod random;
 mod rtt;
+mod schedule;
 mod segments;
 mod shell;
 mod show;

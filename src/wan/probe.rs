@@ -13,12 +13,11 @@ use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use rustix::event::{PollFd, PollFlags};
 use serde::Serialize;
 
-use super::clock;
 use super::link::{Link, LinkError, Site, enter_namespace};
 use super::model::ETHERNET_OVERHEAD;
 use super::random::Probability;
 use super::starvation::Watch;
-use super::tun::schedule_in_real_time;
+use super::{clock, schedule};
 use crate::proto::page::ByteRate;
 
 /// What to send.
@@ -197,7 +196,7 @@ impl<'a> Plan<'a> {
     fn socket(&self, site: Site, side: &'static str) -> Result<(UdpSocket, UdpSocketState), ProbeError> {
         enter_namespace(&self.namespace(site))?;
         // The link is measured, not the load of the machine. Refused, the figures still stand on an idle one.
-        let _ = schedule_in_real_time(PRIORITY);
+        let _ = schedule::in_real_time(PRIORITY);
         let open = || {
             let socket = UdpSocket::bind(SocketAddr::from((self.link.address(site), 0)))?;
             let state = UdpSocketState::new((&socket).into())?;

@@ -13,11 +13,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use serde::Serialize;
 
-use super::clock;
 use super::link::{Link, Site, enter_namespace};
 use super::probe::{ProbeError, quantile_ms};
 use super::starvation::Watch;
-use super::tun::schedule_in_real_time;
+use super::{clock, schedule};
 
 /// What came of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -68,7 +67,7 @@ struct Measurement<'a> {
 impl<'a> Measurement<'a> {
     fn start(link: &'a Link) -> Result<Self, ProbeError> {
         // Refused, the figures still stand on an idle machine.
-        let _ = schedule_in_real_time(PRIORITY);
+        let _ = schedule::in_real_time(PRIORITY);
         let open = |site| {
             enter_namespace(&link.name.site(site))?;
             let socket = || {

@@ -1,10 +1,6 @@
-//! TUN devices with segmentation offload, and the one scheduling call that rustix lacks. The only `unsafe` code of the
-//! emulator.
+//! TUN devices with segmentation offload.
 
-#![expect(
-    unsafe_code,
-    reason = "ioctls on TUN devices and sched_setscheduler have no safe wrapper"
-)]
+#![expect(unsafe_code, reason = "ioctls on TUN devices have no safe wrapper")]
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -62,18 +58,6 @@ pub(super) fn set_up(name: &str) -> io::Result<()> {
     // SAFETY: SIOCSIFFLAGS reads a `struct ifreq`, which InterfaceRequest mirrors in size and layout, and keeps no pointer.
     unsafe { rustix::ioctl::ioctl(&socket, Setter::<SIOCSIFFLAGS, InterfaceRequest>::new(request))? };
     Ok(())
-}
-
-/// Runs this thread before all ordinary ones (SCHED_FIFO); threads and processes that it starts do not inherit that.
-pub(super) fn schedule_in_real_time(priority: i32) -> io::Result<()> {
-    let parameters = libc::sched_param {
-        sched_priority: priority,
-    };
-    // SAFETY: the parameters are read during the call only, and thread 0 is the calling one.
-    match unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const parameters) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// `struct ifreq` of `linux/if.h` with flags in its union.
