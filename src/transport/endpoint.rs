@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use quinn::congestion::ControllerFactory;
-use quinn::{ConnectionError, Endpoint, EndpointConfig, Runtime, TokioRuntime};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
 use quinn_proto::HashedConnectionIdGenerator;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -18,11 +18,11 @@ use super::accept::{self, Incoming, MAX_HANDSHAKES};
 use super::congestion::{self, CubicFactory, LinkControllerFactory};
 use super::identity::Identity;
 use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
+use super::network::{Network, Udp};
 use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
 use super::tls::{self, ConnectionKind, ServerTls};
 use super::trust::{Fingerprint, TrustAnchors};
 use super::tuning::Tuning;
-use super::udp;
 use crate::proto::page::ByteRate;
 
 /// What an operator says about this site's end.
@@ -95,6 +95,7 @@ pub(super) struct Listener {
 #[derive(Debug)]
 pub(super) struct Shared {
     settings: TransportSettings,
+    network: Arc<dyn Network>,
     identity: Arc<Identity>,
     pub(super) trust: Arc<TrustAnchors>,
     pub(super) invitation: Arc<AtomicBool>,
@@ -128,6 +129,19 @@ impl Transport {
         identity: Arc<Identity>,
         trust: Arc<TrustAnchors>,
     ) -> Result<Self, BindError> {
+        Self::bind_on(Arc::new(Udp), settings, identity, trust)
+    }
+
+    /// The same on another network.
+    ///
+    /// # Errors
+    /// [`BindError`] where an address cannot be used.
+    pub fn bind_on(
+        network: Arc<dyn Network>,
+        settings: TransportSettings,
+        identity: Arc<Identity>,
+        trust: Arc<TrustAnchors>,
+    ) -> Result<Self, BindError> {
         let bulk_address = match settings.bulk_address {
             Some(address) => address,
             None => port_after(settings.control_address).ok_or(BindError::NoPortForBulk)?,
@@ -137,7 +151,7 @@ impl Transport {
             let resets = resettable(&identity, purpose);
             let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
                 .map_err(BindError::Tls)?;
-            listen(&settings, address, tls, resets).map_err(|source| match source.kind() {
+            listen(&*network, &settings, address, tls, resets).map_err(|source| match source.kind() {
                 io::ErrorKind::AddrInUse => BindError::InUse { address },
                 _ => BindError::Io { address, source },
             })
@@ -154,6 +168,7 @@ impl Transport {
         let peers = Mutex::default();
         let shared = Arc::new(Shared {
             settings,
+            network,
             identity,
             trust,
             invitation,
@@ -381,7 +396,7 @@ impl Shared {
             endpoint,
             socket,
             window,
-        } = endpoint(local, &tuning, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
+        } = endpoint(&*self.network, local, &tuning, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(DialCause::Address)?;
@@ -443,6 +458,7 @@ fn resettable(identity: &Identity, purpose: &str) -> EndpointConfig {
 }
 
 fn listen(
+    network: &dyn Network,
     settings: &TransportSettings,
     address: SocketAddr,
     tls: ServerTls,
@@ -463,19 +479,19 @@ fn listen(
         .max_incoming(MAX_HANDSHAKES)
         .incoming_buffer_size(64 * 1024)
         .incoming_buffer_size_total(1024 * 1024);
-    endpoint(address, &tuning, Some(config), resets)
+    endpoint(network, address, &tuning, Some(config), resets)
 }
 
 fn endpoint(
+    network: &dyn Network,
     address: SocketAddr,
     tuning: &Tuning,
     server: Option<quinn::ServerConfig>,
     config: EndpointConfig,
 ) -> io::Result<Listener> {
-    let socket = udp::bind(address, tuning.receive_buffer, tuning.send_buffer)?;
-    let runtime = Arc::new(TokioRuntime);
-    let socket = PacedSocket::new(runtime.wrap_udp_socket(socket)?);
-    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket.clone(), runtime)?;
+    let socket = network.bind(address, tuning.receive_buffer, tuning.send_buffer)?;
+    let socket = PacedSocket::new(socket);
+    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(TokioRuntime))?;
     Ok(Listener {
         endpoint,
         socket,

@@ -20,6 +20,7 @@ mod endpoint;
 mod identity;
 mod lane;
 mod link;
+mod network;
 mod paced_socket;
 mod tls;
 mod trust;
@@ -31,5 +32,6 @@ pub use endpoint::{BindError, DialCause, DialError, PeerTarget, Transport, Trans
 pub use identity::{CERTIFICATE_LIFETIME, Identity, IdentityError, RENEW_BEFORE_EXPIRY};
 pub use lane::{LaneError, next_chunk, read_lane, send_lane};
 pub use link::{CloseCode, ConnectionMeasures, LinkMeasures, PeerConnection, PeerLink};
+pub use network::{Network, Udp};
 pub use tls::ConnectionKind;
 pub use trust::{Fingerprint, InvalidFingerprint, TrustAnchors};

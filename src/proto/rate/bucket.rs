@@ -5,18 +5,23 @@
 //! larger than the bucket still passes and still counts in full.
 //!
 //! Two depths. A sender that was idle may send `BURST` (2 ms of rate) at once. A sender that was told to wait and was woken late,
-//! because tokio's timers tick in milliseconds or the machine is busy, keeps what it earned meanwhile up to `CATCH_UP` (8 ms);
-//! without that, every late wake-up would be lost rate.
+//! because tokio's timers tick in milliseconds or the machine is busy, keeps what it earned meanwhile up to `CATCH_UP` (12 ms);
+//! without that, every late wake-up would be lost rate. Neither makes any 100 ms carry more than 1.02 of the rate, or two sends more than
+//! the rate where that is more ([`Recent`]): what was missed is made up for over several of them.
 
 use std::time::{Duration, Instant};
 
+use super::recent::{Recent, WINDOW};
 use crate::proto::page::ByteRate;
 
 const BURST: Duration = Duration::from_millis(2);
-const CATCH_UP: Duration = Duration::from_millis(8);
+const CATCH_UP: Duration = Duration::from_millis(12);
 
 /// After this long without being told to wait, a sender counts as idle again.
 const BEHIND: Duration = Duration::from_millis(10);
+
+/// A fiftieth of the rate may come on top in 100 ms.
+const OVER: u64 = 50;
 
 /// Billionths of a byte in a byte, and nanoseconds in a second.
 const NANO: i128 = 1_000_000_000;
@@ -29,6 +34,7 @@ pub struct TokenBucket {
     credit: i128,
     refilled: Instant,
     behind_until: Option<Instant>,
+    recent: Recent,
 }
 
 impl TokenBucket {
@@ -40,6 +46,7 @@ impl TokenBucket {
             credit: depth(rate, BURST),
             refilled: now,
             behind_until: None,
+            recent: Recent::new(now),
         }
     }
 
@@ -52,20 +59,26 @@ impl TokenBucket {
     /// Refills at `rate` from `now` on. What was earned so far stays, down to the new depth.
     pub fn set_rate(&mut self, rate: ByteRate, now: Instant) {
         self.refill(now);
+        self.recent.scale(rate.0, self.rate.0);
         self.rate = rate;
         self.credit = self.credit.min(depth(rate, CATCH_UP));
     }
 
-    /// Whether a send may pass now; otherwise when to ask again, so that about 1 ms of rate can pass then. A send of higher
+    /// Whether a send of `bytes` may pass now; otherwise when to ask again, so that about 1 ms of rate can pass then. A send of higher
     /// priority states how many bytes of debt it may make before it waits too (0: none).
     ///
     /// # Errors
     /// The time to wait for.
-    pub fn poll(&mut self, now: Instant, debt: u64) -> Result<(), Instant> {
+    pub fn poll(&mut self, now: Instant, bytes: u64, debt: u64) -> Result<(), Instant> {
         self.refill(now);
         let missing = -i128::from(debt) * NANO - self.credit;
         if missing < 0 {
-            return Ok(());
+            let fair = self.rate.bytes_in(WINDOW);
+            // Where a send is more than 1 ms of rate, the allowance would not hold two of them.
+            let limit = (fair + fair / OVER).max(fair.saturating_add(2 * bytes));
+            return self.recent.has_room(now, bytes, limit).inspect_err(|when| {
+                self.behind_until = Some(*when + BEHIND);
+            });
         }
         let target = missing.saturating_add(depth(self.rate, BURST) / 2).max(1);
         let nanos = target.unsigned_abs().div_ceil(u128::from(self.rate.0.max(1)));
@@ -77,6 +90,7 @@ impl TokenBucket {
     /// Counts bytes that have passed.
     pub fn charge(&mut self, bytes: u64) {
         self.credit = self.credit.saturating_sub(i128::from(bytes) * NANO);
+        self.recent.add(bytes);
     }
 
     fn refill(&mut self, now: Instant) {
@@ -118,7 +132,7 @@ mod tests {
         let mut bucket = TokenBucket::new(rate, start);
         let (mut now, mut sent) = (start, 0);
         while now < start + time {
-            match bucket.poll(now, 0) {
+            match bucket.poll(now, send, 0) {
                 Ok(()) => {
                     bucket.charge(send);
                     sent += send;
@@ -161,17 +175,23 @@ mod tests {
             let (mut now, mut passed) = (start, vec![]);
             for (pause, bytes) in sends {
                 now += Duration::from_nanos(pause);
-                if bucket.poll(now, 0).is_ok() {
+                if bucket.poll(now, bytes, 0).is_ok() {
                     bucket.charge(bytes);
                     passed.push((now, bytes));
                 }
             }
             for first in 0..passed.len() {
-                let mut sum = 0;
+                let (mut sum, mut largest) = (0, 0);
                 for &(time, bytes) in &passed[first..] {
                     sum += bytes;
                     let fair = rate.bytes_in(time - passed[first].0) + rate.bytes_in(CATCH_UP);
                     prop_assert!(sum <= fair + bytes + 1, "{sum} > {fair} + {bytes}");
+                    if time - passed[first].0 < WINDOW {
+                        let fair = rate.bytes_in(WINDOW);
+                        largest = largest.max(bytes);
+                        let most = (fair + fair / OVER).max(fair + 2 * largest);
+                        prop_assert!(sum <= most, "{sum} in 100 ms, {most} are allowed");
+                    }
                 }
             }
         }
@@ -183,7 +203,7 @@ mod tests {
         let mut bucket = TokenBucket::new(rate, start);
         let later = start + Duration::from_secs(60);
         let mut passed = 0;
-        while bucket.poll(later, 0).is_ok() {
+        while bucket.poll(later, 100, 0).is_ok() {
             bucket.charge(100);
             passed += 100;
         }
@@ -195,11 +215,11 @@ mod tests {
         let (rate, start) = (ByteRate(1_000_000), origin());
         let mut bucket = TokenBucket::new(rate, start);
         bucket.charge(2_000);
-        assert!(bucket.poll(start, 0).is_err(), "bulk waits");
-        assert!(bucket.poll(start, 1_000).is_ok(), "control does not");
+        assert!(bucket.poll(start, 1, 0).is_err(), "bulk waits");
+        assert!(bucket.poll(start, 1, 1_000).is_ok(), "control does not");
         bucket.charge(1_000);
-        assert!(bucket.poll(start, 1_000).is_err(), "control has a limit too");
-        let when = bucket.poll(start, 0).unwrap_err();
+        assert!(bucket.poll(start, 1, 1_000).is_err(), "control has a limit too");
+        let when = bucket.poll(start, 1, 0).unwrap_err();
         assert_eq!(
             when - start,
             Duration::from_millis(2),
@@ -214,11 +234,11 @@ mod tests {
         bucket.charge(2_000);
         bucket.set_rate(ByteRate(10_000), start);
         bucket.charge(10);
-        let when = bucket.poll(start, 0).unwrap_err();
+        let when = bucket.poll(start, 1, 0).unwrap_err();
         assert_eq!(when - start, Duration::from_millis(2));
         bucket.set_rate(ByteRate(0), start);
         assert!(
-            bucket.poll(start, 0).is_err(),
+            bucket.poll(start, 1, 0).is_err(),
             "a rate of zero waits, and does not divide"
         );
     }

@@ -3,6 +3,7 @@
 mod bucket;
 mod controller;
 mod loss;
+mod recent;
 
 pub use bucket::TokenBucket;
 pub use controller::{ControllerSettings, LinkController, RoundTrip};

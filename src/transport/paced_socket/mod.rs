@@ -29,7 +29,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::Sleep;
 
 use super::congestion::LinkRate;
-use super::tuning::{ETHERNET_HEADER, MAX_UDP_PAYLOAD};
+use super::tuning::{ETHERNET_HEADER, LINK_BYTES_PER_PACKET, MAX_UDP_PAYLOAD};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::TokenBucket;
 
@@ -64,10 +64,10 @@ impl SharedBucket {
         self.lock().as_ref().map(TokenBucket::rate)
     }
 
-    fn poll(&self, now: Instant, priority: Priority) -> Result<(), Instant> {
-        self.lock()
-            .as_mut()
-            .map_or(Ok(()), |bucket| bucket.poll(now, allowed_debt(bucket.rate(), priority)))
+    fn poll(&self, now: Instant, bytes: u64, priority: Priority) -> Result<(), Instant> {
+        self.lock().as_mut().map_or(Ok(()), |bucket| {
+            bucket.poll(now, bytes, allowed_debt(bucket.rate(), priority))
+        })
     }
 
     fn charge(&self, bytes: u64) {
@@ -140,22 +140,32 @@ impl Route {
         &self.counters
     }
 
-    /// Whether a transmit may leave now; otherwise when to ask again.
-    fn poll(&self, now: Instant) -> Result<(), Instant> {
+    /// Whether a transmit that takes `bytes` of the link may leave now; otherwise when to ask again.
+    fn poll(&self, now: Instant, bytes: u64) -> Result<(), Instant> {
         let own = self.own.as_ref().map_or(Ok(()), |(rate, bucket)| {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             let rate = rate.rate();
             if bucket.rate() != rate {
                 bucket.set_rate(rate, now);
             }
-            bucket.poll(now, allowed_debt(rate, self.priority))
+            bucket.poll(now, bytes, allowed_debt(rate, self.priority))
         });
-        let shared = [&self.peer, &self.link].map(|bucket| bucket.poll(now, self.priority));
+        let shared = [&self.peer, &self.link].map(|bucket| bucket.poll(now, bytes, self.priority));
         let [peer, link] = shared;
         match [own, peer, link].into_iter().filter_map(Result::err).max() {
             Some(when) => Err(when),
             None => Ok(()),
         }
+    }
+
+    /// Full packets that may leave at once: a millisecond's, but at least one.
+    fn segments(&self) -> usize {
+        let own = self.own.as_ref().map(|(rate, _)| rate.rate());
+        let least = [own, self.peer.rate(), self.link.rate()].into_iter().flatten().min();
+        least.map_or(usize::MAX, |rate| {
+            let packets = rate.bytes_in(Duration::from_millis(1)) / LINK_BYTES_PER_PACKET;
+            usize::try_from(packets).unwrap_or(usize::MAX).max(1)
+        })
     }
 
     fn charge(&self, bytes: u64) {
@@ -258,9 +268,16 @@ impl fmt::Debug for PacedSocket {
     }
 }
 
+/// A transmit that must wait.
+struct Refused {
+    socket: usize,
+    route: Arc<Route>,
+    bytes: u64,
+}
+
 thread_local! {
-    /// The socket and the route that refused the last transmit on this thread.
-    static REFUSED: RefCell<Option<(usize, Arc<Route>)>> = const { RefCell::new(None) };
+    /// The last transmit on this thread that was refused.
+    static REFUSED: RefCell<Option<Refused>> = const { RefCell::new(None) };
 }
 
 impl AsyncUdpSocket for PacedSocket {
@@ -277,12 +294,14 @@ impl AsyncUdpSocket for PacedSocket {
         let Some(route) = self.route(transmit.destination) else {
             return self.inner.try_send(transmit);
         };
-        if route.poll(now()).is_err() {
-            REFUSED.set(Some((self.id(), route)));
+        let bytes = link_bytes(transmit);
+        if route.poll(now(), bytes).is_err() {
+            let socket = self.id();
+            REFUSED.set(Some(Refused { socket, route, bytes }));
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.inner.try_send(transmit)?;
-        route.charge(link_bytes(transmit));
+        route.charge(bytes);
         Ok(())
     }
 
@@ -300,11 +319,13 @@ impl AsyncUdpSocket for PacedSocket {
     }
 
     /// quinn would hand 10 segments of any size to one `sendmsg`, which Linux refuses above 65507 bytes in all, and the refusal is
-    /// taken for a lost packet.
+    /// taken for a lost packet. On a slow path fewer, since what is sent at once is a burst there.
     fn max_transmit_segments(&self) -> usize {
+        let paced = self.only.load().as_ref().map_or(usize::MAX, |route| route.segments());
         self.inner
             .max_transmit_segments()
             .min(65_507 / usize::from(MAX_UDP_PAYLOAD))
+            .min(paced)
             .max(1)
     }
 
@@ -325,6 +346,7 @@ struct PacedPoller {
 
 struct Waiting {
     route: Arc<Route>,
+    bytes: u64,
     since: Instant,
     timer: Pin<Box<Sleep>>,
 }
@@ -342,15 +364,21 @@ impl PacedPoller {
     fn poll_route(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let refused = REFUSED
             .take()
-            .filter(|(socket, _)| *socket == self.socket.id())
-            .map(|(_, route)| route);
-        let known = || self.waiting.as_ref().map(|waiting| waiting.route.clone());
-        let Some(route) = refused.or_else(known).or_else(|| self.socket.only.load_full()) else {
+            .filter(|refused| refused.socket == self.socket.id())
+            .map(|refused| (refused.route, refused.bytes));
+        let known = || {
+            self.waiting
+                .as_ref()
+                .map(|waiting| (waiting.route.clone(), waiting.bytes))
+        };
+        // What quinn will send is not known; if it is more, it is refused.
+        let only = || self.socket.only.load_full().map(|route| (route, LINK_BYTES_PER_PACKET));
+        let Some((route, bytes)) = refused.or_else(known).or_else(only) else {
             return Poll::Ready(());
         };
         loop {
             let now = now();
-            let Err(when) = route.poll(now) else {
+            let Err(when) = route.poll(now, bytes) else {
                 if let Some(waiting) = self.waiting.take() {
                     let nanos = now.saturating_duration_since(waiting.since).as_nanos();
                     let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
@@ -362,6 +390,7 @@ impl PacedPoller {
                 route.counters.waits.fetch_add(1, Ordering::Relaxed);
                 Waiting {
                     route: route.clone(),
+                    bytes,
                     since: now,
                     timer: Box::pin(tokio::time::sleep_until(when.into())),
                 }
@@ -369,6 +398,7 @@ impl PacedPoller {
             if !Arc::ptr_eq(&waiting.route, &route) {
                 waiting.route = route.clone();
             }
+            waiting.bytes = bytes;
             // Every acknowledgement comes by here, and the time waited for hardly moves; the timer ticks in milliseconds anyway.
             let set_for = waiting.timer.deadline().into_std();
             let moved = when
