@@ -13,15 +13,15 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use longhaul::proto::page::ByteRate;
 use longhaul::transport::tuning::{LANE_BYTES, LINK_BYTES_PER_PACKET, MAX_UDP_PAYLOAD, STREAM_OVERHEAD};
-use longhaul::transport::{
-    ConnectionKind, Identity, PeerLink, PeerTarget, Transport, TransportSettings, TrustAnchors, next_chunk, send_lane,
-};
+use longhaul::transport::{PeerLink, TransportSettings, next_chunk, send_lane};
 use longhaul::wan::{ETHERNET_OVERHEAD, LinkSettings, Loss, Ordinals, Probability};
 use tokio::time::Instant;
 
 use simulated_link::{SITES, SimulatedLink, SiteNetwork};
+use transport_site::Site;
 
 mod simulated_link;
+mod transport_site;
 
 const RTT: Duration = Duration::from_millis(150);
 const SEED: u64 = 20_261_127;
@@ -53,28 +53,9 @@ fn link_of(rate: ByteRate, loss_percent: f64) -> LinkSettings {
     }
 }
 
-struct Site {
-    _state_dir: tempfile::TempDir,
-    identity: Arc<Identity>,
-    trust: Arc<TrustAnchors>,
-    transport: Transport,
-}
-
-impl Site {
-    fn new(link: &Arc<SimulatedLink>, number: usize) -> Self {
-        let state_dir = tempfile::tempdir().unwrap();
-        let identity = Identity::load_or_create(state_dir.path(), SystemTime::now()).unwrap();
-        let trust = Arc::new(TrustAnchors::default());
-        let settings = TransportSettings::new(SocketAddr::new(SITES[number], 7000));
-        let network = Arc::new(SiteNetwork(link.clone()));
-        let transport = Transport::bind_on(network, settings, identity.clone(), trust.clone()).unwrap();
-        Self {
-            _state_dir: state_dir,
-            identity,
-            trust,
-            transport,
-        }
-    }
+fn site(link: &Arc<SimulatedLink>, number: usize) -> Site {
+    let settings = TransportSettings::new(SocketAddr::new(SITES[number], 7000));
+    Site::on(Arc::new(SiteNetwork(link.clone())), SystemTime::now(), settings)
 }
 
 /// A link with a site at each end, and connections between them that begin now.
@@ -92,27 +73,13 @@ impl Connected {
     /// Over a link like this one, of which the sender believes that it has this capacity.
     async fn over(settings: LinkSettings, believed: ByteRate) -> Self {
         let link = SimulatedLink::new(settings, SEED);
-        let sites = [Site::new(&link, 0), Site::new(&link, 1)];
-        sites[0].trust.insert(sites[1].identity.fingerprint(), "b");
-        sites[1].trust.insert(sites[0].identity.fingerprint(), "a");
-        let target = PeerTarget {
-            name: "b".to_owned(),
-            control_address: sites[1].transport.control_address(),
-            bulk_address: Some(sites[1].transport.bulk_address()),
-            fingerprint: sites[1].identity.fingerprint(),
-            rate: Some(believed),
-            rtt: RTT,
-        };
+        let sites = [site(&link, 0), site(&link, 1)];
+        sites[0].trusts(&sites[1], "b");
+        sites[1].trusts(&sites[0], "a");
+        let target = sites[1].as_target("b", Some(believed), RTT);
         let accept = async {
-            let (one, two) = (
-                sites[1].transport.accept().await.unwrap(),
-                sites[1].transport.accept().await.unwrap(),
-            );
-            if one.kind == ConnectionKind::Control {
-                PeerLink::new(one.connection, two.connection)
-            } else {
-                PeerLink::new(two.connection, one.connection)
-            }
+            let accepts = || async { sites[1].transport.accept().await.unwrap() };
+            transport_site::link_of(accepts().await, accepts().await)
         };
         let (from, to) = tokio::join!(sites[0].transport.dial(&target), accept);
         Self {

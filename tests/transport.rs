@@ -14,78 +14,39 @@ use bytes::Bytes;
 use longhaul::proto::page::ByteRate;
 use longhaul::transport::tuning::LANE_BYTES;
 use longhaul::transport::{
-    BindError, CloseCode, ConnectionKind, DialCause, Identity, Incoming, LaneError, PeerConnection, PeerLink,
-    PeerTarget, Transport, TransportSettings, TrustAnchors, read_lane, send_lane,
+    BindError, CloseCode, ConnectionKind, DialCause, Incoming, LaneError, PeerConnection, PeerLink, PeerTarget,
+    Transport, TransportSettings, Udp, read_lane, send_lane,
 };
 use quinn::ConnectionError;
+use transport_site::Site;
+
+mod transport_site;
 
 const RTT: Duration = Duration::from_millis(5);
 
-struct Site {
-    _state_dir: tempfile::TempDir,
-    identity: Arc<Identity>,
-    trust: Arc<TrustAnchors>,
-    transport: Transport,
+fn site() -> Site {
+    site_with(SystemTime::now(), |_| {})
+}
+
+fn site_with(created: SystemTime, change: impl FnOnce(&mut TransportSettings)) -> Site {
+    let mut settings = TransportSettings::new("127.0.0.1:0".parse().unwrap());
+    settings.rtt = RTT;
+    change(&mut settings);
+    Site::on(Arc::new(Udp), created, settings)
 }
 
 impl Site {
-    fn new() -> Self {
-        Self::with(SystemTime::now(), |_| {})
-    }
-
-    fn with(created: SystemTime, change: impl FnOnce(&mut TransportSettings)) -> Self {
-        let state_dir = tempfile::tempdir().unwrap();
-        let identity = Identity::load_or_create(state_dir.path(), created).unwrap();
-        let trust = Arc::new(TrustAnchors::default());
-        let mut settings = TransportSettings::new("127.0.0.1:0".parse().unwrap());
-        settings.rtt = RTT;
-        change(&mut settings);
-        let transport = Transport::bind(settings, identity.clone(), trust.clone()).unwrap();
-        Self {
-            _state_dir: state_dir,
-            identity,
-            trust,
-            transport,
-        }
-    }
-
-    fn trusts(&self, peer: &Site, name: &str) {
-        self.trust.insert(peer.identity.fingerprint(), name);
-    }
-
-    fn as_target(&self, name: &str, rate: Option<ByteRate>) -> PeerTarget {
-        PeerTarget {
-            name: name.to_owned(),
-            control_address: self.transport.control_address(),
-            bulk_address: Some(self.transport.bulk_address()),
-            fingerprint: self.identity.fingerprint(),
-            rate,
-            rtt: RTT,
-        }
-    }
-
     async fn accepts(&self) -> Incoming {
         soon(self.transport.accept()).await.expect("the transport runs")
     }
 
-    /// The two connections that a peer's dial makes.
     async fn accepts_link(&self) -> PeerLink {
-        let (one, two) = (self.accepts().await, self.accepts().await);
-        let (control, bulk) = if one.kind == ConnectionKind::Control {
-            (one, two)
-        } else {
-            (two, one)
-        };
-        assert_eq!(
-            (control.kind, bulk.kind),
-            (ConnectionKind::Control, ConnectionKind::Bulk)
-        );
-        PeerLink::new(control.connection, bulk.connection)
+        transport_site::link_of(self.accepts().await, self.accepts().await)
     }
 }
 
 fn paired() -> (Site, Site) {
-    let (tokyo, oslo) = (Site::new(), Site::new());
+    let (tokyo, oslo) = (site(), site());
     tokyo.trusts(&oslo, "oslo");
     oslo.trusts(&tokyo, "tokyo");
     (tokyo, oslo)
@@ -118,7 +79,7 @@ fn closed_by_peer(connection: &PeerConnection, code: CloseCode, reason: &str) ->
 }
 
 async fn link(from: &Site, to: &Site, rate: Option<ByteRate>) -> (PeerLink, PeerLink) {
-    let target = to.as_target("oslo", rate);
+    let target = to.as_target("oslo", rate, RTT);
     let (dialled, accepted) = soon(async { tokio::join!(from.transport.dial(&target), to.accepts_link()) }).await;
     (dialled.unwrap(), accepted)
 }
@@ -215,7 +176,7 @@ async fn every_lane_of_a_large_transfer_arrives_with_equal_bytes_in_both_modes()
 async fn a_peer_that_is_not_trusted_there_is_told_so() {
     let (tokyo, oslo) = paired();
     oslo.trust.remove("tokyo");
-    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None)))
+    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None, RTT)))
         .await
         .unwrap_err();
     assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
@@ -225,11 +186,11 @@ async fn a_peer_that_is_not_trusted_there_is_told_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_with_another_key_is_not_talked_to() {
     let (tokyo, oslo) = paired();
-    let impostor = Site::new();
+    let impostor = site();
     impostor.trusts(&tokyo, "tokyo");
     let target = PeerTarget {
         fingerprint: oslo.identity.fingerprint(),
-        ..impostor.as_target("oslo", None)
+        ..impostor.as_target("oslo", None, RTT)
     };
     let error = soon(tokyo.transport.dial(&target)).await.unwrap_err();
     assert!(matches!(error.cause, DialCause::NotThePeer { .. }), "{error}");
@@ -252,7 +213,7 @@ async fn unpairing_closes_what_is_open_and_keeps_the_peer_out() {
     for connection in [&dialled.control, &dialled.bulk] {
         closed_by_peer(connection, CloseCode::Unpaired, "unpaired by the operator").await;
     }
-    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None)))
+    let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None, RTT)))
         .await
         .unwrap_err();
     assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
@@ -260,7 +221,7 @@ async fn unpairing_closes_what_is_open_and_keeps_the_peer_out() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stranger_pairs_only_while_invited() {
-    let (tokyo, oslo) = (Site::new(), Site::new());
+    let (tokyo, oslo) = (site(), site());
     let (address, key) = (oslo.transport.control_address(), oslo.identity.fingerprint());
     let error = soon(tokyo.transport.dial_to_pair(address, key)).await.unwrap_err();
     assert!(matches!(error.cause, DialCause::NotTrustedThere { .. }), "{error}");
@@ -278,9 +239,9 @@ async fn a_stranger_pairs_only_while_invited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewed_certificate_needs_no_new_pairing() {
-    let tokyo = Site::new();
+    let tokyo = site();
     // The transport renews on its first check, right after it starts.
-    let oslo = Site::with(SystemTime::now() - Duration::from_secs(85 * 24 * 3600), |_| {});
+    let oslo = site_with(SystemTime::now() - Duration::from_secs(85 * 24 * 3600), |_| {});
     tokyo.trusts(&oslo, "oslo");
     oslo.trusts(&tokyo, "tokyo");
     soon(async {
@@ -294,7 +255,7 @@ async fn a_renewed_certificate_needs_no_new_pairing() {
 
 #[tokio::test]
 async fn a_second_gateway_on_the_same_port_is_told_why_it_cannot_start() {
-    let oslo = Site::new();
+    let oslo = site();
     let mut settings = TransportSettings::new(oslo.transport.control_address());
     settings.bulk_address = Some("127.0.0.1:0".parse().unwrap());
     let error = Transport::bind(settings, oslo.identity.clone(), oslo.trust.clone()).unwrap_err();
@@ -305,10 +266,10 @@ async fn a_second_gateway_on_the_same_port_is_told_why_it_cannot_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
     let (tokyo, oslo) = (
-        Site::with(SystemTime::now(), |settings| {
+        site_with(SystemTime::now(), |settings| {
             settings.idle_timeout = Duration::from_secs(1)
         }),
-        Site::new(),
+        site(),
     );
     tokyo.trusts(&oslo, "oslo");
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -316,7 +277,7 @@ async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
     let target = PeerTarget {
         control_address: address,
         bulk_address: Some(address),
-        ..oslo.as_target("oslo", None)
+        ..oslo.as_target("oslo", None, RTT)
     };
     let error = soon(tokyo.transport.dial(&target)).await.unwrap_err();
     assert!(matches!(error.cause, DialCause::NoAnswer), "{error}");
