@@ -1,10 +1,13 @@
-//! Rates: how fast a link of known capacity is filled, how a rate is kept exactly, what a path loses. Arithmetic only.
+//! Rates: how fast a link of known capacity is filled, how a rate is kept exactly, what a path loses, which rate holds when.
+//! Arithmetic only.
 
 mod bucket;
+mod calendar;
 mod controller;
 mod loss;
 mod recent;
 
 pub use bucket::TokenBucket;
+pub use calendar::{Calendar, CalendarEntry, Hours, InvalidHours, InvalidWeekdays, Weekdays};
 pub use controller::{ControllerSettings, LinkController, RoundTrip};
 pub use loss::LossMeter;
