@@ -62,15 +62,15 @@ fn the_reference_file_documents_every_key_that_is_read() {
 
     // An unknown key in each table is answered with the keys that are known there.
     let mut read = BTreeSet::new();
-    let probe = "no_such = 1\nsite = \"x\"\n[link]\nno_such = 1\n[metrics]\nno_such = 1\n[migration]\nno_such = 1\n[log]\nno_such = 1\n\
-                 [[peer]]\nname = \"p\"\nno_such = 1\n[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n";
-    for problem in parse(probe).unwrap_err() {
+    let entry = "days = \"mon\"\nhours = \"08:00-18:00\"\nrate = \"1mbit\"\nno_such = 1\n";
+    let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[migration]\nno_such = 1\n[log]\nno_such = 1\n\
+                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n";
+    for problem in parse(&probe.replace("ENTRY", entry)).unwrap_err() {
         let table = problem
             .key
             .trim_end_matches("no_such")
             .trim_end_matches('.')
-            .trim_end_matches("[1]")
-            .to_owned();
+            .replace("[1]", "");
         let (_, known) = problem
             .message
             .split_once("known here: ")
@@ -187,6 +187,126 @@ fn what_no_gateway_could_work_with_is_a_mistake() {
         assert!(problem.message.contains(word), "{problem}");
     }
     assert!(parse("site = \"a\"\nadvertise = \"192.0.2.1\"\n[link]\nrtt = \"10s\"\n").is_ok());
+}
+
+/// A site with a link of 1 Gbit/s and a peer of 400 Mbit/s, each with such a calendar.
+fn with_calendars(link: &str, peer: &str) -> String {
+    format!(
+        "site = \"a\"\n[link]\nrate = \"1gbit\"\ntime_zone = \"Europe/Berlin\"\n{link}\n\
+         [[peer]]\nname = \"b\"\nrate = \"400mbit\"\n{peer}\n"
+    )
+}
+
+fn entry(table: &str, days: &str, hours: &str, rate: &str) -> String {
+    format!("[[{table}.calendar]]\ndays = \"{days}\"\nhours = \"{hours}\"\nrate = \"{rate}\"\n")
+}
+
+#[test]
+fn calendars_go_by_the_clocks_of_the_links_time_zone_and_the_first_entry_holds() {
+    let link =
+        entry("link", "mon-thu, sat", "08:00-18:00", "200mbit") + &entry("link", "daily", "00:00-24:00", "300mbit");
+    let config = parse(&with_calendars(&link, &entry("peer", "mon", "22:00-06:00", "400mbit"))).unwrap();
+    let rates = |time: &str| {
+        let at = time.parse().unwrap();
+        [config.link_rate_at(at), config.peers[0].calendar.rate_at(at)]
+    };
+    let megabit = |rate: u64| Some(ByteRate::from_bits_per_second(rate * 1_000_000));
+    assert_eq!(rates("2026-07-06T05:59:59Z"), [megabit(300), None]);
+    assert_eq!(rates("2026-07-06T06:00:00Z"), [megabit(200), None], "08:00 in summer");
+    assert_eq!(rates("2026-11-23T06:30:00Z"), [megabit(300), None]);
+    assert_eq!(rates("2026-11-23T07:00:00Z"), [megabit(200), None], "08:00 in winter");
+    assert_eq!(
+        rates("2026-11-24T04:59:59Z"),
+        [megabit(300), megabit(400)],
+        "still Monday's night"
+    );
+    assert!(config.has_calendar() && !Config::for_site("a").has_calendar());
+}
+
+#[test]
+fn each_mistake_in_a_calendar_is_named() {
+    let link = "[[link.calendar]]\ndays = \"mo-fr\"\nhours = \"8-18\"\nrate = \"200\"\nday = \"mon\"\n".to_owned()
+        + "[[link.calendar]]\n"
+        + &entry("link", "mon", "08:00-08:00", "2gbit");
+    let problems = parse(&with_calendars(
+        &link,
+        &entry("peer", "sat-sun", "00:00-24:00", "401mbit"),
+    ))
+    .unwrap_err();
+    let expected = [
+        (Some(6), "link.calendar[1].days", "for example mon-fri"),
+        (Some(7), "link.calendar[1].hours", "for example 08:00-18:00"),
+        (Some(8), "link.calendar[1].rate", "write a rate with its unit"),
+        (Some(9), "link.calendar[1].day", "known here: days, hours, rate"),
+        (Some(10), "link.calendar[2].days", "is missing"),
+        (Some(10), "link.calendar[2].hours", "is missing"),
+        (Some(10), "link.calendar[2].rate", "is missing"),
+        (Some(13), "link.calendar[3].hours", "a whole day is 00:00-24:00"),
+        (Some(14), "link.calendar[3].rate", "2gbit is above link.rate, 1gbit"),
+        (
+            Some(22),
+            "peer[1].calendar[1].rate",
+            "401mbit is above the peer's rate, 400mbit",
+        ),
+    ];
+    for (line, key, words) in expected {
+        let found = problems
+            .iter()
+            .any(|problem| (problem.line, problem.key.as_str()) == (line, key) && problem.message.contains(words));
+        assert!(found, "{line:?} {key} {words} is missing in {problems:#?}");
+    }
+    assert_eq!(problems.len(), expected.len(), "{problems:#?}");
+}
+
+#[test]
+fn a_calendar_needs_a_rate_above_it_and_a_time_zone_that_exists() {
+    let of = |text: String| parse(&format!("site = \"a\"\n{text}")).map_err(|mut problems| problems.remove(0));
+    let night = |table| entry(table, "daily", "22:00-06:00", "1mbit");
+    let peer = |rate: &str| format!("[[peer]]\nname = \"b\"\n{rate}{}", night("peer"));
+    for (text, key, words) in [
+        (night("link"), "link.calendar", "needs link.rate"),
+        (peer(""), "peer[1].calendar", "needs link.rate"),
+        (
+            "[link]\ntime_zone = \"Berlin\"".to_owned(),
+            "link.time_zone",
+            "Europe/Berlin",
+        ),
+        (
+            "[link]\ntime_zone = \"Etc/Unknown\"".to_owned(),
+            "link.time_zone",
+            "IANA name",
+        ),
+        (
+            "[link]\ntime_zone = \"../../etc/passwd\"".to_owned(),
+            "link.time_zone",
+            "IANA name",
+        ),
+        (
+            "[link]\nrate = \"1gbit\"\ncalendar = \"night\"".to_owned(),
+            "link.calendar",
+            "[[link.calendar]]",
+        ),
+        (
+            format!("[link]\nrate = \"1gbit\"\n{}", night("link").repeat(65)),
+            "link.calendar",
+            "65 entries; there may be 64",
+        ),
+    ] {
+        let problem = of(text).unwrap_err();
+        assert_eq!(problem.key, key, "{problem}");
+        assert!(problem.message.contains(words), "{problem}");
+    }
+    for text in [
+        peer("rate = \"1mbit\"\n"),
+        format!("[link]\nrate = \"1gbit\"\n{}", peer("")),
+        format!("[link]\nrate = \"1gbit\"\n{}", night("link").repeat(64)),
+        "[link]\ntime_zone = \"asia/kolkata\"".to_owned(),
+    ] {
+        assert!(of(text.clone()).is_ok(), "{text}");
+    }
+    // A rate that is there and wrong is the only mistake.
+    let problems = parse(&format!("site = \"a\"\n[link]\nrate = \"fast\"\n{}", night("link"))).unwrap_err();
+    assert_eq!(problems.len(), 1, "{problems:#?}");
 }
 
 #[test]

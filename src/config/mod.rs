@@ -4,6 +4,7 @@
 //! and timers are derived from it elsewhere. Flag > environment > file > default. Who is trusted is not here but in the
 //! trust store, which pairing writes.
 
+mod calendar;
 mod section;
 pub mod units;
 
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 pub use self::section::{Overrides, Problem};
@@ -20,6 +23,7 @@ pub use self::units::PeerAddress;
 use self::units::{DEFAULT_PORT, parse_duration, parse_name, parse_size};
 use crate::hypervisor::qemu::{LaunchTemplate, LaunchValues, TemplateError};
 use crate::proto::page::ByteRate;
+use crate::proto::rate::Calendar;
 
 /// Where the configuration is when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/longhaul/gateway.toml";
@@ -58,8 +62,10 @@ pub struct Config {
 /// The link of the site towards the WAN.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Capacity, headers included. Absent: found by probing.
+    /// Capacity, headers included: the most that the link may ever carry, which windows are made for. Absent: found by probing.
     pub rate: Option<ByteRate>,
+    /// When less than that holds.
+    pub calendar: Calendar,
     /// RTT to the farthest peer. Sizes windows before anything is measured.
     pub rtt: Duration,
 }
@@ -93,6 +99,8 @@ pub struct Peer {
     pub address: Option<PeerAddress>,
     /// Cap towards this peer. Absent: `link.rate`.
     pub rate: Option<ByteRate>,
+    /// When less than that holds, by the clocks of the link's calendar.
+    pub calendar: Calendar,
     /// RTT to this peer. Absent: `link.rtt`.
     pub rtt: Option<Duration>,
 }
@@ -169,6 +177,7 @@ impl Config {
     /// | `state_dir` | `/var/lib/longhaul` | the place that the file hierarchy standard gives to state |
     /// | `listen` | `0.0.0.0:4646` | every interface; one port for control, the next for bulk |
     /// | `memory_budget` | `512mib` | the dictionary of a 100 GiB guest's digests fits, and a hypervisor host has it to spare |
+    /// | `link.time_zone` | `UTC` | the host's own may be set to anything, and a calendar must not change with it |
     /// | `link.rtt` | `150ms` | one ocean; on a shorter path windows are merely larger than used |
     /// | `metrics.listen` | `127.0.0.1:9646` | metrics name peers, so nobody else reads them unasked |
     /// | `migration.downtime_limit` | `500ms` | one ocean crossing, one retransmission and the load of the last pages |
@@ -185,6 +194,7 @@ impl Config {
             memory_budget: 512 << 20,
             link: Link {
                 rate: None,
+                calendar: Calendar::default(),
                 rtt: Duration::from_millis(150),
             },
             metrics: Metrics {
@@ -245,6 +255,26 @@ impl Config {
         self.peers.iter().find(|peer| peer.name == name)
     }
 
+    /// The rate of the link that holds at `at`; `None` where no rate is configured.
+    #[must_use]
+    pub fn link_rate_at(&self, at: Timestamp) -> Option<ByteRate> {
+        self.link.calendar.rate_at(at).or(self.link.rate)
+    }
+
+    /// The cap towards the peer of that name that holds at `at`: its own, and never above the link's. `None` where neither is
+    /// configured.
+    #[must_use]
+    pub fn peer_rate_at(&self, name: &str, at: Timestamp) -> Option<ByteRate> {
+        let own = self.peer(name).and_then(|peer| peer.calendar.rate_at(at).or(peer.rate));
+        own.into_iter().chain(self.link_rate_at(at)).min()
+    }
+
+    /// Whether any rate changes with the time.
+    #[must_use]
+    pub fn has_calendar(&self) -> bool {
+        !self.link.calendar.is_empty() || self.peers.iter().any(|peer| !peer.calendar.is_empty())
+    }
+
     /// The VM of that name.
     #[must_use]
     pub fn vm(&self, name: &str) -> Option<&Vm> {
@@ -276,6 +306,8 @@ impl Config {
         let mut link = top.section("link");
         config.link.rate = link.value("rate", ByteRate::from_str);
         set(&mut config.link.rtt, link.value("rtt", parse_rtt));
+        let zone = link.value("time_zone", calendar::parse_zone).unwrap_or(TimeZone::UTC);
+        config.link.calendar = calendar::read(&mut link, &zone, config.link.rate, "link.rate");
         link.finish();
 
         let mut metrics = top.section("metrics");
@@ -304,12 +336,20 @@ impl Config {
         log.finish();
 
         for mut section in top.sections("peer") {
-            let peer = Peer {
+            let mut peer = Peer {
                 name: section.required("name", parse_name).unwrap_or_default(),
                 address: section.value("address", PeerAddress::from_str),
                 rate: section.value("rate", ByteRate::from_str),
+                calendar: Calendar::default(),
                 rtt: section.value("rtt", parse_rtt),
             };
+            let most = peer.rate.or(config.link.rate);
+            let bounded_by = if peer.rate.is_some() {
+                "the peer's rate"
+            } else {
+                "link.rate"
+            };
+            peer.calendar = calendar::read(&mut section, &zone, most, bounded_by);
             if !peer.name.is_empty() && config.peer(&peer.name).is_some() {
                 section.mistake("name", format!("the peer {:?} is there already", peer.name));
             }

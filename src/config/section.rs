@@ -250,6 +250,11 @@ impl<'a> Section<'a> {
         sections
     }
 
+    /// Whether the file has `key`, which was taken, be it right or wrong.
+    pub(super) fn states(&self, key: &str) -> bool {
+        self.lines.contains_key(key)
+    }
+
     /// Records a mistake that only shows when several values are seen together.
     pub(super) fn mistake(&self, key: &str, message: impl Into<String>) {
         let line = self.lines.get(key).copied().or_else(|| self.line());

@@ -280,6 +280,7 @@ mod tests {
             name: "far".to_owned(),
             address: None,
             rate,
+            calendar: crate::proto::rate::Calendar::default(),
             rtt: Some(Duration::from_millis(rtt_ms)),
         };
         config.peers = vec![peer(None, 300), peer(Some(ByteRate(1_000_000)), 600)];
