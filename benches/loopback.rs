@@ -280,6 +280,7 @@ fn target(
         bulk_address: bulk,
         fingerprint: identity(dir, false).fingerprint(),
         rate,
+        rate_now: None,
         rtt,
     }
 }

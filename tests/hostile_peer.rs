@@ -65,6 +65,7 @@ impl Stranger {
             bulk_address: None,
             fingerprint,
             rate: None,
+            rate_now: None,
             rtt: RTT,
         };
         Self {

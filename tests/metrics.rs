@@ -84,11 +84,13 @@ fn busy() -> Arc<Metrics> {
     metrics.add_shaper_wait(Duration::from_millis(250));
     metrics.count_journal_error();
     metrics.set_in_doubt(1);
+    metrics.set_link_rate(ByteRate(25_000_000));
     for name in ["tokyo", "oslo"] {
         let peer = metrics.peer(name);
         peer.connected();
         peer.set_open_migrations(2);
         peer.set_rtt(Duration::from_millis(150));
+        peer.set_rate(ByteRate(12_500_000));
         peer.set_controller_rate(ByteRate(125_000_000));
         peer.add_packets(1000, 1);
         peer.add_wan_bytes(Direction::Out, 150_000);
@@ -221,6 +223,11 @@ fn what_is_counted_comes_out_under_its_labels() {
             &[("peer", "oslo"), ("direction", "out")]
         ),
         150_000.0
+    );
+    assert_eq!(value(&families, "longhaul_link_rate_bytes_per_second", &[]), 25e6);
+    assert_eq!(
+        value(&families, "longhaul_peer_rate_bytes_per_second", &[("peer", "oslo")]),
+        12.5e6
     );
     let completed = [("role", "source"), ("outcome", "completed")];
     assert_eq!(value(&families, "longhaul_migrations_total", &completed), 1.0);

@@ -284,6 +284,24 @@ async fn an_address_where_nobody_listens_is_reported_as_no_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_begins_at_the_rate_that_holds_now_and_follows_it() {
+    let (tokyo, oslo) = paired();
+    let (most, less) = (ByteRate(10_000_000), ByteRate(2_000_000));
+    let target = PeerTarget {
+        rate_now: Some(less),
+        ..oslo.as_target("oslo", Some(most), RTT)
+    };
+    let link = soon(tokyo.transport.dial(&target)).await.unwrap();
+    assert_eq!(link.capacity(), Some(less));
+    tokyo.transport.set_peer_rate("oslo", Some(most));
+    assert_eq!(link.capacity(), Some(most));
+    let site = ByteRate(1_000_000);
+    tokyo.transport.set_link_rate(Some(site));
+    let link = soon(tokyo.transport.dial(&target)).await.unwrap();
+    assert_eq!(link.capacity(), Some(site), "the link of the site carries no more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lane_longer_than_agreed_is_refused_without_being_kept() {
     let (tokyo, oslo) = paired();
     let (dialled, accepted) = link(&tokyo, &oslo, None).await;

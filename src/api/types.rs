@@ -517,6 +517,8 @@ pub struct PeerStatus {
     pub connected: bool,
     /// Smoothed RTT of the control connection.
     pub rtt_seconds: Option<f64>,
+    /// Cap on what is sent to it that holds now, by configuration and calendar.
+    pub rate_bytes_per_second: Option<u64>,
     /// Of its public key, where it is paired.
     pub fingerprint: Option<Fingerprint>,
 }

@@ -6,10 +6,14 @@ use super::output::result;
 use super::settings::Settings;
 use super::{Failure, YES};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::gateway::clock;
+use crate::proto::page::ByteRate;
+use crate::proto::rate::Calendar;
 
 /// Reads a configuration and names every mistake in it.
 ///
-/// Takes the flags and environment variables of `longhaul gateway` too, and checks what the gateway would run with.
+/// Takes the flags and environment variables of `longhaul gateway` too, and checks what the gateway would run with. Of each calendar it
+/// says what holds now and until when.
 /// Exit code: 0 it is valid, 2 it is not.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -31,5 +35,22 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
         config.peers.len(),
         config.vms.len()
     ));
+    let now = clock::timestamp();
+    let say = |whose: &str, calendar: &Calendar, rate: Option<ByteRate>| {
+        let Some(rate) = rate.filter(|_| !calendar.is_empty()) else {
+            return;
+        };
+        let (at, next) = (calendar.shown(now), calendar.next_change(now));
+        let until = next.map_or_else(
+            || "for ever".to_owned(),
+            |next| format!("until {}", calendar.shown(next)),
+        );
+        result(&format!("{whose}: {rate} at {at}, {until}"));
+    };
+    say("link.calendar", &config.link.calendar, config.link_rate_at(now));
+    for peer in &config.peers {
+        let whose = format!("calendar of {}", peer.name);
+        say(&whose, &peer.calendar, config.peer_rate_at(&peer.name, now));
+    }
     Ok(YES)
 }

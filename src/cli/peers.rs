@@ -4,8 +4,9 @@ use super::control::ControlArgs;
 use super::output::{OutputArgs, seconds, table};
 use super::{Failure, YES};
 use crate::api::PeerStatus;
+use crate::proto::page::ByteRate;
 
-/// Shows every peer with its trust, connection and RTT.
+/// Shows every peer with its trust, connection, RTT and the rate that holds now.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -35,10 +36,13 @@ fn text(peers: &[PeerStatus]) -> String {
                 peer.trust.to_string(),
                 if peer.connected { "connected" } else { "not connected" }.to_owned(),
                 peer.rtt_seconds.map_or_else(dash, seconds),
+                peer.rate_bytes_per_second
+                    .map_or_else(dash, |rate| ByteRate(rate).to_string()),
                 peer.fingerprint
                     .map_or_else(dash, |fingerprint| fingerprint.to_string()),
             ]
         })
         .collect();
-    table(["PEER", "ADDRESS", "TRUST", "CONNECTION", "RTT", "FINGERPRINT"], &rows)
+    let head = ["PEER", "ADDRESS", "TRUST", "CONNECTION", "RTT", "RATE", "FINGERPRINT"];
+    table(head, &rows)
 }

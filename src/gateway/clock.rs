@@ -14,6 +14,11 @@ pub(crate) fn wall() -> SystemTime {
     SystemTime::now()
 }
 
+/// Now, for calendars. What is beyond the year 9999 is the end of it.
+pub(crate) fn timestamp() -> jiff::Timestamp {
+    jiff::Timestamp::try_from(wall()).unwrap_or(jiff::Timestamp::MAX)
+}
+
 /// Milliseconds since the Unix epoch, for people.
 pub(crate) fn unix_ms() -> u64 {
     let since = wall().duration_since(UNIX_EPOCH).unwrap_or_default();

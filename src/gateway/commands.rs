@@ -173,6 +173,7 @@ async fn peer_status(
         },
         connected: link.is_some(),
         rtt_seconds: link.map(|link| link.rtt().as_secs_f64()),
+        rate_bytes_per_second: core.config.peer_rate_at(name, clock::timestamp()).map(|rate| rate.0),
         fingerprint,
     }
 }
@@ -355,9 +356,14 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
             let migrations = unfinished.iter().filter(|entry| matches(entry)).count();
             u32::try_from(migrations).unwrap_or(u32::MAX)
         };
+        let time = clock::timestamp();
+        let link_rate = core.config.link_rate_at(time);
+        core.metrics.set_link_rate(link_rate.unwrap_or_default());
         for peer in &trusted {
-            let migrations = count(&|entry| entry.peer == *peer);
-            core.metrics.peer(peer).set_open_migrations(migrations);
+            let metrics = core.metrics.peer(peer);
+            metrics.set_open_migrations(count(&|entry| entry.peer == *peer));
+            let rate = core.config.peer_rate_at(peer, time);
+            metrics.set_rate(rate.unwrap_or_default());
         }
         core.metrics.set_in_doubt(count(&Entry::needs_person));
         core.metrics.add_shaper_wait(core.links.take_waited().await);

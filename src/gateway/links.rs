@@ -62,7 +62,6 @@ pub(crate) struct Link {
     peer: Hello,
     agreement: Agreement,
     shaper: Option<Arc<Shaper>>,
-    capacity: Option<ByteRate>,
     asks: std::sync::Mutex<Asks>,
     made: Instant,
 }
@@ -160,7 +159,6 @@ impl Links {
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let target = self.target(peer).await?;
         let name = || peer.to_owned();
-        let capacity = target.rate;
         let attempt = async {
             let link = self
                 .transport
@@ -202,7 +200,6 @@ impl Links {
             peer: hello,
             agreement,
             shaper,
-            capacity,
             asks: std::sync::Mutex::default(),
             made: clock::now(),
         })
@@ -234,6 +231,7 @@ impl Links {
             bulk_address: None,
             fingerprint: trusted.fingerprint,
             rate: configured.and_then(|peer| peer.rate).or(self.config.link.rate),
+            rate_now: self.config.peer_rate_at(peer, clock::timestamp()),
             rtt: configured.and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt),
         })
     }
@@ -284,9 +282,9 @@ impl Link {
         goodput
     }
 
-    /// Capacity as configured, headers included.
+    /// Capacity that holds now, as configured, headers included.
     pub(crate) fn capacity(&self) -> Option<ByteRate> {
-        self.capacity
+        self.link.capacity()
     }
 
     /// A migration would fill this rate. What QUIC holds of lanes, sent or not, follows from all that are on the link: beyond the

@@ -32,6 +32,7 @@ mod offer;
 mod outbound;
 pub mod pairing;
 pub(crate) mod random;
+mod rates;
 mod recovery;
 pub(crate) mod registry;
 pub(crate) mod source;
@@ -56,6 +57,7 @@ use self::launches::LOG_EXTENSION;
 use self::links::Links;
 use self::memory::MemoryBudget;
 use self::pairing::exchange::Invitations;
+use self::rates::Rates;
 use self::registry::Registry;
 use crate::api::Command;
 use crate::config::Config;
@@ -70,7 +72,7 @@ use crate::transport::{
 /// Without a packet from the peer for this long a connection is given up; keep-alives come every second.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Between two looks at links for metrics.
+/// Between two looks at links for metrics, and at calendars.
 const MEASURE: Duration = Duration::from_secs(1);
 
 /// What every part of the gateway shares.
@@ -135,6 +137,8 @@ pub async fn run(
         ..TransportSettings::new(config.listen)
     };
     let transport = Arc::new(Transport::bind(settings, Arc::clone(&identity), Arc::clone(&anchors))?);
+    let mut rates = Rates::default();
+    rates.apply(&config, &transport, &trust, clock::timestamp());
     let links = Links::new(
         Arc::clone(&config),
         Arc::clone(&transport),
@@ -172,6 +176,7 @@ pub async fn run(
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),
         tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
+        tokio::spawn(rates::follow(Arc::clone(&core), rates, MEASURE)),
     ];
     core.metrics.set_ready(true);
     tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),

@@ -45,6 +45,7 @@ pub struct Metrics {
     downtime: Histogram,
     queues: [Gauge; 5],
     shaper_wait: Seconds,
+    link_rate: Level,
     migrations: [[Counter; Outcome::ALL.len()]; 2],
     active: [Gauge; 2],
     in_doubt: Gauge,
@@ -111,6 +112,7 @@ impl Metrics {
             downtime: register_as(&mut registry, &series::DOWNTIME, Histogram::new(series::DOWNTIME_EDGES)),
             queues: closed(&mut registry, &series::QUEUE_BYTES),
             shaper_wait: register(&mut registry, &series::SHAPER_WAIT),
+            link_rate: register(&mut registry, &series::LINK_RATE),
             migrations: [
                 expand(&migrations, Role::Source),
                 expand(&migrations, Role::Destination),
@@ -184,6 +186,11 @@ impl Metrics {
     /// Data waited for `duration` because a configured rate was used up.
     pub fn add_shaper_wait(&self, duration: Duration) {
         self.shaper_wait.inc_by(duration.as_secs_f64());
+    }
+
+    /// The rate of the link that holds now; zero where none is configured.
+    pub fn set_link_rate(&self, rate: ByteRate) {
+        self.link_rate.set(rate.0 as f64);
     }
 
     /// The journal could not make a record durable.
@@ -339,6 +346,7 @@ impl Drop for ActiveMigration {
 pub struct PeerMetrics {
     wan_bytes: [Counter; 2],
     rtt: Level,
+    rate: Level,
     controller_rate: Level,
     connected: Gauge,
     open_migrations: Gauge,
@@ -362,6 +370,11 @@ impl PeerMetrics {
     /// Smoothed RTT of the control connection.
     pub fn set_rtt(&self, rtt: Duration) {
         self.rtt.set(rtt.as_secs_f64());
+    }
+
+    /// The cap that holds now; zero where none is configured.
+    pub fn set_rate(&self, rate: ByteRate) {
+        self.rate.set(rate.0 as f64);
     }
 
     /// What the link controller allows.
@@ -390,6 +403,7 @@ impl PeerMetrics {
 struct PeerFamilies {
     wan_bytes: Family<Labels, Counter>,
     rtt: Family<Labels, Level>,
+    rate: Family<Labels, Level>,
     controller_rate: Family<Labels, Level>,
     connected: Family<Labels, Gauge>,
     open_migrations: Family<Labels, Gauge>,
@@ -403,6 +417,7 @@ impl PeerFamilies {
         Self {
             wan_bytes: register(registry, &series::WAN_BYTES),
             rtt: register(registry, &series::PEER_RTT),
+            rate: register(registry, &series::PEER_RATE),
             controller_rate: register(registry, &series::CONTROLLER_RATE),
             connected: register(registry, &series::PEER_CONNECTED),
             open_migrations: register(registry, &series::PEER_MIGRATIONS),
@@ -417,6 +432,7 @@ impl PeerFamilies {
         PeerMetrics {
             wan_bytes: DIRECTIONS.map(|word| self.wan_bytes.get_or_create_owned(&wan_labels(name, word))),
             rtt: self.rtt.get_or_create_owned(&peer),
+            rate: self.rate.get_or_create_owned(&peer),
             controller_rate: self.controller_rate.get_or_create_owned(&peer),
             connected: self.connected.get_or_create_owned(&peer),
             open_migrations: self.open_migrations.get_or_create_owned(&peer),
@@ -432,6 +448,7 @@ impl PeerFamilies {
             self.wan_bytes.remove(&wan_labels(name, word));
         }
         self.rtt.remove(&peer);
+        self.rate.remove(&peer);
         self.controller_rate.remove(&peer);
         self.connected.remove(&peer);
         self.open_migrations.remove(&peer);

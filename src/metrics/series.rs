@@ -128,6 +128,16 @@ pub(super) const SHAPER_WAIT: Series = counter(
     &[],
     "Time for which data waited because a configured rate was used up",
 );
+pub(super) const LINK_RATE: Series = gauge(
+    "longhaul_link_rate_bytes_per_second",
+    &[],
+    "Rate of the link that holds now, by its calendar; 0 where none is configured",
+);
+pub(super) const PEER_RATE: Series = gauge(
+    "longhaul_peer_rate_bytes_per_second",
+    &[PEER],
+    "Cap towards a peer that holds now, by calendar; 0 where none is configured",
+);
 pub(super) const CONTROLLER_RATE: Series = gauge(
     "longhaul_controller_rate_bytes_per_second",
     &[PEER],
@@ -212,6 +222,8 @@ pub const SERIES: &[Series] = &[
     DOWNTIME,
     QUEUE_BYTES,
     SHAPER_WAIT,
+    LINK_RATE,
+    PEER_RATE,
     CONTROLLER_RATE,
     PEER_CONNECTED,
     PEER_MIGRATIONS,

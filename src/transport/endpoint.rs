@@ -32,7 +32,7 @@ pub struct TransportSettings {
     pub control_address: SocketAddr,
     /// Where peers reach bulk; `None`: the port after control's.
     pub bulk_address: Option<SocketAddr>,
-    /// The rate of this site's uplink, as `tc` counts it (with 14 bytes of Ethernet header a packet), which all peers share. `None`: not limited here.
+    /// The most that this site's uplink may ever carry, as `tc` counts it (with 14 bytes of Ethernet header a packet), which all peers share; windows are made for it. `None`: not limited here.
     pub link: Option<ByteRate>,
     /// Round trip time that connections opened by peers are tuned for.
     pub rtt: Duration,
@@ -68,9 +68,11 @@ pub struct PeerTarget {
     pub bulk_address: Option<SocketAddr>,
     /// The key it must prove to hold; it must be trusted too.
     pub fingerprint: Fingerprint,
-    /// The capacity of the path to it, as `tc` counts it: filled from the first round trip on, never exceeded. `None`: not known, so that
-    /// quinn's CUBIC finds out.
+    /// The capacity of the path to it, as `tc` counts it: filled from the first round trip on, never exceeded; windows are made for it.
+    /// `None`: not known, so that quinn's CUBIC finds out.
     pub rate: Option<ByteRate>,
+    /// The part of it that holds at present. `None`: all.
+    pub rate_now: Option<ByteRate>,
     /// The round trip time of the path.
     pub rtt: Duration,
 }
@@ -236,8 +238,10 @@ impl Transport {
             (Some(rate), Some(link)) => Some(rate.min(link)),
             (rate, _) => rate,
         };
+        let present = [target.rate_now, self.shared.link.rate()];
+        let rate_now = rate.map(|most| present.into_iter().flatten().fold(most, ByteRate::min));
         let budget = self.shared.budget(&target.name);
-        budget.set_rate(rate);
+        budget.set_rate(rate_now);
         let open = |address, kind| {
             let peer = Some(target.name.clone());
             let attempt = Attempt {
@@ -246,6 +250,7 @@ impl Transport {
                 peer,
                 fingerprint: target.fingerprint,
                 rate,
+                rate_now,
                 rtt: target.rtt,
                 budget: &budget,
             };
@@ -270,6 +275,7 @@ impl Transport {
             peer: None,
             fingerprint: key,
             rate: None,
+            rate_now: None,
             rtt: self.shared.settings.rtt,
             budget: &Arc::default(),
         };
@@ -299,6 +305,12 @@ impl Transport {
             .filter(|connection| !connection.is_closed())
             .map(PeerConnection::of)
             .collect()
+    }
+
+    /// The cap on everything that this site sends, from the next packet on. Controllers do not follow by themselves: say
+    /// [`set_peer_rate`](Self::set_peer_rate) of every peer whose share is another now. Windows stay as they were made, for the rate of the settings.
+    pub fn set_link_rate(&self, rate: Option<ByteRate>) {
+        self.shared.link.set_rate(rate);
     }
 
     /// The cap on everything that is sent to `peer`; connections that are open follow at once.
@@ -347,7 +359,10 @@ struct Attempt<'a> {
     kind: ConnectionKind,
     peer: Option<String>,
     fingerprint: Fingerprint,
+    /// For its windows.
     rate: Option<ByteRate>,
+    /// To begin at.
+    rate_now: Option<ByteRate>,
     rtt: Duration,
     budget: &'a Arc<SharedBucket>,
 }
@@ -381,6 +396,7 @@ impl Shared {
             peer,
             fingerprint,
             rate,
+            rate_now,
             rtt,
             budget,
         } = attempt;
@@ -389,7 +405,7 @@ impl Shared {
         let settings = &self.settings;
         let tuning = Tuning::derive(rate, rtt, settings.window_budget, settings.idle_timeout);
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(Arc::new(tuning.transport_config(controller(rate, rtt))));
+        config.transport_config(Arc::new(tuning.transport_config(controller(rate_now, rtt))));
 
         let local = local_address(address, settings.control_address);
         let Listener {

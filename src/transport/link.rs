@@ -322,6 +322,12 @@ impl PeerLink {
         }
     }
 
+    /// The capacity that holds now; `None` where none is configured.
+    #[must_use]
+    pub fn capacity(&self) -> Option<ByteRate> {
+        self.bulk.0.path.rate.as_ref().map(|rate| rate.capacity())
+    }
+
     /// Stream bytes a second that this link can carry now: the controller's rate less headers and what is lost of late. `None`
     /// where no capacity is configured. Admit bulk at slightly less than this, and almost nothing unsent sits in QUIC.
     #[must_use]

@@ -83,6 +83,7 @@ fn knows(directory: &TempDir) -> (Gateway, Receiver<String>) {
                     trust: Trust::Paired,
                     connected: true,
                     rtt_seconds: Some(0.15),
+                    rate_bytes_per_second: Some(25_000_000),
                     fingerprint: Some(KEY),
                 },
                 PeerStatus {
@@ -91,6 +92,7 @@ fn knows(directory: &TempDir) -> (Gateway, Receiver<String>) {
                     trust: Trust::Unpaired,
                     connected: false,
                     rtt_seconds: None,
+                    rate_bytes_per_second: None,
                     fingerprint: None,
                 },
             ])),
@@ -139,7 +141,7 @@ fn lists_and_states_are_for_people_and_for_programs() {
         (vec!["status", &id], vec!["db-1", "precopy", "longhaul resolve db-1"]),
         (
             vec!["peers"],
-            vec!["tokyo", "paired", "not paired", "150 ms", "sha256:11111111-"],
+            vec!["tokyo", "paired", "not paired", "150 ms", "200mbit", "sha256:11111111-"],
         ),
         (vec!["fingerprint"], vec!["sha256:11111111-"]),
     ] {

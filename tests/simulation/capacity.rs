@@ -1,5 +1,6 @@
 //! A link whose capacity is configured: filled from the first round trip on, whatever it loses, and never above the cap.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use longhaul::proto::page::ByteRate;
@@ -93,7 +94,15 @@ async fn no_tenth_of_a_second_carries_more_than_the_cap() {
     let connected = Connected::over(link_of(mbit(100), 1.0), cap).await;
     connected.send_bulk();
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let offered = connected.link.offered(0);
+    let share = fullest_tenth_of_a_second(&connected, Duration::ZERO..Duration::MAX, cap);
+    assert!(share <= 1.02, "{share}");
+}
+
+/// The most that was sent in 100 ms of `time`, as a share of what `cap` allows.
+fn fullest_tenth_of_a_second(connected: &Connected, time: Range<Duration>, cap: ByteRate) -> f64 {
+    let since = connected.since.into_std();
+    let mut offered = connected.link.offered(0);
+    offered.retain(|(at, _)| time.contains(&at.saturating_duration_since(since)));
     let window = Duration::from_millis(100);
     let (mut first, mut sum, mut most) = (0, 0, 0);
     for (at, bytes) in &offered {
@@ -105,8 +114,32 @@ async fn no_tenth_of_a_second_carries_more_than_the_cap() {
         most = most.max(sum);
     }
     let share = most as f64 / cap.bytes_in(window) as f64;
-    eprintln!("{share:.4} of the cap in the fullest 100 ms");
+    eprintln!("{share:.4} of the cap in the fullest 100 ms of {time:?}");
+    share
+}
+
+/// As the calendar does it at the end of the night and of the day.
+#[tokio::test(start_paused = true)]
+async fn a_rate_that_falls_holds_at_once_and_one_that_rises_again_is_filled() {
+    let (night, day) = (mbit(100), mbit(20));
+    let connected = Connected::over(link_of(night, 0.1), night).await;
+    connected.send_bulk();
+    let seconds = Duration::from_secs;
+    let transport = &connected.sites[0].transport;
+    for (rate, until) in [(night, seconds(3)), (day, seconds(8)), (night, seconds(12))] {
+        transport.set_link_rate(Some(rate));
+        transport.set_peer_rate("b", Some(rate));
+        tokio::time::sleep_until(connected.since + until).await;
+    }
+    let share = fullest_tenth_of_a_second(&connected, seconds(3)..seconds(8), day);
     assert!(share <= 1.02, "{share}");
+    // A round trip after each change what was sent before it has arrived.
+    for (rate, begin, end) in [(day, seconds(4), seconds(8)), (night, seconds(9), seconds(12))] {
+        let carries = rate.bytes_in(end - begin) as f64 * payload_efficiency();
+        let share = connected.arrived_between(begin, end) as f64 / carries;
+        eprintln!("{share:.4} of {rate}, seed {SEED}");
+        assert!((0.95..=1.02).contains(&share), "{rate}: {share}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -60,7 +60,7 @@ fn site(link: &Arc<SimulatedLink>, number: usize) -> Site {
 /// A link with a site at each end, and connections between them that begin now.
 struct Connected {
     link: Arc<SimulatedLink>,
-    _sites: [Site; 2],
+    sites: [Site; 2],
     from: PeerLink,
     to: PeerLink,
     since: Instant,
@@ -83,7 +83,7 @@ impl Connected {
         let (from, to) = tokio::join!(sites[0].transport.dial(&target), accept);
         Self {
             link,
-            _sites: sites,
+            sites,
             from: from.unwrap(),
             to,
             since: Instant::now(),

@@ -40,6 +40,7 @@ impl Site {
             bulk_address: Some(self.transport.bulk_address()),
             fingerprint: self.identity.fingerprint(),
             rate,
+            rate_now: None,
             rtt,
         }
     }
