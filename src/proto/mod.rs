@@ -9,7 +9,7 @@
 //!
 //! ownership    who may run the VM: two state machines and their journal records
 //! precopy      when to switch over: rounds, estimates, forecast, policy
-//! rate         how fast: link controller, token bucket
+//! rate         how fast: link controller, probe controller, token bucket
 //! ```
 //!
 //! The last three are beside the path of the data. Time comes in as `now`, randomness as what was drawn; so everything here is
