@@ -84,7 +84,7 @@ fn loopback(criterion: &mut Criterion, runtime: &tokio::runtime::Runtime) {
     let mut group = criterion.benchmark_group("loopback");
     group.throughput(Throughput::Bytes(LANES * LANE_BYTES as u64));
     for (name, rate) in [
-        ("cubic", None),
+        ("probe", None),
         ("capacity", Some(ByteRate::from_bits_per_second(20_000_000_000))),
     ] {
         let (source, destination) =

@@ -1,6 +1,6 @@
-//! Plugs [`LinkController`] into quinn, and carries its rate to the paced socket.
+//! Plugs the controllers of [`proto::rate`](crate::proto::rate) into quinn, and carries their rate to the paced socket.
 //!
-//! quinn's own pacer sends at `1.25 x window / rtt` and cannot be told a rate. The controller's window is wide enough that this
+//! quinn's own pacer sends at `1.25 x window / rtt` and cannot be told a rate. The controllers' windows are wide enough that this
 //! pacer never limits; the rate is kept one layer below, in [`PacedSocket`](super::paced_socket::PacedSocket), which reads it here.
 
 use std::any::Any;
@@ -8,37 +8,64 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use crate::proto::page::ByteRate;
-use crate::proto::rate::{ControllerSettings, LinkController, RoundTrip};
+use crate::proto::rate::{ControllerSettings, LinkController, ProbeController, RoundTrip};
 
 /// The rate of one connection: its capacity is set from outside, its present rate by the controller.
 #[derive(Debug)]
 pub(super) struct LinkRate {
+    /// Whether an operator said what the link carries; otherwise the capacity is a cap, and none where nobody set one.
+    configured: bool,
     capacity: AtomicU64,
     rate: AtomicU64,
+    reach: AtomicU64,
 }
 
 impl LinkRate {
     pub(super) fn new(capacity: ByteRate) -> Self {
         Self {
+            configured: true,
             capacity: AtomicU64::new(capacity.0),
             rate: AtomicU64::new(capacity.0),
+            reach: AtomicU64::new(capacity.0),
         }
+    }
+
+    /// For a path of which only this is known, so far.
+    pub(super) fn found(rate: ByteRate) -> Self {
+        Self {
+            configured: false,
+            capacity: AtomicU64::new(u64::MAX),
+            rate: AtomicU64::new(rate.0),
+            reach: AtomicU64::new(rate.0),
+        }
+    }
+
+    /// Whether an operator said what the link carries, rather than that the rate is being found.
+    pub(super) fn is_configured(&self) -> bool {
+        self.configured
     }
 
     pub(super) fn capacity(&self) -> ByteRate {
         ByteRate(self.capacity.load(Ordering::Relaxed))
     }
 
-    /// Takes effect with the next packet; the controller follows with the next event.
-    pub(super) fn set_capacity(&self, capacity: ByteRate) {
+    /// Takes effect with the next packet; the controller follows with the next event. `None` lifts a cap, and leaves a capacity
+    /// that was configured.
+    pub(super) fn set_capacity(&self, capacity: Option<ByteRate>) {
+        let Some(capacity) = capacity else {
+            if !self.configured {
+                self.capacity.store(u64::MAX, Ordering::Relaxed);
+            }
+            return;
+        };
         let before = self.capacity.swap(capacity.0, Ordering::Relaxed);
         // An idle connection has no events, and its first burst must already know.
         let _ = self.rate.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |rate| {
-            Some(if rate == before {
+            Some(if self.configured && rate == before {
                 capacity.0
             } else {
                 rate.min(capacity.0)
@@ -47,33 +74,44 @@ impl LinkRate {
     }
 
     pub(super) fn rate(&self) -> ByteRate {
-        ByteRate(
-            self.rate
-                .load(Ordering::Relaxed)
-                .min(self.capacity.load(Ordering::Relaxed)),
-        )
+        ByteRate(self.rate.load(Ordering::Relaxed)).min(self.capacity())
+    }
+
+    /// What the rate may come to within a round trip.
+    pub(super) fn reach(&self) -> ByteRate {
+        ByteRate(self.reach.load(Ordering::Relaxed)).min(self.capacity())
     }
 }
 
-/// Builds a controller for each connection to a link of configured capacity.
+/// Builds a controller for each connection: to a link of this capacity, or to a path of which none is known.
 #[derive(Debug)]
 pub(super) struct LinkControllerFactory {
-    pub(super) capacity: ByteRate,
+    pub(super) capacity: Option<ByteRate>,
     pub(super) rtt: Duration,
 }
 
 impl ControllerFactory for LinkControllerFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let settings = ControllerSettings::new(self.capacity, self.rtt);
-        let controller = LinkController::new(settings, current_mtu, now);
+        let (steering, rate) = match self.capacity {
+            Some(capacity) => {
+                let settings = ControllerSettings::new(capacity, self.rtt);
+                let controller = LinkController::new(settings, current_mtu, now);
+                (Steering::Capacity(controller), LinkRate::new(capacity))
+            }
+            None => {
+                let controller = ProbeController::new(self.rtt, current_mtu, now);
+                let rate = LinkRate::found(controller.rate());
+                (Steering::Probe(controller), rate)
+            }
+        };
         Box::new(LinkCongestion {
-            controller,
-            shared: Arc::new(LinkRate::new(self.capacity)),
+            steering,
+            shared: Arc::new(rate),
         })
     }
 }
 
-/// The rate that governs `connection`, or `None` where no capacity is configured and quinn's CUBIC governs it.
+/// The rate that governs `connection`.
 pub(super) fn rate_of(connection: &quinn::Connection) -> Option<Arc<LinkRate>> {
     let controller = connection
         .congestion_state()
@@ -83,134 +121,104 @@ pub(super) fn rate_of(connection: &quinn::Connection) -> Option<Arc<LinkRate>> {
     Some(controller.shared)
 }
 
-/// Builds quinn's CUBIC with a floor, for links whose capacity nobody stated.
-#[derive(Debug, Default)]
-pub(super) struct CubicFactory(Arc<CubicConfig>);
-
-impl ControllerFactory for CubicFactory {
-    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let cubic = self.0.clone().build(now, current_mtu);
-        Box::new(FlooredCubic {
-            cubic,
-            floor: FLOOR_PACKETS * u64::from(current_mtu),
-        })
-    }
-}
-
-/// CUBIC falls to two packets a round trip on a lossy path. The side that only receives data would then often not be allowed to send
-/// its next window update, and while one waits, quinn sends no acknowledgement either: the sender saw gaps of
-/// 10 000 packets between them, at 1 Gbit/s and 1 % loss (2026-11-23). Three times the initial window of RFC 6928 is still polite.
-const FLOOR_PACKETS: u64 = 32;
-
-struct FlooredCubic {
-    cubic: Box<dyn Controller>,
-    floor: u64,
-}
-
-impl Controller for FlooredCubic {
-    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
-        self.cubic.on_sent(now, bytes, last_packet_number);
-    }
-
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        self.cubic.on_ack(now, sent, bytes, app_limited, rtt);
-    }
-
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
-        self.cubic.on_end_acks(now, in_flight, app_limited, largest);
-    }
-
-    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent: bool, lost_bytes: u64) {
-        self.cubic.on_congestion_event(now, sent, is_persistent, lost_bytes);
-    }
-
-    fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.floor = FLOOR_PACKETS * u64::from(new_mtu);
-        self.cubic.on_mtu_update(new_mtu);
-    }
-
-    fn window(&self) -> u64 {
-        self.cubic.window().max(self.floor)
-    }
-
-    fn metrics(&self) -> ControllerMetrics {
-        let mut metrics = self.cubic.metrics();
-        metrics.congestion_window = self.window();
-        metrics
-    }
-
-    fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self {
-            cubic: self.cubic.clone_box(),
-            floor: self.floor,
-        })
-    }
-
-    fn initial_window(&self) -> u64 {
-        self.cubic.initial_window().max(self.floor)
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any> {
-        self
-    }
-}
-
 #[derive(Clone)]
 struct LinkCongestion {
-    controller: LinkController,
+    steering: Steering,
     shared: Arc<LinkRate>,
+}
+
+/// What decides the rate.
+#[derive(Clone)]
+enum Steering {
+    Capacity(LinkController),
+    Probe(ProbeController),
 }
 
 impl LinkCongestion {
     fn follow_capacity(&mut self) {
         let capacity = self.shared.capacity();
-        self.controller.set_capacity(capacity);
+        match &mut self.steering {
+            Steering::Capacity(controller) => controller.set_capacity(capacity),
+            Steering::Probe(controller) => controller.set_cap(capacity),
+        }
     }
 
     fn publish(&self) {
-        self.shared.rate.store(self.controller.rate().0, Ordering::Relaxed);
+        let (rate, reach) = match &self.steering {
+            Steering::Capacity(controller) => (controller.rate(), controller.rate()),
+            Steering::Probe(controller) => (controller.rate(), controller.reach()),
+        };
+        self.shared.rate.store(rate.0, Ordering::Relaxed);
+        self.shared.reach.store(reach.0, Ordering::Relaxed);
+    }
+
+    fn rate(&self) -> ByteRate {
+        match &self.steering {
+            Steering::Capacity(controller) => controller.rate(),
+            Steering::Probe(controller) => controller.rate(),
+        }
     }
 }
 
 impl Controller for LinkCongestion {
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _rtt: &RttEstimator) {
-        self.controller.on_ack(RoundTrip { sent, now }, bytes);
+    fn on_sent(&mut self, now: Instant, _bytes: u64, _last_packet_number: u64) {
+        if let Steering::Probe(controller) = &mut self.steering {
+            controller.on_sent(now);
+        }
     }
 
-    fn on_end_acks(&mut self, _now: Instant, _in_flight: u64, _app_limited: bool, _largest: Option<u64>) {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _rtt: &RttEstimator) {
+        let trip = RoundTrip { sent, now };
+        match &mut self.steering {
+            Steering::Capacity(controller) => controller.on_ack(trip, bytes),
+            Steering::Probe(controller) => controller.on_ack(trip, bytes),
+        }
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _largest: Option<u64>) {
         self.follow_capacity();
+        if let Steering::Probe(controller) = &mut self.steering {
+            controller.on_end_acks(now, in_flight, app_limited);
+        }
         self.publish();
     }
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent: bool, lost_bytes: u64) {
         let trip = RoundTrip { sent, now };
         self.follow_capacity();
-        if is_persistent {
-            self.controller.on_persistent_congestion(now);
-        } else if lost_bytes == 0 {
-            self.controller.on_ecn(trip);
-        } else {
-            self.controller.on_loss(trip, lost_bytes);
+        match &mut self.steering {
+            Steering::Capacity(controller) if is_persistent => controller.on_persistent_congestion(now),
+            Steering::Capacity(controller) if lost_bytes == 0 => controller.on_ecn(trip),
+            Steering::Capacity(controller) => controller.on_loss(trip, lost_bytes),
+            Steering::Probe(controller) if is_persistent => controller.on_persistent_congestion(now),
+            Steering::Probe(controller) if lost_bytes == 0 => controller.on_ecn(trip),
+            Steering::Probe(controller) => controller.on_loss(trip, lost_bytes),
         }
         self.publish();
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.controller.set_mtu(new_mtu);
+        match &mut self.steering {
+            Steering::Capacity(controller) => controller.set_mtu(new_mtu),
+            Steering::Probe(controller) => controller.set_mtu(new_mtu),
+        }
     }
 
     fn window(&self) -> u64 {
-        self.controller.window()
+        match &self.steering {
+            Steering::Capacity(controller) => controller.window(),
+            Steering::Probe(controller) => controller.window(),
+        }
     }
 
     fn initial_window(&self) -> u64 {
-        self.controller.window()
+        self.window()
     }
 
     fn metrics(&self) -> ControllerMetrics {
         let mut metrics = ControllerMetrics::default();
         metrics.congestion_window = self.window();
-        metrics.pacing_rate = Some(self.controller.rate().0.saturating_mul(8));
+        metrics.pacing_rate = Some(self.rate().0.saturating_mul(8));
         metrics
     }
 
@@ -232,7 +240,7 @@ mod tests {
         Instant::now()
     }
 
-    fn link(capacity: ByteRate) -> LinkCongestion {
+    fn link(capacity: Option<ByteRate>) -> LinkCongestion {
         let factory = Arc::new(LinkControllerFactory {
             capacity,
             rtt: Duration::from_millis(150),
@@ -245,21 +253,38 @@ mod tests {
     }
 
     #[test]
-    fn a_lossy_path_never_takes_cubic_below_its_floor() {
+    fn nothing_takes_the_window_of_a_path_of_unknown_capacity_below_its_floor() {
         let start = origin();
-        let mut cubic = Arc::new(CubicFactory::default()).build(start, 1200);
+        let mut probe = link(None);
         for second in 0..100 {
             let sent = start + Duration::from_secs(second);
-            cubic.on_congestion_event(sent + Duration::from_millis(150), sent, second % 10 == 0, 1200);
+            probe.on_congestion_event(sent + Duration::from_millis(150), sent, second % 10 == 0, 1200);
+            probe.on_end_acks(sent + Duration::from_millis(150), 0, false, None);
         }
-        assert_eq!(cubic.window(), 32 * 1200);
-        cubic.on_mtu_update(1452);
-        assert_eq!(cubic.window(), 32 * 1452);
+        assert_eq!(probe.window(), 32 * 1200);
+        probe.on_mtu_update(1452);
+        assert_eq!(probe.window(), 32 * 1452);
+    }
+
+    #[test]
+    fn a_cap_holds_a_path_of_unknown_capacity_and_lifted_it_leaves_the_rate_to_the_controller() {
+        let mut probe = link(None);
+        let free = probe.shared.rate();
+        probe.shared.set_capacity(Some(ByteRate(free.0 / 2)));
+        assert_eq!(probe.shared.rate(), ByteRate(free.0 / 2));
+        probe.on_end_acks(origin(), 0, false, None);
+        assert_eq!(probe.rate(), ByteRate(free.0 / 2));
+        probe.shared.set_capacity(Some(ByteRate(1_000_000_000)));
+        assert_eq!(probe.shared.rate(), ByteRate(free.0 / 2), "until the next event");
+        probe.shared.set_capacity(None);
+        probe.on_end_acks(origin(), 0, false, None);
+        assert_eq!(probe.shared.rate(), free);
+        assert!(!probe.shared.is_configured());
     }
 
     #[test]
     fn a_clone_shares_the_rate_so_that_the_socket_follows_the_connection() {
-        let mut congestion = link(ByteRate(1_000_000));
+        let mut congestion = link(Some(ByteRate(1_000_000)));
         let seen = congestion
             .clone_box()
             .into_any()
@@ -268,21 +293,21 @@ mod tests {
             .unwrap();
         let now = origin();
         congestion.on_congestion_event(now + Duration::from_secs(1), now, true, 1200);
-        assert_eq!(seen.rate(), congestion.controller.rate());
+        assert_eq!(seen.rate(), congestion.rate());
         assert!(seen.rate() < ByteRate(1_000_000));
     }
 
     #[test]
     fn a_capacity_set_from_outside_holds_before_the_next_event_and_after_it() {
-        let mut congestion = link(ByteRate(1_000_000));
-        congestion.shared.set_capacity(ByteRate(400_000));
+        let mut congestion = link(Some(ByteRate(1_000_000)));
+        congestion.shared.set_capacity(Some(ByteRate(400_000)));
         assert_eq!(congestion.shared.rate(), ByteRate(400_000));
         congestion.on_end_acks(origin(), 0, false, None);
         assert_eq!(
-            (congestion.shared.rate(), congestion.controller.rate()),
+            (congestion.shared.rate(), congestion.rate()),
             (ByteRate(400_000), ByteRate(400_000))
         );
-        congestion.shared.set_capacity(ByteRate(2_000_000));
+        congestion.shared.set_capacity(Some(ByteRate(2_000_000)));
         assert_eq!(
             congestion.shared.rate(),
             ByteRate(2_000_000),

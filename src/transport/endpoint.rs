@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
-use super::congestion::{self, CubicFactory, LinkControllerFactory};
+use super::congestion::{self, LinkControllerFactory};
 use super::identity::Identity;
 use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
 use super::network::{Network, Udp};
@@ -69,7 +69,7 @@ pub struct PeerTarget {
     /// The key it must prove to hold; it must be trusted too.
     pub fingerprint: Fingerprint,
     /// The capacity of the path to it, as `tc` counts it: filled from the first round trip on, never exceeded; windows are made for it.
-    /// `None`: not known, so that quinn's CUBIC finds out.
+    /// `None`: not known, so that the controller finds it.
     pub rate: Option<ByteRate>,
     /// The part of it that holds at present. `None`: all.
     pub rate_now: Option<ByteRate>,
@@ -317,7 +317,7 @@ impl Transport {
     pub fn set_peer_rate(&self, peer: &str, rate: Option<ByteRate>) {
         self.shared.budget(peer).set_rate(rate);
         for connection in self.shared.connections() {
-            if let (true, Some(rate)) = (connection.peer() == Some(peer), rate) {
+            if connection.peer() == Some(peer) {
                 connection.set_capacity(rate);
             }
         }
@@ -454,10 +454,7 @@ const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 
 fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactory + Send + Sync> {
-    match rate {
-        Some(capacity) => Arc::new(LinkControllerFactory { capacity, rtt }),
-        None => Arc::new(CubicFactory::default()),
-    }
+    Arc::new(LinkControllerFactory { capacity: rate, rtt })
 }
 
 /// An endpoint that ends the connections of the process before it, at their first packet (RFC 9000, 10.3): peers need not wait

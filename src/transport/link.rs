@@ -68,6 +68,14 @@ pub(super) struct Path {
     pub(super) endpoint: Option<Endpoint>,
 }
 
+impl Path {
+    /// The rate's limit, where an operator said what the link carries. Without, the rate that there is was found and may be found to be another.
+    fn capacity(&self) -> Option<ByteRate> {
+        let rate = self.rate.as_ref().filter(|rate| rate.is_configured())?;
+        Some(rate.capacity())
+    }
+}
+
 impl PeerConnection {
     pub(super) fn new(
         connection: Connection,
@@ -76,7 +84,7 @@ impl PeerConnection {
         kind: ConnectionKind,
         path: Path,
     ) -> Self {
-        let unpaced_bulk = path.rate.is_none() && kind == ConnectionKind::Bulk;
+        let finds_its_rate = kind == ConnectionKind::Bulk && path.capacity().is_none();
         let inner = Arc::new(Inner {
             connection,
             peer,
@@ -85,7 +93,7 @@ impl PeerConnection {
             path,
             loss: Mutex::default(),
         });
-        if unpaced_bulk {
+        if finds_its_rate {
             tokio::spawn(bound_unsent(Arc::downgrade(&inner)));
         }
         Self(inner)
@@ -158,7 +166,7 @@ impl PeerConnection {
     /// Bounds what QUIC holds of streams, sent or not, below the window of the connection. Only where a capacity is
     /// configured; otherwise the connection follows its controller by itself.
     pub fn bound_held(&self, bytes: u64) {
-        if self.0.path.rate.is_some() {
+        if self.0.path.capacity().is_some() {
             self.0.connection.set_send_window(bytes.min(self.0.path.window));
         }
     }
@@ -186,7 +194,7 @@ impl Inner {
         self.path.endpoint.as_ref()
     }
 
-    pub(super) fn set_capacity(&self, capacity: ByteRate) {
+    pub(super) fn set_capacity(&self, capacity: Option<ByteRate>) {
         if let Some(rate) = &self.path.rate {
             rate.set_capacity(capacity);
         }
@@ -202,8 +210,8 @@ impl Drop for Inner {
     }
 }
 
-/// Where CUBIC governs, keeps the send window at what it lets fly and a little more: without a known rate nothing above can tell
-/// how much that would be. Nobody else sets it then.
+/// Where the rate is being found, keeps the send window at what flies at it and a little more: nothing above can tell how much that
+/// would be. Nobody else sets it then.
 async fn bound_unsent(connection: Weak<Inner>) {
     let mut ticks = tokio::time::interval(UNSENT_CHECK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -213,8 +221,14 @@ async fn bound_unsent(connection: Weak<Inner>) {
         let Some(inner) = connection.upgrade().filter(|inner| !inner.is_closed()) else {
             return;
         };
+        let Some(rate) = &inner.path.rate else { return };
         let path = inner.connection.stats().path;
-        let window = window_of_flight(path.cwnd, path.rtt).min(inner.path.window);
+        let loss = {
+            let mut meter = inner.loss();
+            meter.observe(now(), path.sent_packets, path.lost_packets);
+            meter.share()
+        };
+        let window = window_of_flight(rate.reach(), path.rtt, loss).min(inner.path.window);
         if window != before {
             inner.connection.set_send_window(window);
             before = window;
@@ -222,7 +236,7 @@ async fn bound_unsent(connection: Weak<Inner>) {
     }
 }
 
-/// Several times in a round trip of a long link, so that a slow start that doubles in each is not held back.
+/// Several times in a round trip of a long link, so that a start-up that doubles in each is not held back.
 const UNSENT_CHECK: Duration = Duration::from_millis(20);
 
 fn now() -> Instant {
@@ -270,7 +284,7 @@ pub struct ConnectionMeasures {
     pub mtu: u16,
     /// Times the path stopped to carry full packets.
     pub black_holes: u64,
-    /// The controller's rate, where a capacity is configured.
+    /// The controller's rate. Found rather than configured, it is a guess at what the path carries.
     pub rate: Option<ByteRate>,
     /// Times the paced socket made a packet wait.
     pub shaper_waits: u64,
@@ -309,16 +323,14 @@ impl PeerLink {
         }
     }
 
-    /// Caps everything that is sent to this peer, from now on: the pacer's bucket, and the controllers' capacity where the link
-    /// was opened with one. `None` lifts the cap of the bucket and leaves the controllers.
+    /// Caps everything that is sent to this peer, from now on: the pacer's bucket, and the controllers' capacity. `None` lifts the cap,
+    /// and leaves the controllers of a link that was opened with a capacity.
     ///
     /// Windows were sized when the connection was made, so a rate far above the first one fills the link only on a new connection.
     pub fn set_rate(&self, rate: Option<ByteRate>) {
         for connection in [&self.control, &self.bulk] {
             connection.0.path.budget.set_rate(rate);
-            if let Some(rate) = rate {
-                connection.0.set_capacity(rate);
-            }
+            connection.0.set_capacity(rate);
         }
     }
 
@@ -332,6 +344,7 @@ impl PeerLink {
     /// where no capacity is configured. Admit bulk at slightly less than this, and almost nothing unsent sits in QUIC.
     #[must_use]
     pub fn goodput(&self) -> Option<ByteRate> {
+        self.bulk.0.path.capacity()?;
         let measures = self.bulk.stats();
         let rate = measures.rate?;
         let rate = self.bulk.0.path.budget.rate().map_or(rate, |cap| cap.min(rate));

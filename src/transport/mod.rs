@@ -9,8 +9,9 @@
 //!
 //! Which layer owns what: the [`shaper`](crate::shaper) admits data above QUIC, so that little waits unsent; the link controller
 //! decides the rate of a connection; the paced socket keeps that rate, the peer's and the link's, headers included. quinn's
-//! own pacer and windows are set wide enough never to decide anything. Where no capacity is configured, quinn's CUBIC governs instead,
-//! and a connection for lanes keeps its send window a little above what that lets fly.
+//! own pacer and windows are set wide enough never to decide anything. Where no capacity is configured, the link controller finds the rate
+//! by probing; nothing is admitted by a rate then, since that would hold the probes back, and a connection for lanes keeps its send window
+//! a little above what flies.
 //!
 //! This folder does not know what a page or a migration is.
 

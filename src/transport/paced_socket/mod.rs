@@ -92,7 +92,7 @@ fn allowed_debt(rate: ByteRate, priority: Priority) -> u64 {
 #[derive(Debug)]
 pub(super) struct Route {
     priority: Priority,
-    /// The controller's bucket; absent where quinn's own controller governs.
+    /// The controller's bucket.
     own: Option<(Arc<LinkRate>, Mutex<TokenBucket>)>,
     peer: Arc<SharedBucket>,
     link: Arc<SharedBucket>,
@@ -140,9 +140,17 @@ impl Route {
         &self.counters
     }
 
+    /// The controller's bucket, where it counts a transmit that takes `bytes` of the link. A rate that was found says nothing of the direction in
+    /// which nothing but acknowledgements goes, since these are not acknowledged; they must not wait for it, and QUIC exempts them from
+    /// congestion control (RFC 9002, 7).
+    fn own(&self, bytes: u64) -> Option<&(Arc<LinkRate>, Mutex<TokenBucket>)> {
+        let own = self.own.as_ref()?;
+        (own.0.is_configured() || bytes > MOST_OF_AN_ACK).then_some(own)
+    }
+
     /// Whether a transmit that takes `bytes` of the link may leave now; otherwise when to ask again.
     fn poll(&self, now: Instant, bytes: u64) -> Result<(), Instant> {
-        let own = self.own.as_ref().map_or(Ok(()), |(rate, bucket)| {
+        let own = self.own(bytes).map_or(Ok(()), |(rate, bucket)| {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             let rate = rate.rate();
             if bucket.rate() != rate {
@@ -169,13 +177,16 @@ impl Route {
     }
 
     fn charge(&self, bytes: u64) {
-        if let Some((_, bucket)) = &self.own {
+        if let Some((_, bucket)) = self.own(bytes) {
             bucket.lock().unwrap_or_else(PoisonError::into_inner).charge(bytes);
         }
         self.peer.charge(bytes);
         self.link.charge(bytes);
     }
 }
+
+/// An acknowledgement of 64 ranges (`MAX_ACK_BLOCKS`) with its headers.
+const MOST_OF_AN_ACK: u64 = 640;
 
 /// See the head of this file.
 pub(super) struct PacedSocket {

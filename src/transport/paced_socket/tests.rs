@@ -168,10 +168,21 @@ async fn a_change_of_the_controllers_rate_is_followed_at_once() {
     let (wire, socket) = paced(Route::new(Priority::Bulk, Some(own.clone()), unlimited(), unlimited()));
     drive(&socket, address(PEER), TRAIN, in_time(10)).await;
     let before = wire.bytes();
-    own.set_capacity(ByteRate(1_000_000));
+    own.set_capacity(Some(ByteRate(1_000_000)));
     drive(&socket, address(PEER), TRAIN, in_time(10)).await;
     let after = wire.bytes() - before;
     assert!(after <= 10_000_000 + 100_000, "{after} bytes in 10 s at 1 MB/s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn acknowledgements_do_not_wait_for_a_rate_that_was_found_and_full_packets_do() {
+    for (size, waits) in [(500, false), (1452, true)] {
+        let own = Arc::new(LinkRate::found(ByteRate(10_000)));
+        let (_, socket) = paced(Route::new(Priority::Bulk, Some(own), unlimited(), unlimited()));
+        let packet = vec![0; size];
+        let refused = (0..100).any(|_| socket.try_send(&transmit(address(PEER), &packet)).is_err());
+        assert_eq!(refused, waits, "{size} bytes");
+    }
 }
 
 #[tokio::test(start_paused = true)]
