@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use longhaul::transport::Network;
 use longhaul::wan::{LinkModel, LinkSettings, Verdict};
-use quinn::udp::{RecvMeta, Transmit};
+use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::sync::Notify;
 
@@ -42,6 +42,8 @@ pub(crate) struct SimulatedLink {
 struct State {
     /// From A to B, from B to A.
     models: [LinkModel; 2],
+    /// Bytes at a bottleneck beyond which it marks what it takes in (ECN-CE).
+    mark_above: Option<u64>,
     flying: BinaryHeap<Reverse<Flying>>,
     /// Datagrams that were sent so far.
     sent: u64,
@@ -59,6 +61,8 @@ struct Flying {
     to: SocketAddr,
     from: SocketAddr,
     bytes: Vec<u8>,
+    /// The two bits of the IP header.
+    ecn: u8,
 }
 
 impl SimulatedLink {
@@ -68,6 +72,7 @@ impl SimulatedLink {
         let link = Arc::new(Self {
             state: Mutex::new(State {
                 models: [model(0), model(1)],
+                mark_above: None,
                 flying: BinaryHeap::new(),
                 sent: 0,
                 offered: [Vec::new(), Vec::new()],
@@ -83,6 +88,24 @@ impl SimulatedLink {
     /// What site 0 or 1 has offered so far: when, and how many bytes as the bottleneck counts them.
     pub(crate) fn offered(&self, site: usize) -> Vec<(Instant, u64)> {
         self.lock().offered[site].clone()
+    }
+
+    /// From now on the bottlenecks mark what comes while more than this waits.
+    pub(crate) fn mark_above(&self, queued_bytes: u64) {
+        self.lock().mark_above = Some(queued_bytes);
+    }
+
+    /// Somebody else's datagram passes the same bottleneck from this site: when it arrives at the other one, if it does.
+    pub(crate) fn pass(&self, site: usize, ip_bytes: u32) -> Option<Instant> {
+        match self.lock().models[site].offer(now(), ip_bytes).verdict {
+            Verdict::Deliver { at } | Verdict::Overtake { at } => Some(at),
+            Verdict::Drop(_) => None,
+        }
+    }
+
+    /// Bytes that wait at the bottleneck of this site now.
+    pub(crate) fn queued(&self, site: usize) -> u64 {
+        self.lock().models[site].queued_bytes(now())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -217,6 +240,13 @@ impl AsyncUdpSocket for Socket {
             let ip_bytes = datagram.len() as u32 + HEADERS;
             let overhead = state.models[site].settings().overhead_bytes;
             state.offered[site].push((now, u64::from(ip_bytes + overhead)));
+            let crowded = state
+                .mark_above
+                .is_some_and(|above| state.models[site].queued_bytes(now) > above);
+            let ecn = match transmit.ecn {
+                Some(_) if crowded => EcnCodepoint::Ce as u8,
+                codepoint => codepoint.map_or(0, |codepoint| codepoint as u8),
+            };
             let fate = state.models[site].offer(now, ip_bytes);
             for verdict in [Some(fate.verdict), fate.copy].into_iter().flatten() {
                 let (Verdict::Deliver { at } | Verdict::Overtake { at }) = verdict else {
@@ -229,6 +259,7 @@ impl AsyncUdpSocket for Socket {
                     to: transmit.destination,
                     from: self.address,
                     bytes: datagram.to_vec(),
+                    ecn,
                 }));
             }
         }
@@ -258,7 +289,7 @@ impl AsyncUdpSocket for Socket {
                 addr: datagram.from,
                 len: length,
                 stride: length,
-                ecn: None,
+                ecn: EcnCodepoint::from_bits(datagram.ecn),
                 dst_ip: None,
             };
             count += 1;

@@ -21,7 +21,10 @@ use link::{SITES, SimulatedLink, SiteNetwork};
 use transport_site::Site;
 
 mod capacity;
+mod cross_traffic;
+mod ecn;
 mod link;
+mod probe;
 #[path = "../transport_site/mod.rs"]
 mod transport_site;
 
@@ -52,8 +55,8 @@ fn link_of(rate: ByteRate, loss_percent: f64) -> LinkSettings {
     }
 }
 
-fn site(link: &Arc<SimulatedLink>, number: usize) -> Site {
-    let settings = TransportSettings::new(SocketAddr::new(SITES[number], 7000));
+fn site(link: &Arc<SimulatedLink>, number: usize, port: u16) -> Site {
+    let settings = TransportSettings::new(SocketAddr::new(SITES[number], port));
     Site::on(Arc::new(SiteNetwork(link.clone())), SystemTime::now(), settings)
 }
 
@@ -69,13 +72,18 @@ struct Connected {
 }
 
 impl Connected {
-    /// Over a link like this one, of which the sender believes that it has this capacity.
-    async fn over(settings: LinkSettings, believed: ByteRate) -> Self {
-        let link = SimulatedLink::new(settings, SEED);
-        let sites = [site(&link, 0), site(&link, 1)];
+    /// Over a link like this one, of which the sender believes that it has this capacity, or knows none.
+    async fn over(settings: LinkSettings, believed: impl Into<Option<ByteRate>>) -> Self {
+        let rtt = settings.one_way_delay * 2;
+        Self::beside(SimulatedLink::new(settings, SEED), 7000, believed.into(), rtt).await
+    }
+
+    /// The same over a link that others may use too, by other ports.
+    async fn beside(link: Arc<SimulatedLink>, port: u16, believed: Option<ByteRate>, rtt: Duration) -> Self {
+        let sites = [site(&link, 0, port), site(&link, 1, port)];
         sites[0].trusts(&sites[1], "b");
         sites[1].trusts(&sites[0], "a");
-        let target = sites[1].as_target("b", Some(believed), RTT);
+        let target = sites[1].as_target("b", believed, rtt);
         let accept = async {
             let accepts = || async { sites[1].transport.accept().await.unwrap() };
             transport_site::link_of(accepts().await, accepts().await)
@@ -108,6 +116,17 @@ impl Connected {
                 });
             }
         });
+    }
+
+    /// Bytes that wait at the sender's bottleneck at most, in this time from now on.
+    async fn longest_queue(&self, time: Duration) -> u64 {
+        let end = Instant::now() + time;
+        let mut longest = 0;
+        while Instant::now() < end {
+            longest = longest.max(self.link.queued(0));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        longest
     }
 
     /// Stream bytes that have arrived in this time since the connections exist.
