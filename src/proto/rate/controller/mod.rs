@@ -12,11 +12,15 @@
 //! congested in two rounds running        rate = 0.9 x F x rate       (0.9 of what the link delivered)
 //! ECN mark                               rate = 0.9 x F x rate       at once
 //! L > 4 x tolerance                      rate = F x rate             at once: the capacity is plainly wrong
-//! persistent congestion (RFC 9002, 7.6)  rate = floor, then doubled each clean round up to 0.7 of the old rate
+//! persistent congestion (RFC 9002, 7.6)  rate = floor, then eight times as much each clean round up to 0.7 of the old rate
+//! silence: nothing of 50 ms arrived      not judged at all, unless there was another within the last 10 s
 //! four clean rounds running              rate = 1.25 x rate, up to the capacity
 //! ```
 //!
 //! Below that, a standing queue is drained by trimming the rate a little ([`queue`]).
+//!
+//! Silence is a path that was interrupted: it says nothing of the capacity, and a link that is too slow loses packets among others that it
+//! delivers. Judged as loss, 1.5 s of it cost the rate of the next 5 s (2026-11-27).
 //!
 //! F is relative, so a sender with little to send does not brake down to the little it sent. After a brake, packets that were sent
 //! before it are not judged again. Starting at a remembered capacity is the idea of Careful Resume (RFC 9959); here
@@ -61,7 +65,7 @@ pub struct LinkController {
     capacity: ByteRate,
     loss_tolerance: f64,
     rate: ByteRate,
-    /// Where doubling ends after a collapse.
+    /// Up to where the rate grows fast after a collapse.
     resume: Option<ByteRate>,
     configured_rtt: Duration,
     queue: StandingQueue,
@@ -70,6 +74,9 @@ pub struct LinkController {
     round: Round,
     congested_rounds: u32,
     clean_rounds: u32,
+    silence: Silence,
+    /// The losses that are reported next are those of packets too large for the path.
+    narrowed: bool,
     mtu: u64,
 }
 
@@ -97,6 +104,8 @@ impl LinkController {
             round: Round::starting(now),
             congested_rounds: 0,
             clean_rounds: 0,
+            silence: Silence::default(),
+            narrowed: false,
             mtu: mtu.into(),
         }
     }
@@ -132,8 +141,12 @@ impl LinkController {
         self.rate = self.rate.min(capacity);
     }
 
-    /// The path takes packets of this size.
+    /// The path takes packets of this size. Smaller ones than before: what was lost until now, and is reported next, was too large for it.
     pub fn set_mtu(&mut self, mtu: u16) {
+        if u64::from(mtu) < self.mtu {
+            self.narrowed = true;
+            self.resume = Some(self.capacity);
+        }
         self.mtu = mtu.into();
     }
 
@@ -141,6 +154,10 @@ impl LinkController {
     pub fn on_ack(&mut self, trip: RoundTrip, bytes: u64) {
         let rtt = trip.now.saturating_duration_since(trip.sent);
         self.queue.sample(rtt);
+        if self.silence.broken_by(trip) && self.round.lost > 0 {
+            self.round = Round::starting(trip.sent);
+            self.silence.forgiven = Some(trip.now);
+        }
         if self.round.counts(trip.sent) {
             self.round.delivered(trip, rtt, bytes);
             self.end_round_if_complete(trip);
@@ -149,6 +166,11 @@ impl LinkController {
 
     /// Packets were lost, the last of which was sent at `trip.sent`.
     pub fn on_loss(&mut self, trip: RoundTrip, bytes: u64) {
+        if std::mem::take(&mut self.narrowed) {
+            self.restart_rounds(trip.now);
+        } else if self.silence.forgives(trip) {
+            return;
+        }
         if self.round.counts(trip.sent) {
             self.round.lost += bytes;
         }
@@ -179,6 +201,7 @@ impl LinkController {
         }
         let loss = self.round.loss();
         let round_rtt = self.round.least_rtt.unwrap_or(self.configured_rtt);
+        self.queue.observe(round_rtt);
         let queued = self.queue.length(round_rtt) > MIN_QUEUE.max(self.least_rtt() / 4);
         if loss > SEVERE * self.loss_tolerance {
             self.brake(self.round.fit(), trip.now);
@@ -217,15 +240,18 @@ impl LinkController {
 
     fn brake(&mut self, factor: f64, now: Instant) {
         let rate = self.rate();
+        // What is lost at the floor is not lost to the rate: packets may be too large for the path, or it is down still.
+        if rate > self.floor() {
+            self.resume = None;
+        }
         self.rate = scaled(rate, factor).max(self.floor()).min(rate);
         self.queue.reset_trim();
-        self.resume = None;
         self.restart_rounds(now);
     }
 
     fn recover(&mut self) {
         if let Some(resume) = self.resume {
-            self.rate = scaled(self.rate, 2.0).min(resume).max(self.rate).min(self.capacity);
+            self.rate = scaled(self.rate, 8.0).min(resume).max(self.rate).min(self.capacity);
             if self.rate >= resume.min(self.capacity) {
                 self.resume = None;
             }
@@ -251,6 +277,46 @@ impl LinkController {
             .min(self.capacity)
     }
 }
+
+/// Tells when the path carried nothing for a while.
+#[derive(Clone, Debug, Default)]
+struct Silence {
+    /// The latest packet that arrived was sent then.
+    heard: Option<Instant>,
+    /// What was sent before this, and lost, is not judged.
+    broken: Option<Instant>,
+    /// Losses were last forgiven then.
+    forgiven: Option<Instant>,
+}
+
+impl Silence {
+    /// Whether nothing arrived of what was sent for a while before this packet, or nothing was sent. Not where losses were forgiven of late:
+    /// what is left of a link that hardly carries anything must not pass for silences.
+    #[must_use]
+    fn broken_by(&mut self, trip: RoundTrip) -> bool {
+        let heard = *self.heard.get_or_insert(trip.sent);
+        self.heard = Some(heard.max(trip.sent));
+        let silent = trip.sent.saturating_duration_since(heard) >= MIN_SILENCE;
+        let seldom = |forgiven| trip.now.saturating_duration_since(forgiven) >= BETWEEN_SILENCES;
+        let broken = silent && self.forgiven.is_none_or(seldom);
+        if broken {
+            self.broken = Some(trip.sent);
+        }
+        broken
+    }
+
+    /// Whether a loss belongs to it.
+    fn forgives(&mut self, trip: RoundTrip) -> bool {
+        let belongs = self.broken.is_some_and(|broken| trip.sent < broken);
+        if belongs {
+            self.forgiven = Some(trip.now);
+        }
+        belongs
+    }
+}
+
+const MIN_SILENCE: Duration = Duration::from_millis(50);
+const BETWEEN_SILENCES: Duration = Duration::from_secs(10);
 
 const WINDOW_ALLOWANCE: Duration = Duration::from_millis(10);
 const MIN_WINDOW_PACKETS: u64 = 64;

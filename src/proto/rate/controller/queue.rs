@@ -7,6 +7,10 @@
 //! A path may become longer, which looks like a queue but cannot be drained. So when the queue has not moved through eight rounds at the
 //! largest trim, or three brakes, it is taken for distance: the base moves up. That is the only way up; a base that was forgotten
 //! with time would grow by the standing queue each time.
+//!
+//! Jitter looks like a queue too, since the base is the least of all that it ever made. But a queue grows and falls steadily, and jitter
+//! goes up and down: what a round differs from the line through the two before it is noise, and four times its mean is not
+//! counted as queue.
 
 use std::time::Duration;
 
@@ -15,6 +19,9 @@ use std::time::Duration;
 pub(super) struct StandingQueue {
     /// Round trip time with no queue; `None` before the first sample.
     base: Option<Duration>,
+    /// The two rounds before.
+    before: [Option<Duration>; 2],
+    noise: Duration,
     last: Duration,
     trim: f64,
     /// The trim changed in the last round, and its effect shows a round trip later.
@@ -27,6 +34,8 @@ impl StandingQueue {
     pub(super) fn new() -> Self {
         Self {
             base: None,
+            before: [None; 2],
+            noise: Duration::ZERO,
             last: Duration::ZERO,
             trim: 0.0,
             changed: false,
@@ -47,9 +56,19 @@ impl StandingQueue {
         self.trim
     }
 
+    /// A round is over.
+    pub(super) fn observe(&mut self, round: Duration) {
+        if let [Some(first), Some(second)] = self.before {
+            // Half of the second difference has the deviation of the rounds themselves. A step is no noise.
+            let off = (round + first).abs_diff(2 * second) / 2;
+            self.noise = (7 * self.noise + off.min(MOST_NOISE)) / 8;
+        }
+        self.before = [self.before[1], Some(round)];
+    }
+
     /// The queue in a round with this least RTT.
     pub(super) fn length(&self, round: Duration) -> Duration {
-        round.saturating_sub(self.base.unwrap_or(round))
+        round.saturating_sub(self.base.unwrap_or(round) + 4 * self.noise)
     }
 
     /// Adapts the trim after a round that was not braked for.
@@ -106,7 +125,42 @@ pub(super) const PUSH_ABOVE: Duration = Duration::from_millis(4);
 const RELEASE_BELOW: Duration = Duration::from_millis(2);
 const MOVED_BY: Duration = Duration::from_micros(500);
 const MOVED_TO: f64 = 0.95;
+const MOST_NOISE: Duration = Duration::from_millis(4);
 const STEP: f64 = 0.01;
 const MAX_TRIM: f64 = 0.25;
 const UNMOVED_LIMIT: u32 = 9;
 const BRAKE_WEIGHT: u32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds(queue: &mut StandingQueue, lengths: impl Iterator<Item = u64>) -> f64 {
+        let mut most = 0.0_f64;
+        for length in lengths {
+            let round = Duration::from_micros(150_000 + length);
+            queue.sample(round);
+            queue.observe(round);
+            queue.adapt(round);
+            most = most.max(queue.trim());
+        }
+        most
+    }
+
+    #[test]
+    fn delay_that_goes_up_and_down_is_no_queue_and_delay_that_grows_is_one() {
+        let mut jitter = StandingQueue::new();
+        let most = rounds(
+            &mut jitter,
+            [0, 9_000, 3_000, 12_000, 6_000, 11_000, 2_000]
+                .into_iter()
+                .cycle()
+                .take(200),
+        );
+        assert!(most <= 2.0 * STEP, "{most}");
+
+        let mut growing = StandingQueue::new();
+        let most = rounds(&mut growing, (0..20).map(|round| round * 1_500));
+        assert!(most >= 5.0 * STEP, "{most}");
+    }
+}

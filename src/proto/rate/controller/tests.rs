@@ -226,7 +226,7 @@ fn an_ecn_mark_brakes_once_for_all_packets_in_flight() {
 }
 
 #[test]
-fn after_a_dead_path_it_comes_back_by_doubling_and_then_in_steps() {
+fn after_a_dead_path_it_comes_back_at_once_to_most_of_the_rate_and_then_in_steps() {
     let start = origin();
     let mut controller = controller(megabit(1_000), start);
     let mut link = Link::new(megabit(1_000), Duration::from_millis(50), 0.0, start);
@@ -350,4 +350,60 @@ proptest! {
         drive(&mut controller, &mut link, now, Duration::from_secs(40));
         prop_assert_eq!(controller.rate(), megabit(100));
     }
+}
+
+/// A packet in each of these milliseconds, which arrives or is lost.
+fn packets(
+    controller: &mut LinkController,
+    start: Instant,
+    times: std::ops::Range<u64>,
+    arrives: impl Fn(u64) -> bool,
+) {
+    for at in times {
+        let sent = start + Duration::from_millis(at);
+        let trip = RoundTrip { sent, now: sent + RTT };
+        if arrives(at) {
+            controller.on_ack(trip, 12_500);
+        } else {
+            controller.on_loss(trip, 12_500);
+        }
+    }
+}
+
+#[test]
+fn an_interruption_is_not_judged_but_a_link_that_hardly_carries_anything_is() {
+    let start = origin();
+    let mut interrupted = controller(megabit(100), start);
+    packets(&mut interrupted, start, 0..1, |_| true);
+    packets(&mut interrupted, start, 1_000..6_000, |at| {
+        !(3_000..4_500).contains(&at)
+    });
+    assert_eq!(interrupted.rate(), megabit(100), "idle before, and then interrupted");
+
+    let mut too_slow = controller(megabit(100), start);
+    packets(&mut too_slow, start, 0..4_000, |at| at % 60 == 0);
+    assert!(too_slow.rate() < megabit(25), "{}", too_slow.rate());
+}
+
+#[test]
+fn what_is_lost_at_the_floor_does_not_keep_it_there() {
+    let start = origin();
+    let mut controller = controller(megabit(100), start);
+    controller.on_persistent_congestion(start);
+    packets(&mut controller, start, 1..1_000, |at| at % 10 == 0);
+    assert_eq!(controller.rate(), ByteRate(megabit(100).0 / 64));
+    packets(&mut controller, start, 1_000..2_500, |_| true);
+    assert!(controller.rate() >= megabit(70), "{}", controller.rate());
+}
+
+#[test]
+fn a_path_that_takes_only_smaller_packets_is_filled_with_these_at_once() {
+    let start = origin();
+    let mut controller = controller(megabit(100), start);
+    packets(&mut controller, start, 0..1_000, |at| at % 40 == 0);
+    assert!(controller.rate() < megabit(10), "{}", controller.rate());
+    controller.set_mtu(1200);
+    packets(&mut controller, start, 1_000..1_010, |_| false);
+    packets(&mut controller, start, 1_200..2_500, |_| true);
+    assert_eq!(controller.rate(), megabit(100));
 }

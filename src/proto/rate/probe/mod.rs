@@ -117,6 +117,12 @@ impl ProbeController {
         self.rate().max(self.bandwidth.highest().min(self.cap))
     }
 
+    /// The round trip time without queues: the least of late, or the one that was assumed before.
+    #[must_use]
+    pub fn least_rtt(&self) -> Duration {
+        self.path.least()
+    }
+
     /// Bytes of UDP payload that may be in flight.
     #[must_use]
     pub fn window(&self) -> u64 {
