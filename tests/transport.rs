@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use longhaul::proto::page::ByteRate;
-use longhaul::transport::tuning::LANE_BYTES;
+use longhaul::transport::tuning::{LANE_BYTES, MAX_UDP_PAYLOAD};
 use longhaul::transport::{
     BindError, CloseCode, ConnectionKind, DialCause, Incoming, LaneError, PeerConnection, PeerLink, PeerTarget,
     Transport, TransportSettings, Udp, read_lane, send_lane,
@@ -175,6 +175,26 @@ async fn every_lane_of_a_large_transfer_arrives_with_equal_bytes_in_both_modes()
         let received = accepted.stats().bulk.wire_bytes_received;
         assert!(received <= sent.bulk.wire_bytes_sent && received > 64 * LANE_BYTES as u64);
     }
+}
+
+/// A train of ten such packets is more than one `sendmsg` takes, and quinn takes the refusal for a loss.
+#[tokio::test(flavor = "multi_thread")]
+async fn jumbo_frames_are_found_on_loopback_and_leave_in_trains_that_the_kernel_takes() {
+    let (tokyo, oslo) = paired();
+    let rate = Some(ByteRate::from_bits_per_second(400_000_000));
+    let (dialled, accepted) = link(&tokyo, &oslo, rate).await;
+    soon(async {
+        while dialled.stats().bulk.mtu < MAX_UDP_PAYLOAD {
+            transfer(&dialled, &accepted, 8).await;
+        }
+    })
+    .await;
+    let before = dialled.stats().bulk;
+    transfer(&dialled, &accepted, 64).await;
+    let after = dialled.stats().bulk;
+    let sent = after.sent_packets - before.sent_packets;
+    let lost = after.lost_packets - before.lost_packets;
+    assert!(lost * 10 < sent, "{lost} of {sent} packets are lost");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ use super::congestion;
 use super::endpoint::{Listener, Shared};
 use super::link::{CloseCode, Path, PeerConnection};
 use super::paced_socket::{Priority, Route};
+use super::roaming;
 use super::tls::{ConnectionKind, peer_fingerprint};
 use super::trust::Fingerprint;
 
@@ -92,10 +93,10 @@ async fn handshake(shared: &Shared, listener: &Listener, incoming: quinn::Incomi
         Priority::Control
     };
     let rate = congestion::rate_of(&connection);
-    let route = Arc::new(Route::new(priority, rate.clone(), budget.clone(), shared.link.clone()));
-    listener.socket.add_route(connection.remote_address(), &route);
+    let route = Arc::new(Route::new(priority, rate, budget.clone(), shared.link.clone()));
+    let address = connection.remote_address();
+    listener.socket.add_route(address, &route);
     let path = Path {
-        rate,
         route,
         budget,
         socket: listener.socket.clone(),
@@ -104,6 +105,11 @@ async fn handshake(shared: &Shared, listener: &Listener, incoming: quinn::Incomi
     };
     let connection = PeerConnection::new(connection, peer.clone(), fingerprint, kind, path);
     shared.register(&connection);
+    tokio::spawn(roaming::follow(
+        Arc::downgrade(connection.inner()),
+        address,
+        listener.socket.strange(),
+    ));
 
     // Trust may have been withdrawn during the handshake; from here on close_peer finds the connection.
     let allowed = match kind {

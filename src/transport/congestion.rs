@@ -5,12 +5,13 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
+use super::datagram_size::LargestDatagram;
 use crate::proto::page::ByteRate;
 use crate::proto::rate::{ControllerSettings, LinkController, ProbeController, RoundTrip};
 
@@ -47,6 +48,11 @@ impl LinkRate {
     /// Whether an operator said what the link carries, rather than that the rate is being found.
     pub(super) fn is_configured(&self) -> bool {
         self.configured
+    }
+
+    /// The capacity, or the cap that was set where none is configured.
+    pub(super) fn cap(&self) -> Option<ByteRate> {
+        Some(self.capacity()).filter(|capacity| capacity.0 < u64::MAX)
     }
 
     pub(super) fn capacity(&self) -> ByteRate {
@@ -88,10 +94,13 @@ impl LinkRate {
 pub(super) struct LinkControllerFactory {
     pub(super) capacity: Option<ByteRate>,
     pub(super) rtt: Duration,
+    /// Of the socket that the connections use.
+    pub(super) largest: Arc<LargestDatagram>,
 }
 
 impl ControllerFactory for LinkControllerFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        self.largest.grow(current_mtu);
         let (steering, rate) = match self.capacity {
             Some(capacity) => {
                 let settings = ControllerSettings::new(capacity, self.rtt);
@@ -107,11 +116,13 @@ impl ControllerFactory for LinkControllerFactory {
         Box::new(LinkCongestion {
             steering,
             shared: Arc::new(rate),
+            largest: self.largest.clone(),
+            gap: ProbeGap::new(now),
         })
     }
 }
 
-/// The rate that governs `connection`.
+/// The rate that governs `connection` on its present path.
 pub(super) fn rate_of(connection: &quinn::Connection) -> Option<Arc<LinkRate>> {
     let controller = connection
         .congestion_state()
@@ -125,6 +136,8 @@ pub(super) fn rate_of(connection: &quinn::Connection) -> Option<Arc<LinkRate>> {
 struct LinkCongestion {
     steering: Steering,
     shared: Arc<LinkRate>,
+    largest: Arc<LargestDatagram>,
+    gap: ProbeGap,
 }
 
 /// What decides the rate.
@@ -133,6 +146,49 @@ enum Steering {
     Capacity(LinkController),
     Probe(ProbeController),
 }
+
+/// quinn sends a probe for the path's MTU only when it finds nothing else to send. With lanes without end and a window that never limits
+/// that moment never comes, and packets stay at 1200 bytes; so once a round trip the window is full for a single look. Only while
+/// enough is in flight: acknowledgements make quinn look again at once.
+struct ProbeGap {
+    due: AtomicBool,
+    next: Instant,
+}
+
+impl ProbeGap {
+    fn new(now: Instant) -> Self {
+        Self {
+            due: AtomicBool::new(false),
+            next: now,
+        }
+    }
+
+    fn acknowledged(&mut self, now: Instant, in_flight: u64, app_limited: bool, round_trip: Duration) {
+        let busy = in_flight >= PROBE_GAP_FROM && !app_limited;
+        let due = busy && now >= self.next;
+        if due {
+            self.next = now + round_trip;
+        }
+        *self.due.get_mut() = due;
+    }
+
+    fn forget(&mut self) {
+        *self.due.get_mut() = false;
+    }
+
+    fn take(&self) -> bool {
+        self.due.load(Ordering::Relaxed) && self.due.swap(false, Ordering::Relaxed)
+    }
+}
+
+impl Clone for ProbeGap {
+    fn clone(&self) -> Self {
+        Self::new(self.next)
+    }
+}
+
+/// Bytes in flight, several acknowledgements' worth.
+const PROBE_GAP_FROM: u64 = 256 * 1024;
 
 impl LinkCongestion {
     fn follow_capacity(&mut self) {
@@ -150,6 +206,13 @@ impl LinkCongestion {
         };
         self.shared.rate.store(rate.0, Ordering::Relaxed);
         self.shared.reach.store(reach.0, Ordering::Relaxed);
+    }
+
+    fn whole_window(&self) -> u64 {
+        match &self.steering {
+            Steering::Capacity(controller) => controller.window(),
+            Steering::Probe(controller) => controller.window(),
+        }
     }
 
     fn rate(&self) -> ByteRate {
@@ -176,6 +239,11 @@ impl Controller for LinkCongestion {
     }
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _largest: Option<u64>) {
+        let round_trip = match &self.steering {
+            Steering::Capacity(controller) => controller.least_rtt(),
+            Steering::Probe(controller) => controller.least_rtt(),
+        };
+        self.gap.acknowledged(now, in_flight, app_limited, round_trip);
         self.follow_capacity();
         if let Steering::Probe(controller) = &mut self.steering {
             controller.on_end_acks(now, in_flight, app_limited);
@@ -185,6 +253,7 @@ impl Controller for LinkCongestion {
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent: bool, lost_bytes: u64) {
         let trip = RoundTrip { sent, now };
+        self.gap.forget();
         self.follow_capacity();
         match &mut self.steering {
             Steering::Capacity(controller) if is_persistent => controller.on_persistent_congestion(now),
@@ -202,13 +271,11 @@ impl Controller for LinkCongestion {
             Steering::Capacity(controller) => controller.set_mtu(new_mtu),
             Steering::Probe(controller) => controller.set_mtu(new_mtu),
         }
+        self.largest.grow(new_mtu);
     }
 
     fn window(&self) -> u64 {
-        match &self.steering {
-            Steering::Capacity(controller) => controller.window(),
-            Steering::Probe(controller) => controller.window(),
-        }
+        if self.gap.take() { 1 } else { self.whole_window() }
     }
 
     fn initial_window(&self) -> u64 {
@@ -217,7 +284,7 @@ impl Controller for LinkCongestion {
 
     fn metrics(&self) -> ControllerMetrics {
         let mut metrics = ControllerMetrics::default();
-        metrics.congestion_window = self.window();
+        metrics.congestion_window = self.whole_window();
         metrics.pacing_rate = Some(self.rate().0.saturating_mul(8));
         metrics
     }
@@ -244,6 +311,7 @@ mod tests {
         let factory = Arc::new(LinkControllerFactory {
             capacity,
             rtt: Duration::from_millis(150),
+            largest: Arc::default(),
         });
         *factory
             .build(origin(), 1200)
@@ -280,6 +348,43 @@ mod tests {
         probe.on_end_acks(origin(), 0, false, None);
         assert_eq!(probe.shared.rate(), free);
         assert!(!probe.shared.is_configured());
+    }
+
+    #[test]
+    fn the_socket_learns_a_larger_mtu_from_either_controller_before_a_packet_has_it() {
+        let largest = Arc::<LargestDatagram>::default();
+        let factory = Arc::new(LinkControllerFactory {
+            capacity: Some(ByteRate(1_000_000)),
+            rtt: Duration::from_millis(150),
+            largest: largest.clone(),
+        });
+        factory.build(origin(), 1200).on_mtu_update(3000);
+        assert_eq!(largest.bytes(), 3000);
+        let probing = Arc::new(LinkControllerFactory {
+            capacity: None,
+            rtt: Duration::from_millis(150),
+            largest: largest.clone(),
+        });
+        probing.build(origin(), 1200).on_mtu_update(8952);
+        assert_eq!(largest.bytes(), 8952);
+    }
+
+    #[test]
+    fn once_a_round_trip_a_busy_connection_has_a_moment_for_an_mtu_probe_and_an_idle_one_is_never_held_up() {
+        let mut congestion = link(Some(ByteRate(12_500_000)));
+        let full = congestion.window();
+        let (start, ms) = (origin(), Duration::from_millis);
+        congestion.on_end_acks(start + ms(1), PROBE_GAP_FROM - 1, false, None);
+        assert_eq!(congestion.window(), full, "nothing would end the gap");
+        congestion.on_end_acks(start + ms(2), PROBE_GAP_FROM, true, None);
+        assert_eq!(congestion.window(), full, "quinn finds nothing to send anyway");
+        congestion.on_end_acks(start + ms(3), PROBE_GAP_FROM, false, None);
+        assert_eq!((congestion.window(), congestion.window()), (1, full));
+        congestion.on_end_acks(start + ms(152), PROBE_GAP_FROM, false, None);
+        assert_eq!(congestion.window(), full);
+        congestion.on_end_acks(start + ms(153), PROBE_GAP_FROM, false, None);
+        congestion.on_end_acks(start + ms(154), 0, false, None);
+        assert_eq!(congestion.window(), full, "what flew has landed meanwhile");
     }
 
     #[test]

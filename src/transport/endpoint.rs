@@ -16,13 +16,14 @@ use tokio::task::JoinHandle;
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
 use super::congestion::{self, LinkControllerFactory};
+use super::datagram_size::LargestDatagram;
 use super::identity::Identity;
 use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
 use super::network::{Network, Udp};
 use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
 use super::tls::{self, ConnectionKind, ServerTls};
 use super::trust::{Fingerprint, TrustAnchors};
-use super::tuning::Tuning;
+use super::tuning::{MAX_UDP_PAYLOAD, Tuning};
 use crate::proto::page::ByteRate;
 
 /// What an operator says about this site's end.
@@ -149,11 +150,12 @@ impl Transport {
             None => port_after(settings.control_address).ok_or(BindError::NoPortForBulk)?,
         };
         let invitation = Arc::new(AtomicBool::new(false));
+        let link = Arc::new(SharedBucket::new(settings.link));
         let listen = |address, purpose, kinds: &[ConnectionKind]| {
             let resets = resettable(&identity, purpose);
             let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
                 .map_err(BindError::Tls)?;
-            listen(&*network, &settings, address, tls, resets).map_err(|source| match source.kind() {
+            listen(&*network, &settings, address, tls, resets, &link).map_err(|source| match source.kind() {
                 io::ErrorKind::AddrInUse => BindError::InUse { address },
                 _ => BindError::Io { address, source },
             })
@@ -165,7 +167,6 @@ impl Transport {
         )?;
         let bulk = listen(bulk_address, "bulk", &[ConnectionKind::Bulk])?;
 
-        let link = Arc::new(SharedBucket::new(settings.link));
         let renewal = tokio::spawn(renew(Arc::downgrade(&identity)));
         let peers = Mutex::default();
         let shared = Arc::new(Shared {
@@ -405,34 +406,35 @@ impl Shared {
         let settings = &self.settings;
         let tuning = Tuning::derive(rate, rtt, settings.window_budget, settings.idle_timeout);
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(Arc::new(tuning.transport_config(controller(rate_now, rtt))));
+        let largest = Arc::<LargestDatagram>::default();
+        config.transport_config(Arc::new(tuning.transport_config(controller(rate_now, rtt, &largest))));
 
         let local = local_address(address, settings.control_address);
-        let Listener {
-            endpoint,
-            socket,
-            window,
-        } = endpoint(&*self.network, local, &tuning, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
+        let socket = self
+            .network
+            .bind(local, tuning.receive_buffer, tuning.send_buffer)
+            .map_err(DialCause::Socket)?;
+        let socket = PacedSocket::new(socket, largest, self.link.clone());
+        let endpoint = endpoint(&socket, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(DialCause::Address)?;
         let connection = connecting.await.map_err(DialCause::of_connection)?;
         confirmed(&connection).await.map_err(DialCause::of_connection)?;
 
-        let own = congestion::rate_of(&connection);
         let priority = if kind == ConnectionKind::Bulk {
             Priority::Bulk
         } else {
             Priority::Control
         };
-        let route = Arc::new(Route::new(priority, own.clone(), budget.clone(), self.link.clone()));
+        let rate = congestion::rate_of(&connection);
+        let route = Arc::new(Route::new(priority, rate, budget.clone(), self.link.clone()));
         socket.set_only_route(route.clone());
         let path = Path {
-            rate: own,
             route,
             budget: budget.clone(),
             socket,
-            window,
+            window: tuning.window,
             endpoint: Some(endpoint),
         };
         let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
@@ -453,8 +455,14 @@ const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
 const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 
-fn controller(rate: Option<ByteRate>, rtt: Duration) -> Arc<dyn ControllerFactory + Send + Sync> {
-    Arc::new(LinkControllerFactory { capacity: rate, rtt })
+/// For the connections of the socket whose datagrams are `largest`.
+fn controller(
+    capacity: Option<ByteRate>,
+    rtt: Duration,
+    largest: &Arc<LargestDatagram>,
+) -> Arc<dyn ControllerFactory + Send + Sync> {
+    let largest = largest.clone();
+    Arc::new(LinkControllerFactory { capacity, rtt, largest })
 }
 
 /// An endpoint that ends the connections of the process before it, at their first packet (RFC 9000, 10.3): peers need not wait
@@ -476,6 +484,7 @@ fn listen(
     address: SocketAddr,
     tls: ServerTls,
     resets: EndpointConfig,
+    link: &Arc<SharedBucket>,
 ) -> io::Result<Listener> {
     let tuning = Tuning::derive(
         settings.link,
@@ -483,33 +492,36 @@ fn listen(
         settings.window_budget,
         settings.idle_timeout,
     );
+    let largest = Arc::<LargestDatagram>::default();
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
     config
-        .transport_config(Arc::new(
-            tuning.transport_config(controller(settings.link, settings.rtt)),
-        ))
-        .migration(false)
+        .transport_config(Arc::new(tuning.transport_config(controller(
+            settings.link,
+            settings.rtt,
+            &largest,
+        ))))
+        .migration(true)
         .max_incoming(MAX_HANDSHAKES)
         .incoming_buffer_size(64 * 1024)
         .incoming_buffer_size_total(1024 * 1024);
-    endpoint(network, address, &tuning, Some(config), resets)
-}
-
-fn endpoint(
-    network: &dyn Network,
-    address: SocketAddr,
-    tuning: &Tuning,
-    server: Option<quinn::ServerConfig>,
-    config: EndpointConfig,
-) -> io::Result<Listener> {
     let socket = network.bind(address, tuning.receive_buffer, tuning.send_buffer)?;
-    let socket = PacedSocket::new(socket);
-    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(TokioRuntime))?;
+    let socket = PacedSocket::new(socket, largest, link.clone());
     Ok(Listener {
-        endpoint,
+        endpoint: endpoint(&socket, Some(config), resets)?,
         socket,
         window: tuning.window,
     })
+}
+
+fn endpoint(
+    socket: &Arc<PacedSocket>,
+    server: Option<quinn::ServerConfig>,
+    mut config: EndpointConfig,
+) -> io::Result<Endpoint> {
+    config
+        .max_udp_payload_size(MAX_UDP_PAYLOAD)
+        .expect("QUIC allows every size from 1200 bytes on");
+    Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(TokioRuntime))
 }
 
 /// Where to send from: the address we listen on where it is a particular one of the same family, else whatever routes there.

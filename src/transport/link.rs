@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use quinn::{Connection, Endpoint, VarInt};
 use tokio::time::MissedTickBehavior;
 
-use super::congestion::LinkRate;
+use super::congestion;
 use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
 use super::tls::ConnectionKind;
 use super::trust::Fingerprint;
-use super::tuning::{stream_rate, window_of_flight};
+use super::tuning::{STREAM_OVERHEAD, stream_rate, window_of_flight};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::LossMeter;
 
@@ -58,7 +58,6 @@ pub(super) struct Inner {
 
 /// How the packets of a connection leave this site.
 pub(super) struct Path {
-    pub(super) rate: Option<Arc<LinkRate>>,
     pub(super) route: Arc<Route>,
     pub(super) budget: Arc<SharedBucket>,
     pub(super) socket: Arc<PacedSocket>,
@@ -71,7 +70,7 @@ pub(super) struct Path {
 impl Path {
     /// The rate's limit, where an operator said what the link carries. Without, the rate that there is was found and may be found to be another.
     fn capacity(&self) -> Option<ByteRate> {
-        let rate = self.rate.as_ref().filter(|rate| rate.is_configured())?;
+        let rate = self.route.rate().filter(|rate| rate.is_configured())?;
         Some(rate.capacity())
     }
 }
@@ -150,10 +149,24 @@ impl PeerConnection {
             congestion_window: stats.path.cwnd,
             mtu: stats.path.current_mtu,
             black_holes: stats.path.black_holes_detected,
-            rate: self.0.path.rate.as_ref().map(|rate| rate.rate()),
+            rate: self.0.path.route.rate().map(|rate| rate.rate()),
             shaper_waits: counters.waits(),
             shaper_wait: counters.wait_time(),
         }
+    }
+
+    /// Bytes of streams that have left so far and were not found lost, about.
+    #[must_use]
+    pub fn stream_bytes_sent(&self) -> u64 {
+        let measures = self.stats();
+        let headers = measures.sent_packets * (self.header_bytes() + STREAM_OVERHEAD);
+        measures.wire_bytes_sent.saturating_sub(headers + measures.lost_bytes)
+    }
+
+    /// Bytes of IP and UDP headers of each packet: 28 or 48.
+    #[must_use]
+    pub fn header_bytes(&self) -> u64 {
+        header_bytes(self.0.connection.remote_address())
     }
 
     /// Share of packets that the path lost of late, as far as was seen: never 0.
@@ -195,17 +208,26 @@ impl Inner {
     }
 
     pub(super) fn set_capacity(&self, capacity: Option<ByteRate>) {
-        if let Some(rate) = &self.path.rate {
-            rate.set_capacity(capacity);
+        self.path.route.set_capacity(capacity);
+    }
+
+    /// Lets the route follow the peer, which was at `listed` when it last did, and the controller of the path. Where it is listed now.
+    pub(super) fn follow(&self, listed: SocketAddr) -> SocketAddr {
+        if let Some(rate) = congestion::rate_of(&self.connection) {
+            self.path.route.adopt(&rate);
         }
+        let present = self.connection.remote_address();
+        if present == listed || !self.path.socket.move_route(present, &self.path.route) {
+            return listed;
+        }
+        tracing::info!(peer = self.peer(), kind = ?self.kind, from = %listed, to = %present, "a peer changed its address");
+        present
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.path
-            .socket
-            .remove_route(self.connection.remote_address(), &self.path.route);
+        self.path.socket.remove_route(&self.path.route);
         self.connection.close(CloseCode::Done.into(), b"");
     }
 }
@@ -221,7 +243,7 @@ async fn bound_unsent(connection: Weak<Inner>) {
         let Some(inner) = connection.upgrade().filter(|inner| !inner.is_closed()) else {
             return;
         };
-        let Some(rate) = &inner.path.rate else { return };
+        let Some(rate) = inner.path.route.rate() else { return };
         let path = inner.connection.stats().path;
         let loss = {
             let mut meter = inner.loss();
@@ -337,7 +359,7 @@ impl PeerLink {
     /// The capacity that holds now; `None` where none is configured.
     #[must_use]
     pub fn capacity(&self) -> Option<ByteRate> {
-        self.bulk.0.path.rate.as_ref().map(|rate| rate.capacity())
+        self.bulk.0.path.route.rate().map(|rate| rate.capacity())
     }
 
     /// Stream bytes a second that this link can carry now: the controller's rate less headers and what is lost of late. `None`

@@ -17,12 +17,14 @@
 
 mod accept;
 mod congestion;
+mod datagram_size;
 mod endpoint;
 mod identity;
 mod lane;
 mod link;
 mod network;
 mod paced_socket;
+mod roaming;
 mod tls;
 mod trust;
 pub mod tuning;

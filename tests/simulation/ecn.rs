@@ -12,14 +12,14 @@ async fn marked(believed_mbit: Option<u64>) -> (Duration, f64, u64) {
     settings.queue_bytes = rate.bytes_in(RTT);
     let connected = Connected::over(settings, believed_mbit.map(mbit)).await;
     connected.link.mark_above(rate.bytes_in(Duration::from_millis(5)));
-    connected.send_bulk();
+    let bulk = connected.send_bulk();
     let (begin, end) = (Duration::from_secs(5), Duration::from_secs(15));
     tokio::time::sleep(begin).await;
     let lost_before = connected.from.bulk.stats().lost_packets;
     let longest = connected.longest_queue(end - begin).await;
     let lost = connected.from.bulk.stats().lost_packets - lost_before;
-    let achievable = rate.bytes_in(end - begin) as f64 * payload_efficiency();
-    let used = connected.arrived_between(begin, end) as f64 / achievable;
+    let achievable = rate.bytes_in(end - begin) as f64 * payload_efficiency(1500);
+    let used = bulk.arrived_between(begin, end) as f64 / achievable;
     let queue = rate.time_for(longest);
     eprintln!(
         "believed {believed_mbit:?} Mbit/s, 50 real, marked above 5 ms, seed {SEED}: {used:.3} used, {queue:?} of queue, {lost} lost"

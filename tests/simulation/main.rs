@@ -7,24 +7,29 @@
 )]
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use longhaul::proto::page::ByteRate;
-use longhaul::transport::tuning::{LANE_BYTES, LINK_BYTES_PER_PACKET, MAX_UDP_PAYLOAD, STREAM_OVERHEAD};
-use longhaul::transport::{PeerLink, TransportSettings, next_chunk, send_lane};
+use longhaul::transport::tuning::STREAM_OVERHEAD;
+use longhaul::transport::{PeerLink, TransportSettings};
 use longhaul::wan::{ETHERNET_OVERHEAD, LinkSettings, Loss, Ordinals, Probability};
 use tokio::time::Instant;
 
+use bulk::Bulk;
 use link::{SITES, SimulatedLink, SiteNetwork};
 use transport_site::Site;
 
+mod bulk;
 mod capacity;
 mod cross_traffic;
 mod ecn;
 mod link;
+mod mtu;
+mod pacing;
+mod paths;
 mod probe;
+mod roaming;
 #[path = "../transport_site/mod.rs"]
 mod transport_site;
 
@@ -55,9 +60,26 @@ fn link_of(rate: ByteRate, loss_percent: f64) -> LinkSettings {
     }
 }
 
-fn site(link: &Arc<SimulatedLink>, number: usize, port: u16) -> Site {
-    let settings = TransportSettings::new(SocketAddr::new(SITES[number], port));
-    Site::on(Arc::new(SiteNetwork(link.clone())), SystemTime::now(), settings)
+fn site(link: &Arc<SimulatedLink>, number: usize) -> Site {
+    site_with(link, number, SystemTime::now(), |_| {})
+}
+
+/// A site that others on the same link do not meet.
+fn site_at(link: &Arc<SimulatedLink>, number: usize, port: u16) -> Site {
+    site_with(link, number, SystemTime::now(), |settings| {
+        settings.control_address.set_port(port);
+    })
+}
+
+fn site_with(
+    link: &Arc<SimulatedLink>,
+    number: usize,
+    created: SystemTime,
+    change: impl FnOnce(&mut TransportSettings),
+) -> Site {
+    let mut settings = TransportSettings::new(SocketAddr::new(SITES[number], 7000));
+    change(&mut settings);
+    Site::on(Arc::new(SiteNetwork(link.clone())), created, settings)
 }
 
 /// A link with a site at each end, and connections between them that begin now.
@@ -67,55 +89,38 @@ struct Connected {
     from: PeerLink,
     to: PeerLink,
     since: Instant,
-    /// Stream bytes that have arrived, and when.
-    arrived: Arc<Mutex<Vec<(Instant, u64)>>>,
 }
 
 impl Connected {
     /// Over a link like this one, of which the sender believes that it has this capacity, or knows none.
     async fn over(settings: LinkSettings, believed: impl Into<Option<ByteRate>>) -> Self {
         let rtt = settings.one_way_delay * 2;
-        Self::beside(SimulatedLink::new(settings, SEED), 7000, believed.into(), rtt).await
+        Self::beside(SimulatedLink::new(settings, SEED), 7000, believed, rtt).await
     }
 
     /// The same over a link that others may use too, by other ports.
-    async fn beside(link: Arc<SimulatedLink>, port: u16, believed: Option<ByteRate>, rtt: Duration) -> Self {
-        let sites = [site(&link, 0, port), site(&link, 1, port)];
+    async fn beside(link: Arc<SimulatedLink>, port: u16, believed: impl Into<Option<ByteRate>>, rtt: Duration) -> Self {
+        let sites = [site_at(&link, 0, port), site_at(&link, 1, port)];
+        Self::between(link, sites, believed.into(), rtt).await
+    }
+
+    /// Between these sites, of which the first dials.
+    async fn between(link: Arc<SimulatedLink>, sites: [Site; 2], believed: Option<ByteRate>, rtt: Duration) -> Self {
         sites[0].trusts(&sites[1], "b");
         sites[1].trusts(&sites[0], "a");
-        let target = sites[1].as_target("b", believed, rtt);
-        let accept = async {
-            let accepts = || async { sites[1].transport.accept().await.unwrap() };
-            transport_site::link_of(accepts().await, accepts().await)
-        };
-        let (from, to) = tokio::join!(sites[0].transport.dial(&target), accept);
+        let (from, to) = dial(&sites, believed, rtt).await;
         Self {
             link,
             sites,
-            from: from.unwrap(),
+            from,
             to,
             since: Instant::now(),
-            arrived: Arc::default(),
         }
     }
 
     /// Sends what does not compress, as fast as it goes, from now on.
-    fn send_bulk(&self) {
-        let mut content = vec![0; LANE_BYTES];
-        blake3::Hasher::new().finalize_xof().fill(&mut content);
-        let (content, bulk) = (Bytes::from(content), self.from.bulk.clone());
-        tokio::spawn(async move { while send_lane(&bulk, &mut [content.clone()]).await.is_ok() {} });
-        let (bulk, arrived) = (self.to.bulk.clone(), self.arrived.clone());
-        tokio::spawn(async move {
-            while let Ok(mut lane) = bulk.accept_uni().await {
-                let arrived = arrived.clone();
-                tokio::spawn(async move {
-                    while let Ok(Some((_, chunk))) = next_chunk(&mut lane, LANE_BYTES).await {
-                        arrived.lock().unwrap().push((Instant::now(), chunk.len() as u64));
-                    }
-                });
-            }
-        });
+    fn send_bulk(&self) -> Bulk {
+        Bulk::start(&self.from.bulk, &self.to.bulk)
     }
 
     /// Bytes that wait at the sender's bottleneck at most, in this time from now on.
@@ -129,19 +134,56 @@ impl Connected {
         longest
     }
 
-    /// Stream bytes that have arrived in this time since the connections exist.
-    fn arrived_between(&self, begin: Duration, end: Duration) -> u64 {
-        let window = self.since + begin..self.since + end;
-        let arrived = self.arrived.lock().unwrap();
-        arrived
-            .iter()
-            .filter(|(at, _)| window.contains(at))
-            .map(|(_, bytes)| bytes)
-            .sum()
+    /// The 99th percentile of how long small messages take one way on control, which are sent for so long from now on.
+    async fn control_delay(&self, time: Duration) -> Duration {
+        let (from, to) = (&self.from.control, &self.to.control);
+        let (begin, spacing) = (Instant::now(), Duration::from_millis(7));
+        let messages = (time.as_nanos() / spacing.as_nanos()) as u32;
+        let send = async {
+            let mut stream = from.open_uni().await.unwrap();
+            for number in 0..messages {
+                tokio::time::sleep_until(begin + spacing * number).await;
+                stream.write_all(&[0; 64]).await.unwrap();
+            }
+            stream.finish().unwrap();
+            stream
+        };
+        let receive = async {
+            let mut stream = to.accept_uni().await.unwrap();
+            let mut times = Vec::new();
+            let mut message = [0; 64];
+            for number in 0..messages {
+                stream.read_exact(&mut message).await.unwrap();
+                times.push(begin.elapsed().saturating_sub(spacing * number));
+            }
+            times.sort_unstable();
+            times
+        };
+        let (_stream, times) = tokio::join!(send, receive);
+        let p99 = times[times.len() * 99 / 100];
+        eprintln!("control one way: p50 {:?}, p99 {p99:?}", times[times.len() / 2]);
+        p99
     }
 }
 
-/// Stream bytes in a full packet, of what it takes of the link.
-fn payload_efficiency() -> f64 {
-    (u64::from(MAX_UDP_PAYLOAD) - STREAM_OVERHEAD) as f64 / LINK_BYTES_PER_PACKET as f64
+/// A link from the first site to the second, as both see it.
+async fn dial(sites: &[Site; 2], believed: Option<ByteRate>, rtt: Duration) -> (PeerLink, PeerLink) {
+    let target = sites[1].as_target("b", believed, rtt);
+    let accept = async {
+        let accepts = || async { sites[1].transport.accept().await.unwrap() };
+        transport_site::link_of(accepts().await, accepts().await)
+    };
+    let (from, to) = tokio::join!(sites[0].transport.dial(&target), accept);
+    (from.unwrap(), to)
+}
+
+/// Stream bytes in a full IPv4 packet, of what it takes of a link that carries packets of `mtu_bytes`.
+fn payload_efficiency(mtu_bytes: u32) -> f64 {
+    let payload = u64::from(mtu_bytes - 28) - STREAM_OVERHEAD;
+    payload as f64 / f64::from(mtu_bytes + ETHERNET_OVERHEAD)
+}
+
+/// Stream bytes that a link can carry in this time.
+fn achievable(settings: &LinkSettings, time: Duration) -> f64 {
+    settings.rate.bytes_in(time) as f64 * (1.0 - settings.loss.mean()) * payload_efficiency(settings.mtu_bytes)
 }

@@ -10,6 +10,9 @@
 //! quinn's order of calls is `poll_writable`, then `try_send`, and `poll_writable` again after `WouldBlock`, all in one poll of the
 //! connection's task. Only `try_send` knows the destination. On a socket that serves many peers it therefore leaves the route
 //! that refused in a thread-local, where the `poll_writable` that follows picks it up to wait for it.
+//!
+//! Packets to a destination without a route are those of handshakes, and of a connection whose peer has just changed its address: they
+//! count against the link alone until [`roaming`](super::roaming), which is told of them, has moved the route.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -25,10 +28,12 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 use tokio::time::Sleep;
 
 use super::congestion::LinkRate;
+use super::datagram_size::LargestDatagram;
 use super::tuning::{ETHERNET_HEADER, LINK_BYTES_PER_PACKET, MAX_UDP_PAYLOAD};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::TokenBucket;
@@ -93,7 +98,7 @@ fn allowed_debt(rate: ByteRate, priority: Priority) -> u64 {
 pub(super) struct Route {
     priority: Priority,
     /// The controller's bucket.
-    own: Option<(Arc<LinkRate>, Mutex<TokenBucket>)>,
+    own: Option<(ArcSwap<LinkRate>, Mutex<TokenBucket>)>,
     peer: Arc<SharedBucket>,
     link: Arc<SharedBucket>,
     counters: RouteCounters,
@@ -125,7 +130,7 @@ impl Route {
     ) -> Self {
         let own = own.map(|rate| {
             let bucket = TokenBucket::new(rate.rate(), now());
-            (rate, Mutex::new(bucket))
+            (ArcSwap::new(rate), Mutex::new(bucket))
         });
         Self {
             priority,
@@ -140,19 +145,43 @@ impl Route {
         &self.counters
     }
 
+    /// The rate of the connection's controller.
+    pub(super) fn rate(&self) -> Option<Arc<LinkRate>> {
+        self.own.as_ref().map(|(rate, _)| rate.load_full())
+    }
+
+    pub(super) fn set_capacity(&self, capacity: Option<ByteRate>) {
+        if let Some((rate, bucket)) = &self.own {
+            let _not_while_adopting = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            rate.load().set_capacity(capacity);
+        }
+    }
+
+    /// Follows another controller, which took over the connection and does not know yet what capacity was set meanwhile.
+    pub(super) fn adopt(&self, successor: &Arc<LinkRate>) {
+        if let Some((rate, bucket)) = &self.own {
+            let _nobody_sets_a_capacity = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            let present = rate.load();
+            if !Arc::ptr_eq(&present, successor) {
+                successor.set_capacity(present.cap());
+                rate.store(successor.clone());
+            }
+        }
+    }
+
     /// The controller's bucket, where it counts a transmit that takes `bytes` of the link. A rate that was found says nothing of the direction in
     /// which nothing but acknowledgements goes, since these are not acknowledged; they must not wait for it, and QUIC exempts them from
     /// congestion control (RFC 9002, 7).
-    fn own(&self, bytes: u64) -> Option<&(Arc<LinkRate>, Mutex<TokenBucket>)> {
+    fn own(&self, bytes: u64) -> Option<&(ArcSwap<LinkRate>, Mutex<TokenBucket>)> {
         let own = self.own.as_ref()?;
-        (own.0.is_configured() || bytes > MOST_OF_AN_ACK).then_some(own)
+        (own.0.load().is_configured() || bytes > MOST_OF_AN_ACK).then_some(own)
     }
 
     /// Whether a transmit that takes `bytes` of the link may leave now; otherwise when to ask again.
     fn poll(&self, now: Instant, bytes: u64) -> Result<(), Instant> {
         let own = self.own(bytes).map_or(Ok(()), |(rate, bucket)| {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-            let rate = rate.rate();
+            let rate = rate.load().rate();
             if bucket.rate() != rate {
                 bucket.set_rate(rate, now);
             }
@@ -166,12 +195,12 @@ impl Route {
         }
     }
 
-    /// Full packets that may leave at once: a millisecond's, but at least one.
-    fn segments(&self) -> usize {
-        let own = self.own.as_ref().map(|(rate, _)| rate.rate());
+    /// Packets of so many bytes that may leave at once: a millisecond's, but at least one.
+    fn segments(&self, packet: u64) -> usize {
+        let own = self.own.as_ref().map(|(rate, _)| rate.load().rate());
         let least = [own, self.peer.rate(), self.link.rate()].into_iter().flatten().min();
         least.map_or(usize::MAX, |rate| {
-            let packets = rate.bytes_in(Duration::from_millis(1)) / LINK_BYTES_PER_PACKET;
+            let packets = rate.bytes_in(Duration::from_millis(1)) / packet;
             usize::try_from(packets).unwrap_or(usize::MAX).max(1)
         })
     }
@@ -193,16 +222,29 @@ pub(super) struct PacedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     /// For a socket with one peer: the route of everything.
     only: ArcSwapOption<Route>,
-    /// For a socket with many: by the peer's address. Who is not listed passes freely, which is needed for the handshake.
+    /// For a socket with many: by the peer's address.
     routes: ArcSwap<HashMap<SocketAddr, Arc<Route>>>,
+    /// Of who is not listed.
+    strangers: Arc<Route>,
+    /// Something was sent to a stranger.
+    strange: Arc<Notify>,
+    largest: Arc<LargestDatagram>,
 }
 
 impl PacedSocket {
-    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>) -> Arc<Self> {
+    /// Its datagrams are never larger than `largest`, and all of them count against `link`.
+    pub(super) fn new(
+        inner: Arc<dyn AsyncUdpSocket>,
+        largest: Arc<LargestDatagram>,
+        link: Arc<SharedBucket>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             inner,
             only: ArcSwapOption::empty(),
             routes: ArcSwap::default(),
+            strangers: Arc::new(Route::new(Priority::Control, None, Arc::default(), link)),
+            strange: Arc::default(),
+            largest,
         })
     }
 
@@ -220,29 +262,46 @@ impl PacedSocket {
         });
     }
 
-    /// Undoes [`add_route`](Self::add_route), unless another route took its place.
-    pub(super) fn remove_route(&self, peer: SocketAddr, route: &Arc<Route>) {
+    /// Sends by `route` what goes to `peer`, and no longer what went where it was before. Says no where another route is, since an address
+    /// that was only claimed must not take the route of the peer that is there.
+    pub(super) fn move_route(&self, peer: SocketAddr, route: &Arc<Route>) -> bool {
         let peer = canonical(peer);
+        let mut moved = false;
         self.routes.rcu(|current| {
             let mut next = HashMap::clone(current);
-            if next.get(&peer).is_some_and(|present| Arc::ptr_eq(present, route)) {
-                next.remove(&peer);
+            moved = next.get(&peer).is_none_or(|present| Arc::ptr_eq(present, route));
+            if moved {
+                next.retain(|_, present| !Arc::ptr_eq(present, route));
+                next.insert(peer, route.clone());
             }
+            next
+        });
+        moved
+    }
+
+    /// Undoes [`add_route`](Self::add_route) and [`move_route`](Self::move_route), unless another route took its place.
+    pub(super) fn remove_route(&self, route: &Arc<Route>) {
+        self.routes.rcu(|current| {
+            let mut next = HashMap::clone(current);
+            next.retain(|_, present| !Arc::ptr_eq(present, route));
             next
         });
     }
 
-    fn route(&self, destination: SocketAddr) -> Option<Arc<Route>> {
-        let only = self.only.load();
-        if only.is_some() {
+    /// Told of each packet to a destination that has no route.
+    pub(super) fn strange(&self) -> Arc<Notify> {
+        self.strange.clone()
+    }
+
+    fn route(&self, destination: SocketAddr) -> Arc<Route> {
+        if let Some(only) = &*self.only.load() {
             return only.clone();
         }
-        let routes = self.routes.load();
-        if routes.is_empty() {
-            None
-        } else {
-            routes.get(&canonical(destination)).cloned()
+        if let Some(route) = self.routes.load().get(&canonical(destination)) {
+            return route.clone();
         }
+        self.strange.notify_waiters();
+        self.strangers.clone()
     }
 
     fn id(&self) -> usize {
@@ -302,9 +361,7 @@ impl AsyncUdpSocket for PacedSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let Some(route) = self.route(transmit.destination) else {
-            return self.inner.try_send(transmit);
-        };
+        let route = self.route(transmit.destination);
         let bytes = link_bytes(transmit);
         if route.poll(now(), bytes).is_err() {
             let socket = self.id();
@@ -329,19 +386,26 @@ impl AsyncUdpSocket for PacedSocket {
         self.inner.local_addr()
     }
 
-    /// quinn would hand 10 segments of any size to one `sendmsg`, which Linux refuses above 65507 bytes in all, and the refusal is
-    /// taken for a lost packet. On a slow path fewer, since what is sent at once is a burst there.
+    /// As many as one `sendmsg` takes ([`LargestDatagram`]). On a slow path fewer, since what is sent at once is a burst there.
     fn max_transmit_segments(&self) -> usize {
-        let paced = self.only.load().as_ref().map_or(usize::MAX, |route| route.segments());
+        let packet = u64::from(self.largest.bytes()) + 28 + ETHERNET_HEADER;
+        let paced = self
+            .only
+            .load()
+            .as_ref()
+            .map_or(usize::MAX, |route| route.segments(packet));
         self.inner
             .max_transmit_segments()
-            .min(65_507 / usize::from(MAX_UDP_PAYLOAD))
+            .min(self.largest.segments())
             .min(paced)
             .max(1)
     }
 
+    /// quinn makes each of its 32 receive buffers as large as so many datagrams of the largest size. The kernel joins up to 64 datagrams, but
+    /// never to more than 65535 bytes, for which a few of that size are enough.
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        let enough = 65_535_usize.div_ceil(usize::from(MAX_UDP_PAYLOAD));
+        self.inner.max_receive_segments().min(enough)
     }
 
     fn may_fragment(&self) -> bool {

@@ -81,9 +81,14 @@ fn limited(bits: u64) -> Arc<SharedBucket> {
     Arc::new(SharedBucket::new(Some(ByteRate::from_bits_per_second(bits))))
 }
 
+/// A socket whose link is not limited.
+fn unlinked(inner: Arc<dyn AsyncUdpSocket>) -> Arc<PacedSocket> {
+    PacedSocket::new(inner, Arc::default(), unlimited())
+}
+
 fn paced(route: Route) -> (Arc<Wire>, Arc<PacedSocket>) {
     let wire = Arc::new(Wire::default());
-    let socket = PacedSocket::new(wire.clone());
+    let socket = unlinked(wire.clone());
     socket.set_only_route(Arc::new(route));
     (wire, socket)
 }
@@ -211,7 +216,7 @@ async fn control_passes_where_bulk_waits_and_what_it_sends_is_taken_from_bulk() 
 #[tokio::test(start_paused = true)]
 async fn on_a_shared_socket_each_peer_has_its_own_rate_and_strangers_none() {
     let wire = Arc::new(Wire::default());
-    let socket = PacedSocket::new(wire.clone());
+    let socket = unlinked(wire.clone());
     let [slow, fast, stranger] = ["192.0.2.1:1", "[2001:db8::1]:1", "192.0.2.9:1"].map(address);
     let routes = [(slow, 8_000_000), (fast, 80_000_000)].map(|(peer, bits)| {
         (
@@ -247,10 +252,50 @@ async fn on_a_shared_socket_each_peer_has_its_own_rate_and_strangers_none() {
             .try_send(&transmit(stranger, &[0; TRAIN]))
             .expect("handshakes of strangers are not paced");
     }
-    socket.remove_route(slow, &routes[1].1);
-    assert!(socket.route(slow).is_some(), "another route's end leaves this one");
-    socket.remove_route(slow, &routes[0].1);
-    assert!(socket.route(slow).is_none());
+}
+
+#[test]
+fn a_route_moves_with_its_peer_but_never_to_where_another_is() {
+    let socket = unlinked(Arc::new(Wire::default()));
+    let [first, second, third] = ["192.0.2.1:1", "192.0.2.2:1", "192.0.2.3:1"].map(address);
+    let [one, two] = [(); 2].map(|()| Arc::new(Route::new(Priority::Bulk, None, unlimited(), unlimited())));
+    let at = |peer, route: &Arc<Route>| Arc::ptr_eq(&socket.route(peer), route);
+    socket.add_route(first, &one);
+    socket.add_route(second, &two);
+    assert!(!socket.move_route(second, &one));
+    assert!(at(first, &one) && at(second, &two));
+    assert!(socket.move_route(third, &one));
+    assert!(at(third, &one) && at(first, &socket.strangers));
+    socket.remove_route(&two);
+    assert!(at(third, &one) && at(second, &socket.strangers));
+    assert!(socket.move_route(second, &one));
+    assert!(at(second, &one) && at(third, &socket.strangers));
+}
+
+#[tokio::test(start_paused = true)]
+async fn packets_to_strangers_are_told_of_and_count_against_the_link() {
+    let (wire, link) = (Arc::new(Wire::default()), limited(8_000_000));
+    let socket = PacedSocket::new(wire.clone(), Arc::default(), link);
+    let strange = socket.strange();
+    let told = strange.notified();
+    drive(&socket, address(PEER), TRAIN, in_time(10)).await;
+    tokio::time::timeout(Duration::ZERO, told)
+        .await
+        .expect("the first packet told");
+    assert!(wire.bytes().abs_diff(10_000_000) <= 100_000, "{}", wire.bytes());
+}
+
+#[test]
+fn a_controller_that_takes_over_has_the_capacity_that_was_set_before() {
+    let [before, after] = [10_000_000, 20_000_000].map(|rate| Arc::new(LinkRate::new(ByteRate(rate))));
+    let route = Route::new(Priority::Bulk, Some(before), unlimited(), unlimited());
+    route.set_capacity(Some(ByteRate(1_000_000)));
+    route.adopt(&after);
+    assert!(route.rate().is_some_and(|rate| Arc::ptr_eq(&rate, &after)));
+    assert_eq!(after.rate(), ByteRate(1_000_000));
+    route.set_capacity(Some(ByteRate(3_000_000)));
+    route.adopt(&after);
+    assert_eq!(after.rate(), ByteRate(3_000_000));
 }
 
 #[tokio::test(start_paused = true)]
@@ -270,7 +315,7 @@ async fn what_the_kernel_does_not_take_is_not_charged() {
 async fn waits_are_counted_once_each_with_their_time() {
     let route = Arc::new(Route::new(Priority::Bulk, None, limited(8_000_000), unlimited()));
     let wire = Arc::new(Wire::default());
-    let socket = PacedSocket::new(wire);
+    let socket = unlinked(wire);
     socket.set_only_route(route.clone());
     drive(&socket, address(PEER), TRAIN, in_time(10)).await;
     let (waits, time) = (route.counters().waits(), route.counters().wait_time());
@@ -309,18 +354,28 @@ fn headers_are_42_bytes_a_datagram_over_ipv4_and_62_over_ipv6() {
 }
 
 #[test]
-fn a_train_of_segments_never_exceeds_what_one_datagram_may_hold() {
-    let socket = PacedSocket::new(Arc::new(Wire::default()));
-    let segments = socket.max_transmit_segments();
-    assert!(
-        segments * usize::from(MAX_UDP_PAYLOAD) <= 65_507 && (segments + 1) * usize::from(MAX_UDP_PAYLOAD) > 65_507
+fn a_train_fits_into_one_send_and_lasts_a_millisecond_at_most_whatever_the_packets() {
+    let largest = Arc::<LargestDatagram>::default();
+    let socket = PacedSocket::new(Arc::new(Wire::default()), largest.clone(), unlimited());
+    let route = |bits| Arc::new(Route::new(Priority::Bulk, None, limited(bits), unlimited()));
+    assert_eq!(socket.max_transmit_segments(), 45);
+    socket.set_only_route(route(100_000_000));
+    assert_eq!(socket.max_transmit_segments(), 8);
+    largest.grow(MAX_UDP_PAYLOAD);
+    assert_eq!(socket.max_transmit_segments(), 1);
+    socket.set_only_route(route(1_000_000_000));
+    assert_eq!(socket.max_transmit_segments(), 7);
+    assert_eq!(
+        socket.max_receive_segments(),
+        1,
+        "a socket without GRO needs no room for it"
     );
 }
 
 #[tokio::test]
 async fn a_task_that_used_up_its_budget_may_still_send() {
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let socket = PacedSocket::new(quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, udp).unwrap());
+    let socket = unlinked(quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, udp).unwrap());
     let mut poller = socket.create_io_poller();
     poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
 

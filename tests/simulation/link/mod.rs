@@ -8,20 +8,22 @@
 //! up to one late, and in bursts of one.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use longhaul::transport::Network;
 use longhaul::wan::{LinkModel, LinkSettings, Verdict};
-use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, UdpPoller};
+use quinn::AsyncUdpSocket;
+use quinn::udp::{EcnCodepoint, Transmit};
 use tokio::sync::Notify;
+
+use socket::{Mailbox, Socket};
+
+mod socket;
 
 /// Addresses of the sites.
 pub(crate) const SITES: [IpAddr; 2] = [
@@ -42,14 +44,17 @@ pub(crate) struct SimulatedLink {
 struct State {
     /// From A to B, from B to A.
     models: [LinkModel; 2],
-    /// Bytes at a bottleneck beyond which it marks what it takes in (ECN-CE).
-    mark_above: Option<u64>,
     flying: BinaryHeap<Reverse<Flying>>,
     /// Datagrams that were sent so far.
     sent: u64,
     /// What each site has offered: when, and how many bytes at the bottleneck.
     offered: [Vec<(Instant, u64)>; 2],
+    /// By the address that the other site sees.
     mailboxes: HashMap<SocketAddr, Arc<Mailbox>>,
+    /// A bottleneck where more than this waits marks what comes, where that is ECN-capable.
+    mark_above: Option<u64>,
+    /// Sockets that the other site sees at another address than they have.
+    seen_at: HashMap<SocketAddr, SocketAddr>,
     next_port: u16,
 }
 
@@ -60,9 +65,9 @@ struct Flying {
     number: u64,
     to: SocketAddr,
     from: SocketAddr,
-    bytes: Vec<u8>,
-    /// The two bits of the IP header.
+    /// The codepoint, 0 for none.
     ecn: u8,
+    bytes: Vec<u8>,
 }
 
 impl SimulatedLink {
@@ -72,11 +77,12 @@ impl SimulatedLink {
         let link = Arc::new(Self {
             state: Mutex::new(State {
                 models: [model(0), model(1)],
-                mark_above: None,
                 flying: BinaryHeap::new(),
                 sent: 0,
                 offered: [Vec::new(), Vec::new()],
                 mailboxes: HashMap::new(),
+                mark_above: None,
+                seen_at: HashMap::new(),
                 next_port: 50_000,
             }),
             sooner: Notify::new(),
@@ -106,6 +112,76 @@ impl SimulatedLink {
     /// Bytes that wait at the bottleneck of this site now.
     pub(crate) fn queued(&self, site: usize) -> u64 {
         self.lock().models[site].queued_bytes(now())
+    }
+
+    /// Changes what the link is like from this site to the other.
+    pub(crate) fn change(&self, site: usize, change: impl FnOnce(&mut LinkSettings)) {
+        let model = &mut self.lock().models[site];
+        let mut settings = model.settings().clone();
+        change(&mut settings);
+        model.change(settings);
+    }
+
+    /// Lets nothing more enter from this site for so long.
+    pub(crate) fn cut(&self, site: usize, length: Duration) {
+        self.lock().models[site].cut(now(), length);
+    }
+
+    /// The other site sees the socket at `address` as `seen` from now on, and what it sends to where that was is lost: a NAT forgot
+    /// the socket, or its site goes out by another uplink.
+    pub(crate) fn rebind(&self, address: SocketAddr, seen: SocketAddr) {
+        let mut state = self.lock();
+        let before = state.seen_at.insert(address, seen).unwrap_or(address);
+        let mailbox = state.mailboxes.remove(&before).unwrap();
+        assert!(state.mailboxes.insert(seen, mailbox).is_none(), "{seen} is in use");
+    }
+
+    fn send(&self, from: SocketAddr, transmit: &Transmit<'_>) {
+        let site = usize::from(from.ip() == SITES[1]);
+        let now = now();
+        let mut state = self.lock();
+        let state = &mut *state;
+        let from = state.seen_at.get(&from).copied().unwrap_or(from);
+        let expected = state.flying.peek().map(|Reverse(first)| first.at);
+        let size = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
+        for datagram in transmit.contents.chunks(size) {
+            let ip_bytes = datagram.len() as u32 + HEADERS;
+            let overhead = state.models[site].settings().overhead_bytes;
+            state.offered[site].push((now, u64::from(ip_bytes + overhead)));
+            let crowded = state
+                .mark_above
+                .is_some_and(|above| state.models[site].queued_bytes(now) > above);
+            let ecn = match transmit.ecn {
+                Some(_) if crowded => EcnCodepoint::Ce as u8,
+                codepoint => codepoint.map_or(0, |codepoint| codepoint as u8),
+            };
+            let fate = state.models[site].offer(now, ip_bytes);
+            for verdict in [Some(fate.verdict), fate.copy].into_iter().flatten() {
+                let (Verdict::Deliver { at } | Verdict::Overtake { at }) = verdict else {
+                    continue;
+                };
+                state.sent += 1;
+                state.flying.push(Reverse(Flying {
+                    at,
+                    number: state.sent,
+                    to: transmit.destination,
+                    from,
+                    ecn,
+                    bytes: datagram.to_vec(),
+                }));
+            }
+        }
+        let first = state.flying.peek().map(|Reverse(first)| first.at);
+        if first.is_some_and(|first| expected.is_none_or(|expected| first < expected)) {
+            self.sooner.notify_one();
+        }
+    }
+
+    /// The socket at `address` is closed.
+    fn forget(&self, address: SocketAddr) {
+        let mut state = self.lock();
+        let seen = state.seen_at.remove(&address).unwrap_or(address);
+        state.mailboxes.remove(&seen);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -165,161 +241,13 @@ impl Network for SiteNetwork {
         if state.mailboxes.contains_key(&address) {
             return Err(io::ErrorKind::AddrInUse.into());
         }
-        let mailbox = Arc::new(Mailbox {
-            room: receive_buffer,
-            contents: Mutex::default(),
-        });
+        let mailbox = Mailbox::of(receive_buffer);
         state.mailboxes.insert(address, mailbox.clone());
         Ok(Arc::new(Socket {
             link: self.0.clone(),
             address,
             mailbox,
         }))
-    }
-}
-
-/// The receive buffer of a socket.
-struct Mailbox {
-    room: usize,
-    contents: Mutex<Contents>,
-}
-
-#[derive(Default)]
-struct Contents {
-    bytes: usize,
-    arrived: VecDeque<Flying>,
-    reader: Option<Waker>,
-}
-
-impl Mailbox {
-    /// Drops what finds no room, as the kernel does.
-    fn put(&self, datagram: Flying) {
-        let mut contents = self.contents.lock().unwrap();
-        if contents.bytes + datagram.bytes.len() > self.room {
-            return;
-        }
-        contents.bytes += datagram.bytes.len();
-        contents.arrived.push_back(datagram);
-        if let Some(reader) = contents.reader.take() {
-            reader.wake();
-        }
-    }
-}
-
-struct Socket {
-    link: Arc<SimulatedLink>,
-    address: SocketAddr,
-    mailbox: Arc<Mailbox>,
-}
-
-impl fmt::Debug for Socket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Socket").field(&self.address).finish()
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        self.link.lock().mailboxes.remove(&self.address);
-    }
-}
-
-impl AsyncUdpSocket for Socket {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Box::pin(AlwaysWritable)
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let site = usize::from(self.address.ip() == SITES[1]);
-        let now = now();
-        let mut state = self.link.lock();
-        let state = &mut *state;
-        let expected = state.flying.peek().map(|Reverse(first)| first.at);
-        let size = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
-        for datagram in transmit.contents.chunks(size) {
-            let ip_bytes = datagram.len() as u32 + HEADERS;
-            let overhead = state.models[site].settings().overhead_bytes;
-            state.offered[site].push((now, u64::from(ip_bytes + overhead)));
-            let crowded = state
-                .mark_above
-                .is_some_and(|above| state.models[site].queued_bytes(now) > above);
-            let ecn = match transmit.ecn {
-                Some(_) if crowded => EcnCodepoint::Ce as u8,
-                codepoint => codepoint.map_or(0, |codepoint| codepoint as u8),
-            };
-            let fate = state.models[site].offer(now, ip_bytes);
-            for verdict in [Some(fate.verdict), fate.copy].into_iter().flatten() {
-                let (Verdict::Deliver { at } | Verdict::Overtake { at }) = verdict else {
-                    continue;
-                };
-                state.sent += 1;
-                state.flying.push(Reverse(Flying {
-                    at,
-                    number: state.sent,
-                    to: transmit.destination,
-                    from: self.address,
-                    bytes: datagram.to_vec(),
-                    ecn,
-                }));
-            }
-        }
-        let first = state.flying.peek().map(|Reverse(first)| first.at);
-        if first.is_some_and(|first| expected.is_none_or(|expected| first < expected)) {
-            self.link.sooner.notify_one();
-        }
-        Ok(())
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        buffers: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        let mut contents = self.mailbox.contents.lock().unwrap();
-        let mut count = 0;
-        for (buffer, meta) in buffers.iter_mut().zip(meta) {
-            let Some(datagram) = contents.arrived.pop_front() else {
-                break;
-            };
-            let length = datagram.bytes.len();
-            contents.bytes -= length;
-            buffer[..length].copy_from_slice(&datagram.bytes);
-            *meta = RecvMeta {
-                addr: datagram.from,
-                len: length,
-                stride: length,
-                ecn: EcnCodepoint::from_bits(datagram.ecn),
-                dst_ip: None,
-            };
-            count += 1;
-        }
-        if count == 0 {
-            contents.reader = Some(cx.waker().clone());
-            return Poll::Pending;
-        }
-        Poll::Ready(Ok(count))
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.address)
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        10
-    }
-
-    fn may_fragment(&self) -> bool {
-        false
-    }
-}
-
-#[derive(Debug)]
-struct AlwaysWritable;
-
-impl UdpPoller for AlwaysWritable {
-    fn poll_writable(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 }
 
