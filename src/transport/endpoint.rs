@@ -105,6 +105,8 @@ pub(super) struct Shared {
     control: Listener,
     bulk: Listener,
     pub(super) link: Arc<SharedBucket>,
+    /// What may be sent to whom nobody knows yet, by both listening sockets.
+    strangers: Arc<SharedBucket>,
     peers: Mutex<Peers>,
 }
 
@@ -151,13 +153,16 @@ impl Transport {
         };
         let invitation = Arc::new(AtomicBool::new(false));
         let link = Arc::new(SharedBucket::new(settings.link));
+        let strangers = Arc::new(SharedBucket::new(settings.link.map(set_aside)));
         let listen = |address, purpose, kinds: &[ConnectionKind]| {
             let resets = resettable(&identity, purpose);
             let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
                 .map_err(BindError::Tls)?;
-            listen(&*network, &settings, address, tls, resets, &link).map_err(|source| match source.kind() {
-                io::ErrorKind::AddrInUse => BindError::InUse { address },
-                _ => BindError::Io { address, source },
+            listen(&*network, &settings, address, tls, resets, [&strangers, &link]).map_err(|source| {
+                match source.kind() {
+                    io::ErrorKind::AddrInUse => BindError::InUse { address },
+                    _ => BindError::Io { address, source },
+                }
             })
         };
         let control = listen(
@@ -178,6 +183,7 @@ impl Transport {
             control,
             bulk,
             link,
+            strangers,
             peers,
         });
         let (sender, accepted) = mpsc::channel(MAX_HANDSHAKES);
@@ -312,6 +318,7 @@ impl Transport {
     /// [`set_peer_rate`](Self::set_peer_rate) of every peer whose share is another now. Windows stay as they were made, for the rate of the settings.
     pub fn set_link_rate(&self, rate: Option<ByteRate>) {
         self.shared.link.set_rate(rate);
+        self.shared.strangers.set_rate(rate.map(set_aside));
     }
 
     /// The cap on everything that is sent to `peer`; connections that are open follow at once.
@@ -414,7 +421,9 @@ impl Shared {
             .network
             .bind(local, tuning.receive_buffer, tuning.send_buffer)
             .map_err(DialCause::Socket)?;
-        let socket = PacedSocket::new(socket, largest, self.link.clone());
+        // Our own handshake.
+        let unrouted = Route::new(Priority::Control, None, Arc::default(), self.link.clone());
+        let socket = PacedSocket::new(socket, largest, unrouted);
         let endpoint = endpoint(&socket, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
         let connecting = endpoint
             .connect_with(config, address, SERVER_NAME)
@@ -455,6 +464,11 @@ const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
 const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 
+/// Of the link, for handshakes: a twentieth, which is some hundred of them a second at 100 Mbit/s.
+fn set_aside(link: ByteRate) -> ByteRate {
+    ByteRate(link.0 / 20).max(ByteRate(64 << 10))
+}
+
 /// For the connections of the socket whose datagrams are `largest`.
 fn controller(
     capacity: Option<ByteRate>,
@@ -484,7 +498,7 @@ fn listen(
     address: SocketAddr,
     tls: ServerTls,
     resets: EndpointConfig,
-    link: &Arc<SharedBucket>,
+    unrouted: [&Arc<SharedBucket>; 2],
 ) -> io::Result<Listener> {
     let tuning = Tuning::derive(
         settings.link,
@@ -505,7 +519,8 @@ fn listen(
         .incoming_buffer_size(64 * 1024)
         .incoming_buffer_size_total(1024 * 1024);
     let socket = network.bind(address, tuning.receive_buffer, tuning.send_buffer)?;
-    let socket = PacedSocket::new(socket, largest, link.clone());
+    let [strangers, link] = unrouted;
+    let socket = PacedSocket::new(socket, largest, Route::of_strangers(strangers.clone(), link.clone()));
     Ok(Listener {
         endpoint: endpoint(&socket, Some(config), resets)?,
         socket,

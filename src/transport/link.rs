@@ -359,7 +359,7 @@ impl PeerLink {
     /// The capacity that holds now; `None` where none is configured.
     #[must_use]
     pub fn capacity(&self) -> Option<ByteRate> {
-        self.bulk.0.path.route.rate().map(|rate| rate.capacity())
+        self.bulk.0.path.capacity()
     }
 
     /// Stream bytes a second that this link can carry now: the controller's rate less headers and what is lost of late. `None`

@@ -21,19 +21,33 @@ pub(super) fn bind(address: SocketAddr, receive_buffer: usize, send_buffer: usiz
     if sockopt::set_socket_send_buffer_size_force(&socket, send_buffer).is_err() {
         socket.set_send_buffer_size(send_buffer)?;
     }
-    let granted = socket.recv_buffer_size()? / 2;
-    if let Some(advice) = shortfall(receive_buffer, granted) {
-        tracing::warn!(%address, wanted_bytes = receive_buffer, granted_bytes = granted, "{advice}");
+    for (direction, wanted, granted) in [
+        (Direction::Receive, receive_buffer, socket.recv_buffer_size()? / 2),
+        (Direction::Send, send_buffer, socket.send_buffer_size()? / 2),
+    ] {
+        if let Some(advice) = shortfall(direction, wanted, granted) {
+            tracing::warn!(%address, wanted_bytes = wanted, granted_bytes = granted, "{advice}");
+        }
     }
     Ok(socket.into())
 }
 
-/// What to tell an operator whose kernel grants less than a tenth short of what the link needs.
-fn shortfall(wanted: usize, granted: usize) -> Option<String> {
+#[derive(Clone, Copy, Debug)]
+enum Direction {
+    Receive,
+    Send,
+}
+
+/// What to tell an operator whose kernel grants more than a tenth less than what the link needs.
+fn shortfall(direction: Direction, wanted: usize, granted: usize) -> Option<String> {
+    let (buffer, consequence, sysctl) = match direction {
+        Direction::Receive => ("receive", "bursts will be lost", "rmem_max"),
+        Direction::Send => ("send", "the link is not filled", "wmem_max"),
+    };
     (granted < wanted - wanted / 10).then(|| {
         format!(
-            "the UDP receive buffer is {granted} bytes where the link needs {wanted}, so bursts will be lost; \
-             run: sysctl -w net.core.rmem_max={wanted}"
+            "the UDP {buffer} buffer is {granted} bytes where the link needs {wanted}, so {consequence}; \
+             run: sysctl -w net.core.{sysctl}={wanted}"
         )
     })
 }
@@ -44,10 +58,15 @@ mod tests {
 
     #[test]
     fn a_buffer_that_falls_short_is_reported_with_the_sysctl_that_helps() {
-        assert_eq!(shortfall(2_500_000, 2_500_000), None);
-        assert_eq!(shortfall(2_500_000, 2_250_000), None);
-        let advice = shortfall(2_500_000, 212_992).unwrap();
-        assert!(advice.ends_with("sysctl -w net.core.rmem_max=2500000"), "{advice}");
+        for (direction, sysctl) in [(Direction::Receive, "rmem_max"), (Direction::Send, "wmem_max")] {
+            assert_eq!(shortfall(direction, 2_500_000, 2_500_000), None);
+            assert_eq!(shortfall(direction, 2_500_000, 2_250_000), None);
+            let advice = shortfall(direction, 2_500_000, 212_992).unwrap();
+            assert!(
+                advice.ends_with(&format!("sysctl -w net.core.{sysctl}=2500000")),
+                "{advice}"
+            );
+        }
     }
 
     #[test]

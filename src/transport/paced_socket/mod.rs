@@ -141,6 +141,12 @@ impl Route {
         }
     }
 
+    /// The way of what is sent to whom nobody knows yet, out of the bucket that is set aside for that: however many call, they take no more of
+    /// the link from those who are known, and never go before them.
+    pub(super) fn of_strangers(set_aside: Arc<SharedBucket>, link: Arc<SharedBucket>) -> Self {
+        Self::new(Priority::Bulk, None, set_aside, link)
+    }
+
     pub(super) fn counters(&self) -> &RouteCounters {
         &self.counters
     }
@@ -232,17 +238,13 @@ pub(super) struct PacedSocket {
 }
 
 impl PacedSocket {
-    /// Its datagrams are never larger than `largest`, and all of them count against `link`.
-    pub(super) fn new(
-        inner: Arc<dyn AsyncUdpSocket>,
-        largest: Arc<LargestDatagram>,
-        link: Arc<SharedBucket>,
-    ) -> Arc<Self> {
+    /// Its datagrams are never larger than `largest`; what has no route yet goes by that of `strangers`.
+    pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>, largest: Arc<LargestDatagram>, strangers: Route) -> Arc<Self> {
         Arc::new(Self {
             inner,
             only: ArcSwapOption::empty(),
             routes: ArcSwap::default(),
-            strangers: Arc::new(Route::new(Priority::Control, None, Arc::default(), link)),
+            strangers: Arc::new(strangers),
             strange: Arc::default(),
             largest,
         })

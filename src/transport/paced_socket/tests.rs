@@ -83,7 +83,7 @@ fn limited(bits: u64) -> Arc<SharedBucket> {
 
 /// A socket whose link is not limited.
 fn unlinked(inner: Arc<dyn AsyncUdpSocket>) -> Arc<PacedSocket> {
-    PacedSocket::new(inner, Arc::default(), unlimited())
+    PacedSocket::new(inner, Arc::default(), Route::of_strangers(unlimited(), unlimited()))
 }
 
 fn paced(route: Route) -> (Arc<Wire>, Arc<PacedSocket>) {
@@ -273,9 +273,10 @@ fn a_route_moves_with_its_peer_but_never_to_where_another_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn packets_to_strangers_are_told_of_and_count_against_the_link() {
-    let (wire, link) = (Arc::new(Wire::default()), limited(8_000_000));
-    let socket = PacedSocket::new(wire.clone(), Arc::default(), link);
+async fn packets_to_strangers_are_told_of_and_take_no_more_than_is_set_aside_for_them() {
+    let (wire, link) = (Arc::new(Wire::default()), limited(160_000_000));
+    let strangers = Route::of_strangers(limited(8_000_000), link);
+    let socket = PacedSocket::new(wire.clone(), Arc::default(), strangers);
     let strange = socket.strange();
     let told = strange.notified();
     drive(&socket, address(PEER), TRAIN, in_time(10)).await;
@@ -356,7 +357,11 @@ fn headers_are_42_bytes_a_datagram_over_ipv4_and_62_over_ipv6() {
 #[test]
 fn a_train_fits_into_one_send_and_lasts_a_millisecond_at_most_whatever_the_packets() {
     let largest = Arc::<LargestDatagram>::default();
-    let socket = PacedSocket::new(Arc::new(Wire::default()), largest.clone(), unlimited());
+    let socket = PacedSocket::new(
+        Arc::new(Wire::default()),
+        largest.clone(),
+        Route::of_strangers(unlimited(), unlimited()),
+    );
     let route = |bits| Arc::new(Route::new(Priority::Bulk, None, limited(bits), unlimited()));
     assert_eq!(socket.max_transmit_segments(), 45);
     socket.set_only_route(route(100_000_000));
