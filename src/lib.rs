@@ -23,7 +23,7 @@
 //! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, pairing, recovery |
 //! | [`migrate`] | edge | one migration seen from its source: phases in a straight line, one exit that says where the VM is |
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
-//! | [`shaper`] | edge | caps per peer and per migration |
+//! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |
 //! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit |
 //! | [`store`] | edge | ownership journal, trust, spilled dictionary pages, on disk |
 //! | [`config`] | edge | TOML, flags and environment, validated once |

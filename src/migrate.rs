@@ -30,10 +30,10 @@ use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
+use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage};
-use crate::shaper::Shaper;
 use crate::transport::tuning::UNSENT;
 
 /// Time for a hypervisor's monitor to answer.
@@ -47,8 +47,8 @@ const DIRTY_SAMPLE: Duration = Duration::from_secs(1);
 
 /// What the first pass of a Linux guest was reduced by with this stage of reduction (Debian guest with Redis, 2026-11), and
 /// what re-sent pages are. Assumptions of a forecast, replaced by measurement once a migration runs.
-const FIRST_PASS_RATIO: f64 = 2.2;
-const RESEND_RATIO: f64 = 1.5;
+pub(crate) const FIRST_PASS_RATIO: f64 = 2.2;
+pub(crate) const RESEND_RATIO: f64 = 1.5;
 
 /// A region of the session dictionary, in bytes of guest memory.
 const REGION_BYTES: u64 = 4 << 20;
@@ -81,9 +81,20 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
                 ),
             )
         })?;
+    // Before anybody can know the migration and change them.
+    entry.share.set_rate(cap(core, &request));
+    entry.share.set_weight(request.weight.unwrap_or(Weight::MIN));
     tracing::info!(%migration, vm = request.vm, peer = request.peer, "migration requested");
     tokio::spawn(run(Arc::clone(core), entry, orders, request));
     Ok(Started { migration })
+}
+
+/// The cap of a migration that is asked for.
+fn cap(core: &Core, request: &StartRequest) -> Option<ByteRate> {
+    request
+        .rate_bytes_per_second
+        .map(ByteRate)
+        .or(core.config.migration.rate)
 }
 
 /// Makes every check and a forecast; nothing moves.
@@ -212,7 +223,6 @@ async fn agree(
         budget,
         costs,
         vm_config,
-        cap,
         deadline,
         inventory,
         ..
@@ -225,8 +235,7 @@ async fn agree(
         budget,
         costs,
         deadline: deadline.map(|deadline| now + deadline),
-        shaper: cap.map(|rate| Arc::new(Shaper::new(rate))),
-        cap,
+        share: Arc::clone(&entry.share),
         dictionary: Some(dictionary),
         memory,
         forecasting,
@@ -349,10 +358,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     };
     // The path's RTT as it was measured; a queue that happens to stand in it now is no part of the promise.
     let rtt = link.as_ref().map_or(core.config.link.rtt, |link| link.rtt());
-    let cap = request
-        .rate_bytes_per_second
-        .map(ByteRate)
-        .or(core.config.migration.rate);
+    let cap = cap(core, request);
     let capacity = link.as_ref().and_then(|link| link.goodput());
     let mut costs = FixedCosts::on_path(rtt, capacity.into_iter().chain(cap).min());
     if capacity.is_none() {
@@ -529,6 +535,7 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
     report.downtime_seconds = end.downtime.map(|downtime| downtime.as_secs_f64());
     report.stream_digest = end.stream.map(|sum| hex(&sum.digest.0));
     report.wire_bytes = end.wire_bytes;
+    report.resent_bytes = end.resent_bytes;
     if let Some(downtime) = end.downtime {
         core.metrics.observe_downtime(downtime);
     }

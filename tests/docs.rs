@@ -8,12 +8,13 @@ use std::process::Command;
 
 use longhaul::metrics::SERIES;
 
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 7] = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/lab.md",
     "docs/operators-guide.md",
     "docs/ownership.md",
+    "docs/transport.md",
     "docs/wire-format.md",
 ];
 

@@ -57,6 +57,7 @@ fn check_report(report: &Value, vm: &str, peer: &str, memory_mb: u64) {
         "rounds",
         "vmm_bytes",
         "wire_bytes",
+        "resent_bytes",
         "reduction_ratio",
         "pages",
         "stream_digest",

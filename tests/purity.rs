@@ -81,7 +81,7 @@ const IGNORANT: &[(&str, &[&str])] = &[
             "store::fingerprint",
         ],
     ),
-    ("src/shaper.rs", &["shaper", "proto::page::ByteRate", "proto::rate"]),
+    ("src/shaper", &["shaper", "proto::page::ByteRate", "proto::rate"]),
 ];
 
 /// Where `unsafe` may be.

@@ -21,7 +21,9 @@ use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
 use longhaul::proto::wire::message::{Held, Reply, decode, encode};
 use longhaul::proto::wire::repair::RepairHead;
-use longhaul::proto::wire::{Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage};
+use longhaul::proto::wire::{
+    Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
+};
 use longhaul::store::trust::Fingerprint;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -38,7 +40,11 @@ struct Goldens {
 impl Goldens {
     /// Lines whose name begins with `kind` and a slash.
     fn of(kind: &str) -> Self {
-        let files = [include_str!("data/wire-v1.txt"), include_str!("data/wire-v2.txt")];
+        let files = [
+            include_str!("data/wire-v1.txt"),
+            include_str!("data/wire-v2.txt"),
+            include_str!("data/wire-v3.txt"),
+        ];
         let lines = files
             .into_iter()
             .flat_map(str::lines)
@@ -122,7 +128,7 @@ fn permit() -> Permit {
 }
 
 #[test]
-fn requests_of_version_1_have_these_bytes() {
+fn requests_have_these_bytes() {
     let mut goldens = Goldens::of("request");
     let requests = [
         Request::Hello(hello()),
@@ -142,6 +148,7 @@ fn requests_of_version_1_have_these_bytes() {
         },
         Request::Ping(u64::MAX),
         Request::Drives { migration: MIGRATION },
+        Request::Test { test: MIGRATION },
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -153,6 +160,7 @@ fn requests_of_version_1_have_these_bytes() {
             Request::Attach { epoch: None, .. } => "request/attach-without-stream",
             Request::Ping(_) => "request/ping",
             Request::Drives { .. } => "request/drives",
+            Request::Test { .. } => "request/test",
         };
         goldens.message(name, request);
     }
@@ -180,6 +188,27 @@ fn replies_of_version_1_have_these_bytes() {
             Reply::Drives(_) => "reply/drives",
         };
         goldens.message(name, reply);
+    }
+    goldens.done();
+}
+
+#[test]
+fn messages_of_a_link_test_have_these_bytes() {
+    let mut goldens = Goldens::of("test");
+    let messages = [
+        TestMessage::Arrived {
+            lanes: 300,
+            lane_bytes: 1 << 30,
+            micros: 10_000_000,
+        },
+        TestMessage::Refused("busy".into()),
+    ];
+    for message in &messages {
+        let name = match message {
+            TestMessage::Arrived { .. } => "test/arrived",
+            TestMessage::Refused(_) => "test/refused",
+        };
+        goldens.message(name, message);
     }
     goldens.done();
 }

@@ -13,8 +13,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::types::{
-    AcceptInvite, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, MigrationStatus, MigrationSummary,
-    PairByFingerprint, Paired, PeerStatus, Refusal, Resolution, ResolveRequest, StartRequest, Started,
+    AcceptInvite, Adjustment, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, Limits, LinkTest,
+    LinkTestRequest, MigrationStatus, MigrationSummary, PairByFingerprint, Paired, PeerStatus, Refusal, Resolution,
+    ResolveRequest, StartRequest, Started,
 };
 use crate::proto::page::MigrationId;
 
@@ -75,6 +76,15 @@ impl Client {
             .await
     }
 
+    /// Changes what a migration may take of its link.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn adjust(&self, migration: MigrationId, adjustment: &Adjustment) -> Result<Limits, ClientError> {
+        let path = format!("/v1/migrations/{migration}/limits");
+        self.ask(Method::POST, &path, Some(adjustment)).await
+    }
+
     /// Looks on until a migration has ended.
     ///
     /// # Errors
@@ -95,6 +105,14 @@ impl Client {
     /// [`ClientError`].
     pub async fn resolve(&self, request: &ResolveRequest) -> Result<Resolution, ClientError> {
         self.ask(Method::POST, "/v1/resolve", Some(request)).await
+    }
+
+    /// Measures the link to a peer; takes as long as is asked for. Dropping it ends the test.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn test_link(&self, request: &LinkTestRequest) -> Result<LinkTest, ClientError> {
+        self.ask(Method::POST, "/v1/link-tests", Some(request)).await
     }
 
     /// Every peer that is configured or paired.

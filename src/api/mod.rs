@@ -62,6 +62,15 @@ pub enum Command {
         /// Whether it is being cancelled.
         reply: Reply<Cancellation>,
     },
+    /// Change what a migration may take of its link.
+    Adjust {
+        /// Which one.
+        migration: MigrationId,
+        /// To what.
+        adjustment: Adjustment,
+        /// What holds from now on.
+        reply: Reply<Limits>,
+    },
     /// A person states where a VM is that is in doubt.
     Resolve {
         /// What is stated.
@@ -70,6 +79,13 @@ pub enum Command {
         by: String,
         /// What came of it.
         reply: Reply<Resolution>,
+    },
+    /// Measure the link to a peer.
+    TestLink {
+        /// Which one, and for how long.
+        request: LinkTestRequest,
+        /// What came of it. Where nobody waits for it any more, the test ends.
+        reply: Reply<LinkTest>,
     },
     /// Every peer that is configured or paired.
     Peers {
@@ -121,6 +137,11 @@ impl<T> Reply<T> {
     pub fn channel() -> (Self, oneshot::Receiver<Result<T, Refusal>>) {
         let (sender, receiver) = oneshot::channel();
         (Self(sender), receiver)
+    }
+
+    /// Completes when the asker has gone.
+    pub async fn abandoned(&mut self) {
+        self.0.closed().await;
     }
 
     /// Answers. That the asker has gone meanwhile is no error: what was asked for has been done.

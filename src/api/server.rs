@@ -158,7 +158,9 @@ fn routes(commands: mpsc::Sender<Command>) -> Router {
         .route("/v1/migrations/{id}", get(status))
         .route("/v1/migrations/{id}/events", get(follow))
         .route("/v1/migrations/{id}/cancel", post(cancel))
+        .route("/v1/migrations/{id}/limits", post(adjust))
         .route("/v1/resolve", post(resolve))
+        .route("/v1/link-tests", post(test_link))
         .route("/v1/peers", get(peers).post(pair_by_fingerprint))
         .route("/v1/peers/{name}", delete(unpair))
         .route("/v1/invitations", post(invite))
@@ -221,6 +223,20 @@ async fn cancel(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) 
     commands.answer(|reply| Command::Cancel { migration, reply }).await
 }
 
+async fn adjust(
+    State(commands): State<Commands>,
+    UrlPath(id): UrlPath<String>,
+    Request(adjustment): Request<super::Adjustment>,
+) -> Result<impl IntoResponse, Refusal> {
+    let migration = parse_id(&id)?;
+    let command = |reply| Command::Adjust {
+        migration,
+        adjustment,
+        reply,
+    };
+    commands.answer(command).await
+}
+
 async fn follow(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let migration = parse_id(&id)?;
     let events = commands.ask(|reply| Command::Follow { migration, reply }).await?;
@@ -237,6 +253,13 @@ async fn resolve(
     Request(request): Request<super::ResolveRequest>,
 ) -> impl IntoResponse {
     commands.answer(|reply| Command::Resolve { request, by, reply }).await
+}
+
+async fn test_link(
+    State(commands): State<Commands>,
+    Request(request): Request<super::LinkTestRequest>,
+) -> impl IntoResponse {
+    commands.answer(|reply| Command::TestLink { request, reply }).await
 }
 
 async fn peers(State(commands): State<Commands>) -> impl IntoResponse {

@@ -2,6 +2,7 @@
 //! and times are seconds as numbers, amounts are bytes, rates are bytes per second; the unit ends the name.
 
 use std::fmt;
+use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,40 @@ pub struct StartRequest {
     /// Longest time until switchover; `None`: as configured.
     #[serde(default)]
     pub deadline_seconds: Option<f64>,
+    /// Share beside other migrations to the same peer; `None`: 1.
+    #[serde(default)]
+    pub weight: Option<NonZeroU32>,
+}
+
+/// Changes what a migration that runs may take of its link. What is not said stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adjustment {
+    /// Its cap.
+    #[serde(default)]
+    pub rate: Option<NewRate>,
+    /// Share beside other migrations to the same peer.
+    #[serde(default)]
+    pub weight: Option<NonZeroU32>,
+}
+
+/// A cap from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NewRate {
+    /// That of the link alone.
+    Unlimited,
+    /// This one.
+    BytesPerSecond(u64),
+}
+
+/// What a migration may take of its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Its cap; `None`: that of the link.
+    pub rate_bytes_per_second: Option<u64>,
+    /// Its share beside other migrations to the same peer.
+    pub weight: NonZeroU32,
 }
 
 /// A migration was accepted and runs in the gateway.
@@ -34,6 +69,66 @@ pub struct Started {
     /// Its name, for `status`, `attach` and `cancel`.
     #[serde(with = "id_text")]
     pub migration: MigrationId,
+}
+
+/// Measures the link to a peer, without a VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkTestRequest {
+    /// Name of the peer.
+    pub peer: String,
+    /// How long the link is filled.
+    pub seconds: f64,
+    /// Memory of a guest for which to say what its migration would take.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// What that guest writes.
+    #[serde(default)]
+    pub dirty_bytes_per_second: u64,
+}
+
+/// What a link is worth, in the direction from this site to the peer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkTest {
+    /// Name of the peer.
+    pub peer: String,
+    /// How long the link was filled.
+    pub seconds: f64,
+    /// Round trips of messages before the link was filled.
+    pub idle: RoundTrips,
+    /// Round trips of messages while it was filled.
+    pub loaded: RoundTrips,
+    /// Share of packets that were lost on the way there, 0 to 1.
+    pub lost_share: f64,
+    /// UDP payload of a full packet.
+    pub mtu_bytes: u16,
+    /// Capacity as it is configured; `None`: the gateway probes for it.
+    pub capacity_bytes_per_second: Option<u64>,
+    /// At which the controller sent at the end; `None` where none has a rate.
+    pub rate_bytes_per_second: Option<u64>,
+    /// What arrived of lanes once the link was full: without headers and repairs.
+    pub goodput_bytes_per_second: u64,
+    /// What a link of this capacity, loss and MTU carries of lanes at most; `None` where no capacity is configured.
+    pub achievable_bytes_per_second: Option<u64>,
+    /// IP bytes that the test sent.
+    pub wire_bytes: u64,
+    /// What is not as it should be, in sentences that say what to do.
+    pub findings: Vec<String>,
+    /// What a migration would take, where a guest was described.
+    pub forecast: Option<Forecast>,
+}
+
+/// Times there and back of messages on the control connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RoundTrips {
+    /// The shortest.
+    pub least_seconds: f64,
+    /// Half are shorter.
+    pub median_seconds: f64,
+    /// One of a hundred is longer.
+    pub p99_seconds: f64,
+    /// Mean difference between one and the next.
+    pub jitter_seconds: f64,
 }
 
 /// Answer to a dry run: every check and what the migration would cost.
@@ -348,6 +443,9 @@ pub struct Report {
     /// IP bytes on the link to the peer meanwhile, in both directions, repairs included. Migrations to one peer at the same
     /// time share its link, and each counts all of it.
     pub wire_bytes: u64,
+    /// Bytes of frames that were sent a second time, after the path had been cut.
+    #[serde(default)]
+    pub resent_bytes: u64,
     /// `vmm_bytes` / bytes of frames, >= 1.
     pub reduction_ratio: f64,
     /// Pages by how they were sent, also where it did not arrive.
@@ -379,6 +477,7 @@ impl Report {
             rounds: Vec::new(),
             vmm_bytes: 0,
             wire_bytes: 0,
+            resent_bytes: 0,
             reduction_ratio: 1.0,
             pages: Pages::default(),
             stream_digest: None,

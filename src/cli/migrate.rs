@@ -1,5 +1,6 @@
 //! `longhaul migrate`: the gateway of this site runs the migration, the command is its client.
 
+use std::num::NonZeroU32;
 use std::str::FromStr as _;
 use std::time::Duration;
 
@@ -35,6 +36,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
     rate: Option<ByteRate>,
 
+    /// Share of the link beside other migrations to the same site: 3 gets three times what 1 gets.
+    #[arg(long, value_name = "N", default_value = "1")]
+    weight: NonZeroU32,
+
     /// Longest time until the VM is paused, such as 30m; then it is cancelled [default: migration.deadline of the
     /// gateway]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
@@ -66,6 +71,7 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         downtime_limit_seconds: args.downtime_limit.map(|limit| limit.as_secs_f64()),
         rate_bytes_per_second: args.rate.map(|rate| rate.0),
         deadline_seconds: args.deadline.map(|deadline| deadline.as_secs_f64()),
+        weight: Some(args.weight),
     };
     if args.dry_run {
         let answer = client.check(&request).await?;

@@ -10,6 +10,8 @@ mod control;
 mod dry_run;
 mod fingerprint;
 mod gateway;
+mod limit;
+mod link_test;
 mod list;
 mod migrate;
 mod output;
@@ -54,9 +56,11 @@ enum Verb {
     Status(status::Args),
     Attach(attach::Args),
     Cancel(cancel::Args),
+    Limit(limit::Args),
     Resolve(resolve::Args),
     Pair(pair::Args),
     Peers(peers::Args),
+    LinkTest(link_test::Args),
     Unpair(unpair::Args),
     Fingerprint(fingerprint::Args),
     WanEmulator(EmulatorArgs),
@@ -74,9 +78,11 @@ impl Verb {
             Self::Status(args) => ask(status::run(args)),
             Self::Attach(args) => ask(attach::run(args)),
             Self::Cancel(args) => ask(cancel::run(args)),
+            Self::Limit(args) => ask(limit::run(args)),
             Self::Resolve(args) => ask(resolve::run(args)),
             Self::Pair(args) => ask(pair::run(args)),
             Self::Peers(args) => ask(peers::run(args)),
+            Self::LinkTest(args) => ask(link_test::run(args)),
             Self::Unpair(args) => ask(unpair::run(args)),
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
             Self::WanEmulator(args) => crate::wan::run(args).map_err(|error| Failure::no(with_causes(&error))),
@@ -181,6 +187,7 @@ Examples:
   longhaul pair --invite                 at one site: prints a code
   longhaul pair lh1.Zm9v…                at the other site: both trust each other
   longhaul peers
+  longhaul link-test --to tokyo          what is the link worth?
 
   longhaul migrate db-1 --to tokyo --dry-run
   longhaul migrate db-1 --to tokyo

@@ -50,6 +50,10 @@ pub(super) struct Settings {
     #[arg(long, value_name = "DURATION", env = "LONGHAUL_MIGRATION_DEADLINE")]
     migration_deadline: Option<String>,
 
+    /// How long a migration waits for a peer that cannot be reached: migration.longest_cut.
+    #[arg(long, env = "LONGHAUL_MIGRATION_LONGEST_CUT", value_name = "DURATION")]
+    migration_longest_cut: Option<String>,
+
     /// Cap of each migration, such as 800mbit.
     #[arg(long, value_name = "RATE", env = "LONGHAUL_MIGRATION_RATE")]
     migration_rate: Option<String>,
@@ -78,6 +82,7 @@ impl Settings {
             ("migration.downtime_limit", &self.migration_downtime_limit),
             ("migration.after_success", &self.migration_after_success),
             ("migration.deadline", &self.migration_deadline),
+            ("migration.longest_cut", &self.migration_longest_cut),
             ("migration.rate", &self.migration_rate),
             ("log.level", &self.log_level),
             ("log.format", &self.log_format),

@@ -86,6 +86,8 @@ pub struct Migration {
     pub after_success: AfterSuccess,
     /// Longest time from start to switchover; a migration that takes longer is cancelled. Absent: no limit.
     pub deadline: Option<Duration>,
+    /// How long pre-copy waits for a peer that cannot be reached; then the migration is cancelled.
+    pub longest_cut: Duration,
     /// Cap of each migration. Absent: the link's rate.
     pub rate: Option<ByteRate>,
 }
@@ -97,6 +99,8 @@ pub struct Peer {
     pub name: String,
     /// Where it is called. Absent: the address learnt in pairing.
     pub address: Option<PeerAddress>,
+    /// Where it is called where the first address does not answer: another way to the same gateway.
+    pub second_address: Option<PeerAddress>,
     /// Cap towards this peer. Absent: `link.rate`.
     pub rate: Option<ByteRate>,
     /// When less than that holds, by the clocks of the link's calendar.
@@ -182,6 +186,7 @@ impl Config {
     /// | `metrics.listen` | `127.0.0.1:9646` | metrics name peers, so nobody else reads them unasked |
     /// | `migration.downtime_limit` | `500ms` | one ocean crossing, one retransmission and the load of the last pages |
     /// | `migration.after_success` | `quit` | a paused copy that stays is a second VM waiting for a mistake |
+    /// | `migration.longest_cut` | `10m` | a cable is not mended faster, but routes change within minutes |
     /// | `vm.disks` | `none` | a writable disk must never be forgotten silently |
     /// | `log.level`, `log.format` | `info`, `text` | one line a phase and a round |
     #[must_use]
@@ -204,6 +209,7 @@ impl Config {
                 downtime_limit: Duration::from_millis(500),
                 after_success: AfterSuccess::Quit,
                 deadline: None,
+                longest_cut: Duration::from_secs(600),
                 rate: None,
             },
             peers: Vec::new(),
@@ -327,6 +333,10 @@ impl Config {
             migration.value("after_success", AfterSuccess::from_str),
         );
         config.migration.deadline = migration.value("deadline", parse_duration);
+        set(
+            &mut config.migration.longest_cut,
+            migration.value("longest_cut", parse_duration),
+        );
         config.migration.rate = migration.value("rate", ByteRate::from_str);
         migration.finish();
 
@@ -339,6 +349,7 @@ impl Config {
             let mut peer = Peer {
                 name: section.required("name", parse_name).unwrap_or_default(),
                 address: section.value("address", PeerAddress::from_str),
+                second_address: section.value("second_address", PeerAddress::from_str),
                 rate: section.value("rate", ByteRate::from_str),
                 calendar: Calendar::default(),
                 rtt: section.value("rtt", parse_rtt),

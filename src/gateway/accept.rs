@@ -10,6 +10,7 @@ use super::Core;
 use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
 use super::lanes::Lanes;
+use super::link_test::sink;
 use super::{offer, recovery};
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::hello::Agreement;
@@ -117,6 +118,7 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
             Ok(())
         }
+        Request::Test { test } => sink::serve(core, peer, test, channel).await,
         Request::Attach { migration, epoch } => {
             let attachment = Attachment {
                 channel,

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::pairing::{self, InviteCode, Local, exchange};
 use super::registry::Entry;
-use super::{Core, clock};
+use super::{Core, clock, link_test};
 use crate::api::{
     AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
     RefusalKind, Resolution, ResolveRequest, Role, Statement, Trust,
@@ -53,9 +53,27 @@ fn answer(core: &Arc<Core>, command: Command) {
         Command::Cancel { migration, reply } => {
             reply.send(entry(core, migration).and_then(|entry| entry.request_cancel()));
         }
+        Command::Adjust {
+            migration,
+            adjustment,
+            reply,
+        } => {
+            reply.send(entry(core, migration).and_then(|entry| entry.adjust(&adjustment)));
+        }
         Command::Resolve { request, by, reply } => {
             let core = Arc::clone(core);
             tokio::spawn(async move { reply.send(resolve(&core, request, by).await) });
+        }
+        Command::TestLink { request, mut reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move {
+                // Nobody waits for the figures any more: the link is free again at once.
+                let tested = tokio::select! {
+                    tested = link_test::source::run(&core, &request) => tested,
+                    () = reply.abandoned() => return,
+                };
+                reply.send(tested);
+            });
         }
         Command::Peers { reply } => {
             let core = Arc::clone(core);
@@ -156,7 +174,8 @@ async fn peer_status(
     fingerprint: Option<Fingerprint>,
 ) -> PeerStatus {
     // Somebody looks: a link that is not there is tried, shortly, so that the answer is of now.
-    let link = match (fingerprint, &address) {
+    let second = core.config.peer(name).and_then(|peer| peer.second_address.as_ref());
+    let link = match (fingerprint, address.as_ref().or(second)) {
         (Some(_), Some(_)) => tokio::time::timeout(LOOK_DEADLINE, core.links.link(name))
             .await
             .ok()

@@ -8,6 +8,7 @@ use super::links::Link;
 use super::memory::Reservation;
 use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
+use super::share::Share;
 use crate::api::{self, Pages, Phase, Progress};
 use crate::hypervisor::qemu::{DirtyRateSample, MigrationProgress};
 use crate::metrics::{ActiveMigration, Direction, Look};
@@ -18,7 +19,6 @@ use crate::proto::precopy::{
     Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
 };
 use crate::proto::reduce::{DictionaryLimits, PageCounts};
-use crate::shaper::Shaper;
 use crate::transport::tuning::UNSENT;
 
 /// Whatever is measured, a path is not taken for slower: queues of bytes would not hold a lane.
@@ -41,8 +41,7 @@ pub(crate) struct Copying {
     path: PathMeter,
     ratio: RatioMeter,
     rounds: Rounds,
-    shaper: Option<Arc<Shaper>>,
-    cap: Option<ByteRate>,
+    share: Arc<Share>,
     dictionary: Option<DictionaryLimits>,
     /// Held until the migration is over.
     _memory: Reservation,
@@ -65,9 +64,7 @@ pub(crate) struct CopyingStart {
     pub(crate) budget: Budget,
     pub(crate) costs: FixedCosts,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) shaper: Option<Arc<Shaper>>,
-    /// Cap of this migration, where there is one.
-    pub(crate) cap: Option<ByteRate>,
+    pub(crate) share: Arc<Share>,
     pub(crate) dictionary: Option<DictionaryLimits>,
     /// What this gateway needs for it.
     pub(crate) memory: Reservation,
@@ -98,8 +95,7 @@ impl Copying {
             path: PathMeter::default(),
             ratio: RatioMeter::default(),
             rounds: Rounds::new(start.now),
-            shaper: start.shaper,
-            cap: start.cap,
+            share: start.share,
             dictionary: start.dictionary,
             _memory: start.memory,
             forecasting: start.forecasting,
@@ -112,10 +108,6 @@ impl Copying {
             wire_at_start: start.wire_at_start,
             pages: Pages::default(),
         }
-    }
-
-    pub(crate) fn shaper(&self) -> Option<Arc<Shaper>> {
-        self.shaper.clone()
     }
 
     /// How both ends reduce the stream.
@@ -183,6 +175,11 @@ impl Copying {
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
         let waiting = goodput.time_for(backlog_bytes);
+        // The hypervisor may stop the guest any time now, or has: what others have on the way would be before the guest's rest. A
+        // guest that a person paused in the middle has more left than that.
+        self.share.set_urgent(
+            (round > 1 || self.phase > Phase::Precopy) && transfer <= self.policy.allowed_transfer() + link.rtt(),
+        );
         let expected = transfer + waiting + self.costs.one_way + self.costs.syncs + self.costs.load;
         self.metrics.look(&Look {
             dirty_rate: sample.dirty_rate,
@@ -290,9 +287,7 @@ impl Copying {
             .add_vmm_bytes(Direction::In, self.totals.vmm_bytes.saturating_sub(before.vmm_bytes));
         self.metrics
             .add_frame_bytes(Direction::Out, self.totals.wire_bytes.saturating_sub(before.wire_bytes));
-        if let Some(shaper) = &self.shaper {
-            self.metrics.add_shaper_wait(shaper.take_waited());
-        }
+        self.metrics.add_shaper_wait(self.share.limit().take_waited());
     }
 
     /// The sample the hypervisor should be asked about by now, for the forecast.
@@ -357,7 +352,7 @@ impl Copying {
             .path
             .rate()
             .map_or(promised, |rate| ByteRate(rate.0 / 3 * 4).min(promised));
-        let rate = self.cap.map_or(rate, |cap| cap.min(rate));
+        let rate = self.share.limit().rate().map_or(rate, |cap| cap.min(rate));
         rate.max(LEAST_RATE)
     }
 

@@ -26,9 +26,9 @@ use crate::proto::session::Decoder;
 use crate::proto::wire::SessionMessage;
 use crate::proto::wire::message::Held;
 
-/// No contact with the source, and no permit, for this long: the migration is aborted here. Longer than the source waits, so that
-/// it is the source that gives up first and says so.
-const LONGEST_SILENCE: Duration = Duration::from_secs(150);
+/// No contact with the source, and no permit: the migration is aborted here, by so much later than there, so that it is the source that gives
+/// up first and says so.
+const LONGER_THAN_THE_SOURCE: Duration = Duration::from_secs(30);
 
 /// The guest stands still, and the vmm takes or loads nothing: after this long it will not do so any more. Device state loads in 5-30 ms
 /// (QEMU 7.2 and 10.0, 2026-11); a host that swaps takes seconds.
@@ -552,7 +552,8 @@ impl DestinationDriver {
     async fn look(&mut self) {
         let now = super::clock::now();
         let receiving = matches!(self.machine.state(), DestinationState::Receiving { .. });
-        if receiving && !self.contact.is_made() && now.saturating_duration_since(self.last_contact) > LONGEST_SILENCE {
+        let longest = self.core.config.migration.longest_cut + LONGER_THAN_THE_SOURCE;
+        if receiving && !self.contact.is_made() && now.saturating_duration_since(self.last_contact) > longest {
             self.feed(&DestinationEvent::TimedOut);
             return;
         }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Core;
 use super::inbound::Inbound;
+use super::link_test::sink::Sink;
 use crate::proto::page::MigrationId;
 use crate::proto::session::SessionError;
 use crate::proto::session::tail::{Computation, Reassembly, ReassemblyError};
@@ -61,7 +62,7 @@ impl Lanes {
         while let Some((offset, bytes)) = next_chunk(stream, LIMIT).await? {
             let header = self.reassembly().put(number, offset, &bytes)?;
             if let Some(header) = header {
-                self.inbound(core, header.migration)?;
+                self.taker(core, header.migration)?;
             }
             self.check_held(core)?;
             self.compute_due(core, number);
@@ -69,7 +70,10 @@ impl Lanes {
         let Some(frame) = self.reassembly().finish(number)? else {
             return Ok(());
         };
-        self.inbound(core, frame.header.migration)?.receive(frame)?;
+        match self.taker(core, frame.header.migration)? {
+            Taker::Migration(inbound) => inbound.receive(frame)?,
+            Taker::Test(sink) => sink.take(frame.lane_bytes()),
+        }
         self.reassembly().delivered(number);
         self.compute_due(core, number);
         Ok(())
@@ -108,6 +112,13 @@ impl Lanes {
         });
     }
 
+    fn taker(&self, core: &Core, migration: MigrationId) -> Result<Taker, TakeError> {
+        match core.tests.get(migration, &self.peer) {
+            Some(sink) => Ok(Taker::Test(sink)),
+            None => self.inbound(core, migration).map(Taker::Migration),
+        }
+    }
+
     fn inbound(&self, core: &Core, migration: MigrationId) -> Result<Arc<Inbound>, TakeError> {
         core.inbound
             .get(migration, &self.peer)
@@ -118,6 +129,12 @@ impl Lanes {
         // What is guarded is whole after every statement.
         self.reassembly.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a lane's frame is for.
+enum Taker {
+    Migration(Arc<Inbound>),
+    Test(Arc<Sink>),
 }
 
 /// Gives the session what comes of a repair: the covered lanes that are whole with it, or `None` where the repair is of no use.

@@ -15,13 +15,16 @@ use crate::proto::page::{ByteRate, JournalId, MigrationId};
 use crate::proto::wire::hello::{self, Agreement};
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Hello, HelloError, Limits, Request};
-use crate::shaper::Shaper;
+use crate::shaper::{Shaper, Turns};
 use crate::store::spill;
 use crate::store::trust::TrustStore;
 use crate::transport::{CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
 /// How long a peer may take from the first packet to its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How much longer than three round trips the first address of a peer may take to answer before the second is called.
+const HEAD_START: Duration = Duration::from_millis(500);
 
 /// Share of the controller's goodput that bulk is admitted at: what is admitted leaves at once, so that almost nothing unsent
 /// sits in QUIC, where nothing can overtake it.
@@ -61,7 +64,7 @@ pub(crate) struct Link {
     link: PeerLink,
     peer: Hello,
     agreement: Agreement,
-    shaper: Option<Arc<Shaper>>,
+    turns: Arc<Turns>,
     asks: std::sync::Mutex<Asks>,
     made: Instant,
 }
@@ -142,29 +145,31 @@ impl Links {
     /// dialled is asked the next time.
     pub(crate) async fn take_waited(&self) -> Duration {
         let slots: Vec<Arc<Slot>> = self.links.lock().await.values().cloned().collect();
-        let waited = |slot: &Arc<Slot>| Some(slot.try_lock().ok()?.as_ref()?.shaper()?.take_waited());
+        let waited = |slot: &Arc<Slot>| Some(slot.try_lock().ok()?.as_ref()?.turns.limit().take_waited());
         slots.iter().filter_map(waited).sum()
     }
 
     /// How long to wait for a link and one answer on it: eight trips there and back, with time for a lost packet.
     pub(crate) fn patience(&self, peer: &str) -> Duration {
-        let rtt = self
-            .config
-            .peer(peer)
-            .and_then(|peer| peer.rtt)
-            .unwrap_or(self.config.link.rtt);
-        Duration::from_secs(2) + rtt * 8
+        Duration::from_secs(2) + self.configured_rtt(peer) * 8
+    }
+
+    /// How long it takes at most to reach a peer by its second way, where it has one.
+    pub(crate) fn second_way(&self, peer: &str) -> Option<Duration> {
+        let configured = self.config.peer(peer)?;
+        configured.second_address.as_ref().map(|_| self.patience(peer))
+    }
+
+    /// The round trip time to a peer as it is configured.
+    pub(crate) fn configured_rtt(&self, peer: &str) -> Duration {
+        let peer = self.config.peer(peer);
+        peer.and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt)
     }
 
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
-        let target = self.target(peer).await?;
         let name = || peer.to_owned();
         let attempt = async {
-            let link = self
-                .transport
-                .dial(&target)
-                .await
-                .map_err(|source| LinkError::Dial { peer: name(), source })?;
+            let link = self.dial_by_any_way(peer).await?;
             let reply = Channel::ask(&link.control, &Request::Hello(self.hello.clone()))
                 .await
                 .map_err(|source| LinkError::Channel { peer: name(), source })?;
@@ -194,45 +199,63 @@ impl Links {
             version = agreement.version,
             "linked"
         );
-        let shaper = admitted(link.goodput()).map(|rate| Arc::new(Shaper::new(rate)));
+        let turns = Turns::new(Shaper::new(admitted(link.goodput())));
         Ok(Link {
             link,
             peer: hello,
             agreement,
-            shaper,
+            turns,
             asks: std::sync::Mutex::default(),
             made: clock::now(),
         })
     }
 
-    async fn target(&self, peer: &str) -> Result<PeerTarget, LinkError> {
+    /// Calls the peer at its first address, and where that does not answer, at its second. One at a time: a peer has one bulk connection, and
+    /// the later of two would end the earlier.
+    async fn dial_by_any_way(&self, peer: &str) -> Result<PeerLink, LinkError> {
+        let name = || peer.to_owned();
         let configured = self.config.peer(peer);
-        let trusted = self.trust.get(peer);
-        let Some(trusted) = trusted else {
-            return Err(if configured.is_some() {
-                LinkError::NotPaired { peer: peer.to_owned() }
-            } else {
-                LinkError::Unknown { peer: peer.to_owned() }
-            });
+        let trusted = self.trust.get(peer).ok_or_else(|| match configured {
+            Some(_) => LinkError::NotPaired { peer: name() },
+            None => LinkError::Unknown { peer: name() },
+        })?;
+        let first = configured.and_then(|peer| peer.address.clone()).or(trusted.address);
+        let second = configured.and_then(|peer| peer.second_address.clone());
+        let dial = async |address: &PeerAddress| {
+            let control_address = resolve_address(address)
+                .await
+                .map_err(|reason| LinkError::NoSuchHost { peer: name(), reason })?;
+            let target = PeerTarget {
+                name: name(),
+                control_address,
+                bulk_address: None,
+                fingerprint: trusted.fingerprint,
+                rate: configured.and_then(|peer| peer.rate).or(self.config.link.rate),
+                rate_now: self.config.peer_rate_at(peer, clock::timestamp()),
+                rtt: self.configured_rtt(peer),
+            };
+            let dialled = self.transport.dial(&target).await;
+            dialled.map_err(|source| LinkError::Dial { peer: name(), source })
         };
-        let address = configured
-            .and_then(|peer| peer.address.clone())
-            .or(trusted.address)
-            .ok_or_else(|| LinkError::NoAddress { peer: peer.to_owned() })?;
-        let control_address = resolve_address(&address)
-            .await
-            .map_err(|reason| LinkError::NoSuchHost {
-                peer: peer.to_owned(),
-                reason,
-            })?;
-        Ok(PeerTarget {
-            name: peer.to_owned(),
-            control_address,
-            bulk_address: None,
-            fingerprint: trusted.fingerprint,
-            rate: configured.and_then(|peer| peer.rate).or(self.config.link.rate),
-            rate_now: self.config.peer_rate_at(peer, clock::timestamp()),
-            rtt: configured.and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt),
+        let (first, second) = match (first, second) {
+            (Some(first), Some(second)) => (first, second),
+            (Some(only), None) | (None, Some(only)) => return dial(&only).await,
+            (None, None) => return Err(LinkError::NoAddress { peer: name() }),
+        };
+        let head_start = self.configured_rtt(peer) * 3 + HEAD_START;
+        if let Ok(Ok(link)) = tokio::time::timeout(head_start, dial(&first)).await {
+            return Ok(link);
+        }
+        tracing::info!(peer, %second, "the first address does not answer: calling the second");
+        let by_second = match tokio::time::timeout(head_start, dial(&second)).await {
+            Ok(Ok(link)) => return Ok(link),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("{second} did not answer within {head_start:?}"),
+        };
+        // It may only be slow.
+        dial(&first).await.map_err(|by_first| LinkError::NoAnswer {
+            first: by_first.to_string(),
+            second: by_second,
         })
     }
 }
@@ -263,9 +286,9 @@ impl Link {
         self.peer.journal
     }
 
-    /// Admits what all migrations to this peer send together, where a capacity is configured.
-    pub(crate) fn shaper(&self) -> Option<Arc<Shaper>> {
-        self.shaper.clone()
+    /// Whose turn it is among all that send to this peer.
+    pub(crate) fn turns(&self) -> &Arc<Turns> {
+        &self.turns
     }
 
     /// Smoothed RTT, as the control connection measured it.
@@ -276,10 +299,13 @@ impl Link {
     /// Stream bytes per second that the path carries, where a capacity is configured; keeps the admission at it.
     pub(crate) fn goodput(&self) -> Option<ByteRate> {
         let goodput = self.link.goodput();
-        if let (Some(rate), Some(shaper)) = (admitted(goodput), &self.shaper) {
-            shaper.set_rate(rate);
-        }
+        self.turns.limit().set_rate(admitted(goodput));
         goodput
+    }
+
+    /// Bytes of IP and UDP headers of a packet to the peer.
+    pub(crate) fn header_bytes(&self) -> u64 {
+        self.link.bulk.header_bytes()
     }
 
     /// Capacity that holds now, as configured, headers included.
@@ -302,6 +328,11 @@ impl Link {
                 .bulk
                 .bound_held((bdp + bdp / 2).saturating_add(LANES_IN_REPAIR));
         }
+    }
+
+    /// Stream bytes that have left on lanes since the link was made.
+    pub(crate) fn bulk_left(&self) -> u64 {
+        self.link.bulk.stream_bytes_sent()
     }
 
     /// IP bytes in both directions since the link was made.
@@ -384,6 +415,14 @@ pub(crate) enum LinkError {
         peer: String,
         /// Why.
         source: DialError,
+    },
+    /// Neither address.
+    #[error("{first}; and at its second address: {second}")]
+    NoAnswer {
+        /// What came of the first address.
+        first: String,
+        /// What came of the second.
+        second: String,
     },
     /// A connection, but no hello.
     #[error("{peer} answers, but not as a gateway should: {source}")]

@@ -279,6 +279,7 @@ mod tests {
         let peer = |rate, rtt_ms| crate::config::Peer {
             name: "far".to_owned(),
             address: None,
+            second_address: None,
             rate,
             calendar: crate::proto::rate::Calendar::default(),
             rtt: Some(Duration::from_millis(rtt_ms)),

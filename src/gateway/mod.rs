@@ -6,6 +6,7 @@
 //!                       registry, journal, memory, links
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
+//!             └────▶ link_test
 //! ```
 //!
 //! Drivers (`source`, `destination`) only route: what may be done is decided by `proto::ownership`, when to switch over by
@@ -26,6 +27,7 @@ mod inbound;
 mod journal;
 mod lanes;
 pub(crate) mod launches;
+mod link_test;
 pub(crate) mod links;
 pub(crate) mod memory;
 mod offer;
@@ -35,6 +37,7 @@ pub(crate) mod random;
 mod rates;
 mod recovery;
 pub(crate) mod registry;
+pub(crate) mod share;
 pub(crate) mod source;
 pub(crate) mod source_vmm;
 mod stream_socket;
@@ -54,6 +57,7 @@ use self::directory::Directory;
 use self::inbound::Inbound;
 use self::journal::JournalHandle;
 use self::launches::LOG_EXTENSION;
+use self::link_test::sink::Sink;
 use self::links::Links;
 use self::memory::MemoryBudget;
 use self::pairing::exchange::Invitations;
@@ -69,8 +73,9 @@ use crate::transport::{
     BindError, CloseCode, ConnectionKind, Identity, IdentityError, Transport, TransportSettings, TrustAnchors,
 };
 
-/// Without a packet from the peer for this long a connection is given up; keep-alives come every second.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+/// Without a packet from the peer for this long a connection is given up: the path is dead. QUIC waits for three of its probes in any
+/// case, so that a longer path has more time (RFC 9000, 10.1).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Between two looks at links for metrics, and at calendars.
 const MEASURE: Duration = Duration::from_secs(1);
@@ -91,6 +96,8 @@ pub(crate) struct Core {
     /// Held while a driver is started for a migration that only the journal knows.
     pub(crate) starting_drivers: tokio::sync::Mutex<()>,
     pub(crate) inbound: Directory<Arc<Inbound>>,
+    /// Link tests of which this is the far end.
+    tests: Directory<Arc<Sink>>,
     pub(crate) bulk: BulkConnections,
     pub(crate) memory: MemoryBudget,
     pub(crate) metrics: Arc<Metrics>,
@@ -159,6 +166,7 @@ pub async fn run(
         drivers: Directory::default(),
         starting_drivers: tokio::sync::Mutex::default(),
         inbound: Directory::default(),
+        tests: Directory::default(),
         bulk: BulkConnections::default(),
         memory,
         metrics,

@@ -2,7 +2,7 @@
 //!
 //! Three parties share one [`SourceSession`]: the *reader* takes bytes off the vmm's socket while the backlog is within its bound,
 //! the *encoder* (a thread of its own: it hashes and compresses) turns them into frames, the *sender* puts frames on lanes as the
-//! shapers admit them. When the path slows down, frames pile up unsent, the reader stops, the vmm's socket fills and the vmm
+//! migration's limit and its turns on the link admit them. When the path slows down, frames pile up unsent, the reader stops, the vmm's socket fills and the vmm
 //! sees a slower link: that is the only back-pressure there is, and it is the true one.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,7 +21,7 @@ use crate::proto::reduce::PageCounts;
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
-use crate::shaper::Shaper;
+use crate::shaper::{Flow, Shaper};
 use crate::transport::{LaneError, PeerConnection, send_lane};
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
@@ -58,10 +58,14 @@ struct Shared {
     /// [`Backlog`], as two numbers.
     backlog_limit: AtomicU64,
     read_bytes: AtomicU64,
-    /// Bytes of the frame that is out of the session and not yet in QUIC: it waits for the shapers or the window.
+    /// Bytes of the frame that is out of the session and not yet in QUIC: it waits for its turn or the window.
     leaving_bytes: AtomicU64,
     /// The sender found nothing to send since this was last asked.
     ran_dry: AtomicBool,
+    /// Lane bytes that QUIC was given in this incarnation.
+    given_bytes: AtomicU64,
+    /// Of what the peer did not have after cuts, what QUIC had not sent before them.
+    never_left_bytes: AtomicU64,
     /// Bytes of the vmm stream between the socket and a frame.
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
@@ -90,6 +94,8 @@ impl Outbound {
             read_bytes: AtomicU64::new(backlog.read_bytes),
             leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
+            given_bytes: AtomicU64::new(0),
+            never_left_bytes: AtomicU64::new(0),
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
@@ -123,7 +129,8 @@ impl Outbound {
     pub(crate) async fn send(
         &self,
         connection: &PeerConnection,
-        shapers: &[Arc<Shaper>],
+        limit: &Shaper,
+        mut flow: Flow,
         protects_tail: bool,
         epoch: u32,
     ) -> Result<(), LaneError> {
@@ -153,22 +160,23 @@ impl Outbound {
             };
             let bytes = frame.lane_bytes();
             shared.leaving_bytes.store(bytes, Ordering::Relaxed);
-            for shaper in shapers {
-                shaper.admit(bytes).await;
-            }
+            limit.admit(bytes).await;
+            let turn = flow.turn(bytes).await;
             let sequence = frame.header.sequence;
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
+            drop(turn);
+            shared.given_bytes.fetch_add(bytes, Ordering::Relaxed);
             shared.session().sent_on(epoch, sequence, lane.id().index());
             shared.leaving_bytes.store(0, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {
-                self.protect_tail(connection, shapers).await?;
+                self.protect_tail(connection, &mut flow).await?;
             }
         }
     }
 
     /// Once the stream has ended and everything has left: parity over what is in flight.
-    async fn protect_tail(&self, connection: &PeerConnection, shapers: &[Arc<Shaper>]) -> Result<(), LaneError> {
+    async fn protect_tail(&self, connection: &PeerConnection, flow: &mut Flow) -> Result<(), LaneError> {
         let tail = self.shared.session().tail();
         if tail.is_empty() {
             return Ok(());
@@ -181,9 +189,7 @@ impl Outbound {
             }
             let repair = tokio::task::spawn_blocking(move || repair_frame(&run, protection));
             let repair = repair.await.expect("computing parity does not panic");
-            for shaper in shapers {
-                shaper.admit(repair.lane_bytes()).await;
-            }
+            let _turn = flow.turn(repair.lane_bytes()).await;
             send_lane(connection, &mut [repair.encode_header(), repair.payload]).await?;
         }
         Ok(())
@@ -199,12 +205,14 @@ impl Outbound {
         Ok(())
     }
 
-    /// A new incarnation of the session, on a new connection.
+    /// A new incarnation of the session, on a new connection. `left`: stream bytes that the one before it has sent.
     ///
     /// # Errors
     /// The peer's account of what it holds cannot be.
-    pub(crate) fn resume(&self, epoch: u32, held: &Held) -> Result<(), SessionError> {
+    pub(crate) fn resume(&self, epoch: u32, held: &Held, left: u64) -> Result<(), SessionError> {
         self.shared.session().resume(epoch, held)?;
+        let never_left = self.shared.given_bytes.swap(0, Ordering::Relaxed).saturating_sub(left);
+        self.shared.never_left_bytes.fetch_add(never_left, Ordering::Relaxed);
         self.shared.to_send.notify_one();
         Ok(())
     }
@@ -254,10 +262,16 @@ impl Outbound {
         self.shared.frame_bytes.load(Ordering::Relaxed).saturating_sub(kept)
     }
 
+    /// Frame bytes that had left, were lost with a path, and were sent again. Where other migrations share the link, at most this.
+    pub(crate) fn resent_bytes(&self) -> u64 {
+        let again = self.shared.session().resent_bytes();
+        again.saturating_sub(self.shared.never_left_bytes.load(Ordering::Relaxed))
+    }
+
     /// What waits on this side of the path. `unsent_in_quic`: of what QUIC was given, what it has not sent yet.
     pub(crate) fn waiting(&self, unsent_in_quic: u64) -> Waiting {
         let session = self.shared.session();
-        // A frame that a shaper holds back counts as sent in the session.
+        // A frame that is held back counts as sent in the session.
         let held = self.shared.leaving_bytes.load(Ordering::Relaxed) + unsent_in_quic;
         Waiting::default()
             .with(Stage::Reduce, self.shared.encoding_bytes.load(Ordering::Relaxed))
@@ -469,10 +483,10 @@ mod tests {
         outbound.on_ack(&held(1)).unwrap();
         let one = outbound.acknowledged_bytes();
         assert_eq!(one, outbound.totals().wire_bytes / 4);
-        outbound.resume(1, &held(1)).unwrap();
+        outbound.resume(1, &held(1), 0).unwrap();
         assert_eq!(outbound.acknowledged_bytes(), one);
         // The decoder went on while the source did not hear of it.
-        outbound.resume(2, &held(3)).unwrap();
+        outbound.resume(2, &held(3), 0).unwrap();
         assert_eq!(outbound.acknowledged_bytes(), 3 * one);
     }
 }

@@ -7,11 +7,13 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::share::Share;
 use crate::api::{
-    Cancellation, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Progress, Refusal, Report, Role,
+    Adjustment, Cancellation, Event, Limits, MigrationStatus, MigrationSummary, NewRate, Outcome, Phase, Progress,
+    Refusal, RefusalKind, Report, Role,
 };
 use crate::proto::ownership;
-use crate::proto::page::MigrationId;
+use crate::proto::page::{ByteRate, MigrationId};
 
 /// Migrations that have ended and are still shown.
 const REMEMBERED: usize = 200;
@@ -36,6 +38,8 @@ pub(crate) struct Entry {
     pub(crate) started: Instant,
     /// Set when somebody asked to cancel.
     pub(crate) cancel: CancellationToken,
+    /// What it may take of its link.
+    pub(crate) share: Arc<Share>,
     state: Mutex<State>,
     resolutions: mpsc::Sender<ResolveOrder>,
 }
@@ -120,6 +124,7 @@ impl Registry {
             role,
             started: now,
             cancel: CancellationToken::new(),
+            share: Arc::default(),
             state: Mutex::default(),
             resolutions,
         });
@@ -163,6 +168,12 @@ impl Registry {
             .filter(|entry| !entry.has_ended())
             .cloned()
             .collect()
+    }
+
+    /// How many run from here to this peer.
+    pub(crate) fn open_to(&self, peer: &str) -> usize {
+        let open = |entry: &&Arc<Entry>| entry.peer == peer && entry.role == Role::Source && !entry.has_ended();
+        self.entries().iter().filter(open).count()
     }
 
     fn entries(&self) -> MutexGuard<'_, VecDeque<Arc<Entry>>> {
@@ -261,7 +272,7 @@ impl Entry {
         let state = self.state();
         let too_late = |why: &str| {
             Err(Refusal::new(
-                crate::api::RefusalKind::Conflict,
+                RefusalKind::Conflict,
                 format!("the migration of {} cannot be cancelled any more: {why}", self.vm),
             ))
         };
@@ -280,6 +291,41 @@ impl Entry {
         }
         self.cancel.cancel();
         Ok(Cancellation::Requested)
+    }
+
+    /// Changes what it may take of its link from now on.
+    ///
+    /// # Errors
+    /// The sentence that says why not.
+    pub(crate) fn adjust(&self, adjustment: &Adjustment) -> Result<Limits, Refusal> {
+        let refused = |why: &str| {
+            let text = format!("the migration of {} cannot be limited: {why}", self.vm);
+            Err(Refusal::new(RefusalKind::Conflict, text))
+        };
+        if self.has_ended() {
+            return refused("it is over");
+        }
+        if self.role == Role::Destination {
+            return refused("limit it at the source gateway, which sends");
+        }
+        if let Some(weight) = adjustment.weight {
+            self.share.set_weight(weight);
+        }
+        match adjustment.rate {
+            Some(NewRate::BytesPerSecond(rate)) => self.share.set_rate(Some(ByteRate(rate))),
+            Some(NewRate::Unlimited) => self.share.set_rate(None),
+            None => {}
+        }
+        let limits = self.limits();
+        tracing::info!(migration = %self.migration, vm = self.vm, rate = ?limits.rate_bytes_per_second, weight = limits.weight, "limited");
+        Ok(limits)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            rate_bytes_per_second: self.share.limit().rate().map(|rate| rate.0),
+            weight: self.share.weight(),
+        }
     }
 
     /// Hands a person's decision to the driver and waits for what came of it.

@@ -192,6 +192,7 @@ pub(crate) fn report(outcome: Outcome) -> Event {
         }],
         vmm_bytes: 1_020_000_000,
         wire_bytes: 91_200_000,
+        resent_bytes: 0,
         reduction_ratio: 11.2,
         pages: Pages {
             zero: 1,

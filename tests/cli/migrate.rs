@@ -104,7 +104,7 @@ fn the_exit_code_says_where_the_vm_is() {
 }
 
 /// What every report has, whatever came of the migration.
-const REPORT: [&str; 13] = [
+const REPORT: [&str; 14] = [
     "vm",
     "peer",
     "outcome",
@@ -114,6 +114,7 @@ const REPORT: [&str; 13] = [
     "rounds",
     "vmm_bytes",
     "wire_bytes",
+    "resent_bytes",
     "reduction_ratio",
     "pages",
     "stream_digest",
@@ -196,6 +197,8 @@ fn what_is_asked_for_reaches_the_gateway() {
         "800mbit",
         "--deadline",
         "30m",
+        "--weight",
+        "3",
     ];
     let output = gateway.run(&[&args[..], &["--detach"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -206,6 +209,7 @@ fn what_is_asked_for_reaches_the_gateway() {
         downtime_limit_seconds: Some(0.3),
         rate_bytes_per_second: Some(100_000_000),
         deadline_seconds: Some(1800.0),
+        weight: std::num::NonZeroU32::new(3),
     };
     assert_eq!(requests.recv_timeout(DEADLINE), Ok(expected));
 }

@@ -181,10 +181,12 @@ fn a_gateway_that_dies_before_it_answers_may_have_done_it() {
     let id = ID.to_string();
     for (args, code, look) in [
         (vec!["cancel", &id], 3, "longhaul status"),
+        (vec!["limit", &id, "--weight", "2"], 3, "longhaul limit"),
         (vec!["resolve", "db-1", "--runs-at-peer"], 3, "longhaul list"),
         (vec!["unpair", "tokyo"], 3, "longhaul peers"),
         (vec!["pair", "lh1.Zm9v"], 3, "longhaul peers"),
         // Who only looks has done nothing.
+        (vec!["link-test", "--to", "tokyo"], 2, "went away before it answered"),
         (vec!["list"], 2, "went away before it answered"),
     ] {
         let directory = tempfile::tempdir().unwrap();

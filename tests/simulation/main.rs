@@ -30,6 +30,7 @@ mod pacing;
 mod paths;
 mod probe;
 mod roaming;
+mod shares;
 #[path = "../transport_site/mod.rs"]
 mod transport_site;
 

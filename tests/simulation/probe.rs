@@ -128,6 +128,11 @@ async fn what_others_leave_is_used_and_the_queue_stays_bounded() {
 async fn a_cap_set_from_outside_holds_and_is_lifted() {
     let (rate, cap) = (mbit(100), mbit(20));
     let connected = Connected::over(link_of(rate, 0.1), None).await;
+    assert_eq!(
+        (connected.from.capacity(), connected.from.goodput()),
+        (None, None),
+        "found is not configured"
+    );
     let bulk = connected.send_bulk();
     tokio::time::sleep(4 * SECOND).await;
     connected.from.set_rate(Some(cap));

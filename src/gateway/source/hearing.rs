@@ -39,9 +39,12 @@ impl SourceDriver {
                     self.entry.clear_advice();
                 }
                 // Before the channel is heard: what it acknowledges is of the new incarnation.
+                let left = self.link.as_ref().map_or(0, |link| link.bulk_left());
                 let resumed = self.stream.as_ref().map(|stream| {
                     let epoch = stream.outbound.epoch() + 1;
-                    stream.outbound.resume(epoch, &held)
+                    stream
+                        .outbound
+                        .resume(epoch, &held, left.saturating_sub(stream.left_before))
                 });
                 self.contact.adopt(channel);
                 self.feed(&SourceEvent::Contact {
@@ -106,11 +109,13 @@ impl SourceDriver {
             VmEvent::Stopped => {
                 if self.stopped_at.is_none() && self.stream.is_some() {
                     self.stopped_at = Some(clock::now());
+                    self.entry.share.set_urgent(true);
                     self.show(Phase::Switchover, None);
                 }
             }
             VmEvent::Resumed => {
                 self.stopped_at = None;
+                self.entry.share.set_urgent(false);
                 self.feed(&SourceEvent::VmmRunning);
             }
             VmEvent::Deaf => {

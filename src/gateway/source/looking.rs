@@ -11,10 +11,7 @@ use crate::hypervisor::qemu::{MigrationStatus, PermitConditions, SourceError};
 use crate::proto::ownership::{Effect, SourceEvent, SourceState, VmmFact};
 use crate::proto::precopy::policy::Settings;
 
-/// How long pre-copy waits for the peer to come back before it is given up; the VM runs on all the while.
-const LONGEST_SILENCE: Duration = Duration::from_secs(120);
-
-/// The same once the guest stands still: it is let go on soon, since it could not be handed over.
+/// How long the peer is waited for once the guest stands still: it is let go on soon, since it could not be handed over.
 const LONGEST_PAUSED_SILENCE: Duration = Duration::from_secs(2);
 
 /// The guest stands still, there is contact, and yet nothing goes on: it is let go on after this long. A hypervisor or a disk that
@@ -103,9 +100,11 @@ impl SourceDriver {
     fn waits_in_vain(&mut self, now: Instant) -> bool {
         let reason = if let Some(since) = self.lost_contact {
             let longest = if self.stopped_at.is_some() {
-                LONGEST_PAUSED_SILENCE
+                // Where there is another way to the peer, long enough to take it.
+                let another = self.core.links.second_way(&self.entry.peer);
+                another.map_or(LONGEST_PAUSED_SILENCE, |patience| patience.max(LONGEST_PAUSED_SILENCE))
             } else {
-                LONGEST_SILENCE
+                self.core.config.migration.longest_cut
             };
             (now.saturating_duration_since(since) > longest).then(|| {
                 format!(

@@ -30,7 +30,6 @@ use crate::proto::ownership::{
 use crate::proto::page::JournalId;
 use crate::proto::session::Encoder;
 use crate::proto::wire::SessionMessage;
-use crate::shaper::Shaper;
 
 /// Between looks at the vmm while the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
@@ -78,7 +77,8 @@ struct Stream {
     end: Option<oneshot::Receiver<StreamEnd>>,
     sum: Option<StreamSum>,
     sender: Option<AbortHandle>,
-    shaper: Option<Arc<Shaper>>,
+    /// Stream bytes that the link had sent when this migration began to use it.
+    left_before: u64,
 }
 
 /// How a driven migration ended.
@@ -89,6 +89,7 @@ pub(crate) struct SourceEnd {
     pub(crate) cancelled: bool,
     pub(crate) downtime: Option<Duration>,
     pub(crate) wire_bytes: u64,
+    pub(crate) resent_bytes: u64,
     pub(crate) stream: Option<StreamSum>,
     pub(crate) copying: Option<Copying>,
 }
@@ -186,6 +187,7 @@ impl SourceDriver {
             cancelled: self.cancel_seen,
             downtime,
             wire_bytes,
+            resent_bytes: self.stream.as_ref().map_or(0, |stream| stream.outbound.resent_bytes()),
             stream: self.stream.as_ref().and_then(|stream| stream.sum),
             copying: self.copying,
         }
@@ -383,7 +385,6 @@ impl SourceDriver {
             window_bytes,
             Encoder::new(copying.dictionary()),
         );
-        let shaper = copying.shaper();
         let outbound = Arc::new(outbound);
         self.contact.acknowledges(Arc::clone(&outbound));
         self.stream = Some(Stream {
@@ -391,7 +392,7 @@ impl SourceDriver {
             end: Some(end),
             sum: None,
             sender: None,
-            shaper,
+            left_before: 0,
         });
         self.start_sending(&link);
         self.show(Phase::Precopy, None);
@@ -403,13 +404,16 @@ impl SourceDriver {
         if let Some(sender) = stream.sender.take() {
             sender.abort();
         }
+        stream.left_before = link.bulk_left();
         let outbound = Arc::clone(&stream.outbound);
         let epoch = outbound.epoch();
         let link = Arc::clone(link);
-        let shapers: Vec<Arc<Shaper>> = stream.shaper.iter().cloned().chain(link.shaper()).collect();
+        let entry = Arc::clone(&self.entry);
+        let flow = entry.share.join(link.turns());
         let task = tokio::spawn(async move {
             let protects_tail = link.protects_tail();
-            if let Err(error) = outbound.send(link.bulk(), &shapers, protects_tail, epoch).await {
+            let limit = entry.share.limit();
+            if let Err(error) = outbound.send(link.bulk(), limit, flow, protects_tail, epoch).await {
                 // The control connection tells the driver; both run over the same path.
                 link.close_broken(&error.to_string());
             }

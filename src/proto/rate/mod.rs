@@ -1,5 +1,5 @@
-//! Rates: how fast a link of known capacity is filled, how the rate of an unknown path is found, how a rate is kept exactly, what a path
-//! loses, which rate holds when. Arithmetic only.
+//! Rates: how fast a link of known capacity is filled, how the rate of an unknown path is found, how a rate is kept exactly, who of several
+//! sends next, which rate holds when, what a path loses. Arithmetic only.
 
 mod bucket;
 mod calendar;
@@ -7,9 +7,11 @@ mod controller;
 mod loss;
 mod probe;
 mod recent;
+mod scheduler;
 
 pub use bucket::TokenBucket;
 pub use calendar::{Calendar, CalendarEntry, Hours, InvalidHours, InvalidWeekdays, Weekdays};
 pub use controller::{ControllerSettings, LinkController, RoundTrip};
 pub use loss::LossMeter;
 pub use probe::ProbeController;
+pub use scheduler::{Class, FlowId, Scheduler, Weight};

@@ -6,6 +6,7 @@
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
 //!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
+//!           Test                                    ─▶ TestMessage, ten times a second until closed
 //! channel:  destination                              source
 //!           Drives                                  ─▶ Reply::Drives
 //! ```
@@ -48,6 +49,11 @@ pub enum Request {
         /// The migration.
         migration: MigrationId,
     },
+    /// Counts lanes of this name and throws them away, until the channel is finished. Since version 3.
+    Test {
+        /// In the place of a migration in the lanes' frames.
+        test: MigrationId,
+    },
 }
 
 /// Answer to a request that opens no session.
@@ -63,6 +69,22 @@ pub enum Reply {
     Pong(u64),
     /// No: it has nothing open of that name, so there is no PERMIT that the destination has not answered, and there will be none.
     Drives(bool),
+}
+
+/// On the channel of a link test, from its destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TestMessage {
+    /// What has arrived so far. The first one says that lanes may come.
+    Arrived {
+        /// Lanes.
+        lanes: u64,
+        /// Their bytes.
+        lane_bytes: u64,
+        /// Time since the first one of these messages, by the destination's clock.
+        micros: u64,
+    },
+    /// The link cannot be tested now, with a sentence for the operator.
+    Refused(String),
 }
 
 /// A migration, as the source describes it.

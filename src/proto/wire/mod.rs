@@ -17,4 +17,4 @@ pub mod repair;
 
 pub use frame::{Frame, FrameError, FrameHeader, FrameKind, MAX_PAYLOAD};
 pub use hello::{Hello, HelloError, Limits, VERSION};
-pub use message::{MessageError, Offer, Request, SessionMessage};
+pub use message::{MessageError, Offer, Request, SessionMessage, TestMessage};

@@ -1,8 +1,4 @@
-//! Admits bytes at a rate, above QUIC: the cap of a peer or of one migration.
-//!
-//! ```text
-//! migration's shaper → peer's shaper → lanes → QUIC → paced socket (which counts headers and repairs, and never lets more out)
-//! ```
+//! Admits bytes at a rate: the limit of a link or of one migration.
 //!
 //! The rate limiter is governor's GCRA. It keeps its interval per cell in whole nanoseconds, so cells of one byte would turn
 //! 3 Gbit/s into 4 and 10 into 8; cells of 1 KiB are within 0.03 % up to 10 Gbit/s. Bytes that do not fill a cell are carried over to the
@@ -16,7 +12,7 @@ use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use governor::clock::Clock;
 use governor::middleware::NoOpMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
@@ -34,10 +30,10 @@ const BURST: Duration = Duration::from_millis(5);
 /// At low rates a cell takes longer than [`BURST`]; without room for more than one, each late wake-up would lose rate.
 const MIN_BURST_CELLS: u32 = 4;
 
-/// Admits bytes at a rate that can change at any time.
+/// Admits bytes at a rate that can change at any time, or all at once where there is none.
 #[derive(Debug)]
 pub struct Shaper {
-    limit: ArcSwap<Limit>,
+    limit: ArcSwapOption<Limit>,
     changed: Notify,
     clock: TokioClock,
     /// Bytes admitted that have not filled a cell yet. Its holder is the one who waits.
@@ -58,10 +54,10 @@ struct Limit {
 impl Shaper {
     /// A shaper whose first burst (5 ms of `rate`) passes at once. A rate of zero admits one cell a second.
     #[must_use]
-    pub fn new(rate: ByteRate) -> Self {
+    pub fn new(rate: Option<ByteRate>) -> Self {
         let clock = TokioClock { origin: Instant::now() };
         Self {
-            limit: ArcSwap::from_pointee(Limit::new(rate, clock)),
+            limit: ArcSwapOption::from_pointee(rate.map(|rate| Limit::new(rate, clock))),
             changed: Notify::new(),
             clock,
             turn: Mutex::new(0),
@@ -79,7 +75,7 @@ impl Shaper {
         while cells > 0 {
             // Registered before the limit is read, so that no change is missed.
             let changed = self.changed.notified();
-            let limit = self.limit.load_full();
+            let Some(limit) = self.limit.load_full() else { return };
             let piece =
                 NonZeroU32::new(u32::try_from(cells).unwrap_or(u32::MAX)).map_or(limit.piece, |n| n.min(limit.piece));
             let verdict = limit
@@ -104,25 +100,23 @@ impl Shaper {
 
     /// Admits at `rate` from now on; who waits is reckoned anew. What was earned at the old rate stays and nothing is added, so that
     /// frequent changes cost nothing either way.
-    pub fn set_rate(&self, rate: ByteRate) {
+    pub fn set_rate(&self, rate: Option<ByteRate>) {
         let before = self.limit.load_full();
-        if before.rate == rate {
+        if before.as_ref().map(|before| before.rate) == rate {
             return;
         }
-        let limit = Limit::new(rate, self.clock);
-        let unearned = NonZeroU32::new(limit.burst.get().saturating_sub(before.take_all()));
-        if let Some(cells) = unearned {
-            let passed = limit.limiter.check_n(cells);
-            debug_assert!(matches!(passed, Ok(Ok(()))), "a new limiter is full");
+        let limit = rate.map(|rate| Limit::new(rate, self.clock));
+        if let (Some(limit), Some(before)) = (&limit, before) {
+            limit.begin_with(before.take_all());
         }
-        self.limit.store(limit.into());
+        self.limit.store(limit.map(Into::into));
         self.changed.notify_waiters();
     }
 
     /// The rate at which bytes are admitted.
     #[must_use]
-    pub fn rate(&self) -> ByteRate {
-        self.limit.load().rate
+    pub fn rate(&self) -> Option<ByteRate> {
+        self.limit.load().as_ref().map(|limit| limit.rate)
     }
 
     /// Time for which admissions were held back since this was last asked, of one caller at a time.
@@ -150,6 +144,14 @@ impl Limit {
             limiter: RateLimiter::direct_with_clock(quota, clock),
             burst,
             piece,
+        }
+    }
+
+    /// Leaves a new limiter, which is full, no more than so many cells.
+    fn begin_with(&self, cells: u32) {
+        if let Some(unearned) = NonZeroU32::new(self.burst.get().saturating_sub(cells)) {
+            let passed = self.limiter.check_n(unearned);
+            debug_assert!(matches!(passed, Ok(Ok(()))), "a new limiter is full");
         }
     }
 
@@ -213,7 +215,7 @@ mod tests {
             (megabit(1_000), 300_001),
             (megabit(10_000), 1_048_576),
         ] {
-            let admitted = in_ten_seconds(&Shaper::new(rate), size).await;
+            let admitted = in_ten_seconds(&Shaper::new(Some(rate)), size).await;
             let fair = rate.bytes_in(Duration::from_secs(10));
             let burst = rate.bytes_in(BURST).max(u64::from(MIN_BURST_CELLS) * CELL) + CELL;
             assert!(
@@ -229,7 +231,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_smaller_than_a_cell_is_not_free() {
-        let shaper = Shaper::new(ByteRate(10 * CELL));
+        let shaper = Shaper::new(Some(ByteRate(10 * CELL)));
         shaper.admit(u64::from(MIN_BURST_CELLS) * CELL).await;
         let before = Instant::now();
         for _ in 0..100 * CELL {
@@ -244,7 +246,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_burst_passes_at_once_and_the_wait_behind_it_is_counted() {
-        let shaper = Shaper::new(megabit(800));
+        let shaper = Shaper::new(Some(megabit(800)));
         let before = Instant::now();
         shaper.admit(480_000).await;
         assert_eq!(
@@ -260,27 +262,27 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_new_rate_frees_who_waits_for_the_old_one() {
-        let shaper = Arc::new(Shaper::new(ByteRate(1024)));
+        let shaper = Arc::new(Shaper::new(Some(ByteRate(1024))));
         let waiting = tokio::spawn({
             let shaper = shaper.clone();
             async move { shaper.admit(1_000_000).await }
         });
         tokio::time::sleep(Duration::from_secs(1)).await;
         let before = Instant::now();
-        shaper.set_rate(megabit(800));
+        shaper.set_rate(Some(megabit(800)));
         waiting.await.unwrap();
         assert!(before.elapsed() <= Duration::from_millis(20), "{:?}", before.elapsed());
     }
 
     #[tokio::test(start_paused = true)]
     async fn changing_the_rate_often_admits_nothing_extra_and_loses_nothing() {
-        let shaper = Arc::new(Shaper::new(megabit(100)));
+        let shaper = Arc::new(Shaper::new(Some(megabit(100))));
         let changes = tokio::spawn({
             let shaper = shaper.clone();
             async move {
                 for step in 0..u64::MAX {
                     tokio::time::sleep(Duration::from_millis(7)).await;
-                    shaper.set_rate(ByteRate(megabit(100).0 - step % 2));
+                    shaper.set_rate(Some(ByteRate(megabit(100).0 - step % 2)));
                 }
             }
         });
@@ -295,7 +297,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn callers_pass_in_the_order_in_which_they_came() {
-        let shaper = Arc::new(Shaper::new(megabit(1)));
+        let shaper = Arc::new(Shaper::new(Some(megabit(1))));
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
         let mut callers = tokio::task::JoinSet::new();
         for number in 0..20 {
@@ -308,5 +310,27 @@ mod tests {
         }
         callers.join_all().await;
         assert!(order.lock().unwrap().is_sorted());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_rate_everything_passes_and_a_rate_that_comes_later_holds() {
+        let shaper = Shaper::new(None);
+        let before = Instant::now();
+        shaper.admit(u64::MAX).await;
+        assert_eq!(before.elapsed(), Duration::ZERO);
+        shaper.set_rate(Some(megabit(100)));
+        let admitted = in_ten_seconds(&shaper, 50_000).await;
+        let fair = megabit(100).bytes_in(Duration::from_secs(10));
+        assert!(admitted <= fair + 200_000, "{admitted} of {fair}");
+        let waiting = async {
+            shaper.admit(1_000_000_000).await;
+        };
+        let lifted = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            shaper.set_rate(None);
+        };
+        let before = Instant::now();
+        tokio::join!(waiting, lifted);
+        assert!(before.elapsed() < Duration::from_secs(2));
     }
 }
