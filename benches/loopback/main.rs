@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench loopback                                  both ends here, over loopback, by criterion
+//! cargo bench --bench loopback -- compare [ROUNDS]              beside one stream of stock quinn and TCP with TLS, in turn
 //! cargo bench --bench loopback -- serve DIR ADDRESS             the destination, for as long as it runs
 //! cargo bench --bench loopback -- send DIR ADDRESS RATE RTT_MS SECONDS [LANE_KIB]
 //!                                                               the source; RATE as in 1gbit, or - for none
@@ -32,6 +33,8 @@ use longhaul::transport::{
     read_lane, send_lane,
 };
 
+mod raw;
+
 fn main() {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -47,6 +50,8 @@ fn main() {
         .build()
         .unwrap();
     match arguments[..] {
+        ["compare"] => compare(&runtime, 10),
+        ["compare", rounds] => compare(&runtime, rounds.parse().unwrap()),
         ["serve", dir, address] => runtime.block_on(serve(dir.as_ref(), address.parse().unwrap())),
         ["send", dir, address, rate, rtt, seconds] => {
             runtime.block_on(send(
@@ -106,6 +111,58 @@ fn loopback(criterion: &mut Criterion, runtime: &tokio::runtime::Runtime) {
         });
     }
     group.finish();
+}
+
+/// Each moves the same bytes in turn, several times; the medians, and what they are of stock quinn's. One connection each.
+fn compare(runtime: &tokio::runtime::Runtime, rounds: usize) {
+    const LANES: u64 = 512;
+    let dir = tempfile::tempdir().unwrap();
+    let any = "127.0.0.1:0".parse().unwrap();
+    let data = content(LANE_BYTES);
+    let linked = |rate: Option<u64>| {
+        let (source, destination) =
+            runtime.block_on(async { (site(dir.path(), true, any), site(dir.path(), false, any)) });
+        let rate = rate.map(ByteRate::from_bits_per_second);
+        let (control, bulk) = (destination.control_address(), destination.bulk_address());
+        let target = target(dir.path(), control, Some(bulk), rate, Duration::from_millis(1));
+        let (link, arriving) = runtime.block_on(async {
+            let (link, arriving) = tokio::join!(source.dial(&target), bulk_of(&destination));
+            (link.unwrap(), arriving)
+        });
+        (source, destination, link, arriving)
+    };
+    let [with_capacity, without] = [Some(20_000_000_000), None].map(linked);
+    let quinn = runtime.block_on(async { raw::RawQuinn::new() });
+    let (from, to) = runtime.block_on(quinn.connect());
+    let names = [
+        "lanes, 20 Gbit/s configured",
+        "lanes, no rate configured",
+        "stock quinn, one stream",
+        "TCP with TLS",
+    ];
+    let mut times = names.map(|_| Vec::new());
+    for _ in 0..rounds {
+        for (lanes, times) in [&with_capacity, &without].into_iter().zip(&mut times) {
+            let began = Instant::now();
+            runtime.block_on(transfer(&lanes.2, &lanes.3, &data, LANES));
+            times.push(began.elapsed());
+        }
+        let began = Instant::now();
+        runtime.block_on(raw::send_stream(&from, &to, &data, LANES));
+        times[2].push(began.elapsed());
+        times[3].push(raw::send_tls(&data, LANES));
+    }
+    let medians = times.map(|mut times| {
+        times.sort_unstable();
+        times[times.len() / 2].as_secs_f64()
+    });
+    for (name, seconds) in names.iter().zip(medians) {
+        let gigabits = (LANES * LANE_BYTES as u64) as f64 * 8e-9 / seconds;
+        println!(
+            "{name:<28} {gigabits:6.2} Gbit/s   {:.2} of stock quinn",
+            medians[2] / seconds
+        );
+    }
 }
 
 async fn transfer(link: &PeerLink, arriving: &PeerConnection, data: &Bytes, lanes: u64) {
