@@ -20,6 +20,14 @@ pub(super) enum LabError {
         "making network namespaces needs root; the scripts in netem-scripts ask sudo for it, and a run without a link needs none"
     )]
     NotRoot,
+    /// A tool that measures says nothing that is understood.
+    #[error("{tool} gave no figures: {said}")]
+    NoFigures {
+        /// Which one.
+        tool: &'static str,
+        /// What it said.
+        said: String,
+    },
     /// The path of this program is unknown.
     #[error("cannot find the path of this program: {0}")]
     Unnamed(std::io::Error),

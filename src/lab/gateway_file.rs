@@ -34,7 +34,7 @@ impl LinkSection {
     }
 }
 
-/// What the configuration of a gateway says, with one peer and one VM.
+/// What the configuration of a gateway says, with one peer and at most one VM.
 pub(super) struct GatewayFile<'a> {
     pub(super) site: &'a str,
     pub(super) state_dir: &'a Path,
@@ -44,10 +44,8 @@ pub(super) struct GatewayFile<'a> {
     pub(super) log_level: Option<&'static str>,
     /// Name and address.
     pub(super) peer: (&'a str, SocketAddr),
-    /// QMP socket of the VM where it leaves.
-    pub(super) qmp: &'a Path,
-    /// QEMU where it arrives.
-    pub(super) command: Vec<String>,
+    /// The VM: its QMP socket where it leaves, QEMU where it arrives.
+    pub(super) vm: Option<(&'a Path, Vec<String>)>,
 }
 
 impl GatewayFile<'_> {
@@ -64,11 +62,11 @@ impl GatewayFile<'_> {
                 name: self.peer.0,
                 address: self.peer.1,
             }],
-            vm: [Vm {
-                name: VM,
-                qmp: self.qmp,
-                command: self.command,
-            }],
+            vm: self
+                .vm
+                .map(|(qmp, command)| Vm { name: VM, qmp, command })
+                .into_iter()
+                .collect(),
         };
         toml::to_string(&config).map_err(LabError::Configuration)
     }
@@ -84,7 +82,7 @@ struct Gateway<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     log: Option<Log>,
     peer: [Peer<'a>; 1],
-    vm: [Vm<'a>; 1],
+    vm: Vec<Vm<'a>>,
 }
 
 #[derive(Serialize)]

@@ -6,7 +6,8 @@
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
 //! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
-//! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move. [`record`] is what one
+//! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move, [`goodput`] fills
+//! links without a guest. [`record`] is what one
 //! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
 pub mod application;
@@ -15,6 +16,7 @@ pub mod demo;
 mod engine;
 mod error;
 mod gateway_file;
+pub mod goodput;
 pub mod guest;
 pub mod heartbeat;
 mod interrupt;
@@ -38,6 +40,7 @@ use clap::{Args, Subcommand};
 
 pub use self::compare::CompareArgs;
 pub use self::demo::DemoArgs;
+pub use self::goodput::GoodputArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
 pub use self::plan::PlanArgs;
@@ -53,6 +56,8 @@ pub enum LabCommand {
     Kill(Box<KillArgs>),
     /// Measures what a plan says: links, guests, engines and seeds, one move after the other.
     Plan(Box<PlanArgs>),
+    /// Fills links by two gateways and by the kernel's TCP, one after the other, and shows what arrives.
+    Goodput(GoodputArgs),
     /// Makes a report of what the lab measured: DIR/index.html, and DIR/report.md with its pictures.
     Report(ReportArgs),
     /// Compares the medians of two files of runs, cell by cell.
@@ -70,6 +75,7 @@ impl LabCommand {
             Self::Demo(args) => demo::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
             Self::Plan(args) => plan::run(*args).await,
+            Self::Goodput(args) => goodput::run(args).await,
             Self::Report(args) => args.run(),
             Self::Compare(args) => args.run(),
             Self::Guest(args) => args.run(),

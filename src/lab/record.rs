@@ -6,9 +6,13 @@
 //! A line is a [`Run`] unless its `kind` says otherwise: runs have none (`"kind": "run"` is the same), a [`Frontier`] has
 //! `"kind": "frontier"`. A kind that is not known is refused, because leaving it out would change what a report says.
 
+use std::io::Write as _;
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::error::LabError;
 use super::guest::GuestDials;
 
 /// One line of the lab's file.
@@ -247,6 +251,16 @@ pub struct Frontier {
     pub limit: Option<String>,
     /// How many runs the search took.
     pub runs: u32,
+}
+
+/// Adds to a file of results, which is made where it lacks.
+pub(super) fn append(file: &Path, text: &str) -> Result<(), LabError> {
+    std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(file)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(|source| LabError::file(file, source))
 }
 
 #[cfg(test)]

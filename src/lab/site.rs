@@ -58,12 +58,12 @@ impl Site {
         )?)
     }
 
-    /// Starts the gateway, whose peer is `other`, and waits until it serves its control socket.
+    /// Starts the gateway, whose peer is `other` and whose VM `launch` starts, and waits until it serves its control socket.
     pub(super) async fn start_gateway(
         &self,
         longhaul: &str,
         other: &Self,
-        launch: &Launch,
+        launch: Option<&Launch>,
         link: &LinkSection,
     ) -> Result<Process, LabError> {
         let config = self.directory.join("gateway.toml");
@@ -105,7 +105,7 @@ impl Site {
         Ok(())
     }
 
-    fn configuration(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<String, LabError> {
+    fn configuration(&self, other: &Self, launch: Option<&Launch>, link: &LinkSection) -> Result<String, LabError> {
         // The gateway fills in its own QMP socket.
         let files = GuestFiles {
             qmp: "{qmp}".into(),
@@ -118,8 +118,7 @@ impl Site {
             link,
             log_level: None,
             peer: (other.name, other.listen),
-            qmp: &self.files.qmp,
-            command: launch.command(&files, Start::ReceivePaused),
+            vm: launch.map(|launch| (self.files.qmp.as_path(), launch.command(&files, Start::ReceivePaused))),
         }
         .text()
     }

@@ -652,7 +652,7 @@ mod tests {
         }
         let error = Profile::find(&directory, "moon").expect_err("no moon").to_string();
         assert!(
-            error.contains("bursty, intercontinental, intercontinental-100m, lan"),
+            error.contains("cut-5s, intercontinental, intercontinental-100m, lan"),
             "{error}"
         );
     }

@@ -45,8 +45,8 @@ impl<'a> Pair<'a> {
     ) -> Result<Self, LabError> {
         let [a, b] = &sites;
         let gateways = [
-            a.start_gateway(longhaul, b, launch, section).await?,
-            b.start_gateway(longhaul, a, launch, section).await?,
+            a.start_gateway(longhaul, b, Some(launch), section).await?,
+            b.start_gateway(longhaul, a, Some(launch), section).await?,
         ];
         a.pair(longhaul, b).await?;
         let (first_qemu, heartbeat) = boot(launch, a).await?;

@@ -68,8 +68,7 @@ impl Site {
             link,
             log_level: Some("debug"),
             peer: (other.place.site(), other.listen),
-            qmp: &self.files.qmp,
-            command: self.qemu(launch, &files, Start::ReceivePaused),
+            vm: Some((&self.files.qmp, self.qemu(launch, &files, Start::ReceivePaused))),
         }
         .text()?;
         let file = self.config();

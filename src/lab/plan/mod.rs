@@ -28,7 +28,7 @@ use super::error::LabError;
 use super::guest::{Accelerator, GuestDials, Image, Launch, Workload};
 use super::interrupt::interrupted;
 use super::process::run as run_process;
-use super::record::{Frontier, Outcome, Run, Setting};
+use super::record::{Frontier, Outcome, Run, Setting, append};
 use super::report;
 use super::stage::Stage;
 
@@ -434,15 +434,6 @@ fn in_a_sentence(run: &Run) -> String {
         text.push_str(&format!(": {reason}"));
     }
     text
-}
-
-fn append(file: &Path, text: &str) -> Result<(), LabError> {
-    std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(file)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| LabError::file(file, source))
 }
 
 /// Tells the user what is being done. A terminal that has gone is no reason to stop before everything is cleaned up.
