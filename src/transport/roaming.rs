@@ -5,7 +5,7 @@
 //! From another IP address, and always over IPv6, quinn starts anew with the round trip time, the MTU and a controller from the factory,
 //! whose rate the route must read from then on.
 //!
-//! What others can do with it: a peer that keeps moving is sent what quinn's pacer and the link's bucket let pass for the first
+//! What others can do with it: a peer that keeps moving is sent what quinn's pacer and the strangers' bucket let pass for the first
 //! [`PAUSE`] at each address, and before it answers from there at most three times what it sent (RFC 9000, 8.1). Who replays a peer's
 //! packets from elsewhere without being able to answer there holds the connection up for three probe timeouts, after which quinn
 //! returns to the old address. Strangers' handshakes make every connection look once in a [`PAUSE`].

@@ -4,15 +4,16 @@
 //! connection (the controller's rate) → peer (the operator's cap) → link (the site's uplink)
 //! ```
 //!
-//! A transmit passes when every bucket on its [`Route`] has credit, and is then charged to all of them with its headers; so repairs, acknowledgements and handshakes count like everything else. Control and bulk connections to a peer share its
-//! bucket, and control may run it into debt by one burst where bulk waits: strict priority without a queue.
+//! A transmit passes when every bucket on its [`Route`] has credit, and is then charged to all of them with its headers; so repairs,
+//! acknowledgements and handshakes count like everything else. Control and bulk connections to a peer share its bucket, and control may run it
+//! into debt by one burst where bulk waits: strict priority without a queue.
 //!
 //! quinn's order of calls is `poll_writable`, then `try_send`, and `poll_writable` again after `WouldBlock`, all in one poll of the
 //! connection's task. Only `try_send` knows the destination. On a socket that serves many peers it therefore leaves the route
 //! that refused in a thread-local, where the `poll_writable` that follows picks it up to wait for it.
 //!
 //! Packets to a destination without a route are those of handshakes, and of a connection whose peer has just changed its address: they
-//! count against the link alone until [`roaming`](super::roaming), which is told of them, has moved the route.
+//! take what is set aside for strangers, and of the link, until [`roaming`](super::roaming), which is told of them, has moved the route.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
