@@ -327,7 +327,7 @@ const SEVERE: f64 = 4.0;
 const ROUNDS_TO_BRAKE: u32 = 2;
 const ROUNDS_TO_RECOVER: u32 = 4;
 
-fn scaled(rate: ByteRate, factor: f64) -> ByteRate {
+pub(super) fn scaled(rate: ByteRate, factor: f64) -> ByteRate {
     ByteRate((rate.0 as f64 * factor) as u64)
 }
 

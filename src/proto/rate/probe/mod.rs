@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 use self::delivery::DeliveryMeter;
 use self::path::PathLength;
 use self::round::Round;
-use super::controller::RoundTrip;
+use super::controller::{RoundTrip, scaled};
 use crate::proto::page::ByteRate;
 
 mod delivery;
@@ -454,10 +454,6 @@ const LEAST_PACKETS: u64 = 12;
 /// Rates that are so many packets a round trip are no higher on shorter paths.
 const SHORT_PATH: Duration = Duration::from_millis(100);
 const LEAST_FIRST_RTT: Duration = Duration::from_millis(10);
-
-fn scaled(rate: ByteRate, factor: f64) -> ByteRate {
-    ByteRate((rate.0 as f64 * factor) as u64)
-}
 
 #[cfg(test)]
 mod tests;
