@@ -12,10 +12,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::link_test::{LinkTest, LinkTestRequest};
 use super::types::{
-    AcceptInvite, Adjustment, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, Limits, LinkTest,
-    LinkTestRequest, MigrationStatus, MigrationSummary, PairByFingerprint, Paired, PeerStatus, Refusal, Resolution,
-    ResolveRequest, StartRequest, Started,
+    AcceptInvite, Adjustment, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, Limits,
+    MigrationStatus, MigrationSummary, PairByFingerprint, Paired, PeerStatus, Refusal, Resolution, ResolveRequest,
+    StartRequest, Started,
 };
 use crate::proto::page::MigrationId;
 

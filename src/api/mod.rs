@@ -8,12 +8,14 @@
 //! open the socket (mode 0600, so root and the gateway's user) may do everything.
 
 mod client;
+mod link_test;
 mod server;
 pub mod types;
 
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::client::{Client, ClientError, Following};
+pub use self::link_test::{LinkTest, LinkTestRequest, RoundTrips};
 pub use self::server::{BindError, ControlSocket, serve};
 pub use self::types::*;
 use crate::proto::page::MigrationId;
