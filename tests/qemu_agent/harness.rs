@@ -88,10 +88,10 @@ impl Site {
             .spawn()
             .unwrap();
         let mut guest = Guest { child, qmp, other };
-        until("the monitors exist", || {
+        until("the monitors listen", || {
             assert!(guest.child.try_wait().unwrap().is_none(), "{}", self.log(name));
             // QEMU creates them in this order.
-            guest.other.exists()
+            listens(&guest.other)
         })
         .await;
         guest
@@ -192,6 +192,16 @@ impl Drop for KillOnDrop {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
+}
+
+/// Whether a process listens at `socket`: its path is there a moment before.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(3);
+        fields.next() == Some(ACCEPTS) && fields.last().map(Path::new) == Some(socket)
+    })
 }
 
 /// Waits for a condition, with a deadline.
