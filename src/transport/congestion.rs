@@ -13,7 +13,7 @@ use quinn_proto::RttEstimator;
 
 use super::datagram_size::LargestDatagram;
 use crate::proto::page::ByteRate;
-use crate::proto::rate::{ControllerSettings, LinkController, ProbeController, RoundTrip};
+use crate::proto::rate::{ControllerSettings, LinkController, Overdue, ProbeController, RoundTrip};
 
 /// The rate of one connection: its capacity is set from outside, its present rate by the controller.
 #[derive(Debug)]
@@ -118,6 +118,10 @@ impl ControllerFactory for LinkControllerFactory {
             shared: Arc::new(rate),
             largest: self.largest.clone(),
             gap: ProbeGap::new(now),
+            overdue: Overdue::default(),
+            interrupted: false,
+            rtt: self.rtt,
+            mtu: current_mtu,
         })
     }
 }
@@ -138,6 +142,13 @@ struct LinkCongestion {
     shared: Arc<LinkRate>,
     largest: Arc<LargestDatagram>,
     gap: ProbeGap,
+    overdue: Overdue,
+    /// Acknowledgements are overdue: nothing more goes into what may be a cut. quinn's loss probes are free of this, so that the first
+    /// acknowledgement afterwards comes by itself.
+    interrupted: bool,
+    /// Of the latest packet that was acknowledged.
+    rtt: Duration,
+    mtu: u16,
 }
 
 /// What decides the rate.
@@ -221,29 +232,44 @@ impl LinkCongestion {
             Steering::Probe(controller) => controller.rate(),
         }
     }
+
+    fn least_rtt(&self) -> Duration {
+        match &self.steering {
+            Steering::Capacity(controller) => controller.least_rtt(),
+            Steering::Probe(controller) => controller.least_rtt(),
+        }
+    }
+
+    fn acknowledged(&mut self, trip: RoundTrip, bytes: u64) {
+        self.overdue.on_ack(trip.sent);
+        self.rtt = trip.now.saturating_duration_since(trip.sent);
+        match &mut self.steering {
+            Steering::Capacity(controller) => controller.on_ack(trip, bytes),
+            Steering::Probe(controller) => controller.on_ack(trip, bytes),
+        }
+    }
 }
 
 impl Controller for LinkCongestion {
-    fn on_sent(&mut self, now: Instant, _bytes: u64, _last_packet_number: u64) {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        // Acknowledgements alone are far smaller, and are not acknowledged.
+        if bytes >= u64::from(self.mtu) {
+            let rtt = self.rtt.max(self.least_rtt());
+            self.interrupted = self.overdue.is_overdue(now, rtt);
+            self.overdue.on_sent(now, rtt);
+        }
         if let Steering::Probe(controller) = &mut self.steering {
             controller.on_sent(now);
         }
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _rtt: &RttEstimator) {
-        let trip = RoundTrip { sent, now };
-        match &mut self.steering {
-            Steering::Capacity(controller) => controller.on_ack(trip, bytes),
-            Steering::Probe(controller) => controller.on_ack(trip, bytes),
-        }
+        self.acknowledged(RoundTrip { sent, now }, bytes);
     }
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _largest: Option<u64>) {
-        let round_trip = match &self.steering {
-            Steering::Capacity(controller) => controller.least_rtt(),
-            Steering::Probe(controller) => controller.least_rtt(),
-        };
-        self.gap.acknowledged(now, in_flight, app_limited, round_trip);
+        self.interrupted = false;
+        self.gap.acknowledged(now, in_flight, app_limited, self.least_rtt());
         self.follow_capacity();
         if let Steering::Probe(controller) = &mut self.steering {
             controller.on_end_acks(now, in_flight, app_limited);
@@ -272,10 +298,15 @@ impl Controller for LinkCongestion {
             Steering::Probe(controller) => controller.set_mtu(new_mtu),
         }
         self.largest.grow(new_mtu);
+        self.mtu = new_mtu;
     }
 
     fn window(&self) -> u64 {
-        if self.gap.take() { 1 } else { self.whole_window() }
+        if self.interrupted || self.gap.take() {
+            1
+        } else {
+            self.whole_window()
+        }
     }
 
     fn initial_window(&self) -> u64 {
@@ -289,8 +320,13 @@ impl Controller for LinkCongestion {
         metrics
     }
 
+    /// For another path, on which nothing has been sent yet.
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(self.clone())
+        Box::new(Self {
+            overdue: Overdue::default(),
+            interrupted: false,
+            ..self.clone()
+        })
     }
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
@@ -385,6 +421,40 @@ mod tests {
         congestion.on_end_acks(start + ms(153), PROBE_GAP_FROM, false, None);
         congestion.on_end_acks(start + ms(154), 0, false, None);
         assert_eq!(congestion.window(), full, "what flew has landed meanwhile");
+    }
+
+    #[test]
+    fn a_window_closes_in_a_cut_and_an_acknowledgement_opens_it() {
+        let (start, ms) = (origin(), Duration::from_millis);
+        let mut congestion = link(Some(ByteRate(12_500_000)));
+        let full = congestion.window();
+        let trip = |sent, now| RoundTrip {
+            sent: start + ms(sent),
+            now: start + ms(now),
+        };
+        for now in 0..300 {
+            congestion.on_sent(start + ms(now), 12_500, now);
+            if now >= 150 {
+                congestion.acknowledged(trip(now - 150, now), 12_500);
+            }
+            assert!(congestion.window() > 1, "{now}");
+        }
+        congestion.on_sent(start + ms(360), 12_500, 360);
+        assert_eq!(congestion.window(), 1);
+        assert_eq!(congestion.clone_box().window(), full, "another path is open");
+        congestion.acknowledged(trip(750, 900), 1200);
+        congestion.on_end_acks(start + ms(900), 0, false, None);
+        assert_eq!(congestion.window(), full);
+    }
+
+    #[test]
+    fn a_connection_that_only_acknowledges_is_never_closed() {
+        let (start, ms) = (origin(), Duration::from_millis);
+        let mut congestion = link(Some(ByteRate(12_500_000)));
+        for now in 0..3000 {
+            congestion.on_sent(start + ms(now), 300, now);
+        }
+        assert!(congestion.window() > 1);
     }
 
     #[test]
