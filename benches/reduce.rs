@@ -157,17 +157,17 @@ fn reduce(criterion: &mut Criterion<CpuTime>) {
     let mut out = Vec::new();
     for (name, stream) in [("mixed", &mixed), ("noise", &noise)] {
         let batches = stream.batches();
-        let sent = encode_all(&mut Reducer::new(limits()), &batches, &mut payload);
+        let sent = encode_all(&mut Reducer::new(limits(), limits().slots()), &batches, &mut payload);
         eprintln!("{name}: {} bytes become {sent}", stream.bytes.len());
         group.bench_function(format!("encode {name}"), |bencher| {
-            let fresh = || Reducer::new(limits());
+            let fresh = || Reducer::new(limits(), limits().slots());
             bencher.iter_batched_ref(
                 fresh,
                 |reducer| encode_all(reducer, &batches, &mut payload),
                 BatchSize::PerIteration,
             );
         });
-        let first = payloads(&mut Reducer::new(limits()), &batches);
+        let first = payloads(&mut Reducer::new(limits(), limits().slots()), &batches);
         for (place, pages_in_memory) in [("memory", limits().slots()), ("spill file", 256)] {
             group.bench_function(format!("restore {name}, {place}"), |bencher| {
                 let fresh = || Restorer::new(limits(), shelf(pages_in_memory));
@@ -180,12 +180,12 @@ fn reduce(criterion: &mut Criterion<CpuTime>) {
         }
     }
     let batches = mixed.batches();
-    let mut reducer = Reducer::new(limits());
+    let mut reducer = Reducer::new(limits(), limits().slots());
     let first = payloads(&mut reducer, &batches);
     group.bench_function("encode again", |bencher| {
         bencher.iter(|| encode_all(&mut reducer, &batches, &mut payload))
     });
-    let mut reducer = Reducer::new(limits());
+    let mut reducer = Reducer::new(limits(), limits().slots());
     encode_all(&mut reducer, &batches, &mut payload);
     let second = payloads(&mut reducer, &batches);
     for (place, pages_in_memory) in [("memory", limits().slots()), ("spill file", 256)] {

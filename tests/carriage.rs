@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use longhaul::proto::page::{MigrationId, PAGE_SIZE};
-use longhaul::proto::reduce::{DictionaryLimits, PageCounts, PageShelf, ShelfError};
+use longhaul::proto::reduce::{DictionaryLimits, PageCounts, PageShelf, Reducer, ShelfError};
 use longhaul::proto::session::{Decoder, DestinationSession, Encoder, SessionError, SourceSession, StreamSummary};
 use longhaul::proto::wire::Frame;
 use longhaul::proto::wire::message::Held;
@@ -53,7 +53,9 @@ impl World {
         Self {
             stream,
             fed: 0,
-            encoder: Some(Encoder::new(dictionary)),
+            encoder: Some(Encoder::new(
+                dictionary.map(|limits| Reducer::new(limits, limits.slots())),
+            )),
             encoded: None,
             source: SourceSession::new(MigrationId([1; 16]), window),
             lanes: Vec::new(),

@@ -19,7 +19,7 @@ use common::{Rig, Site, need, qemu, until};
 use longhaul::hypervisor::qemu::SourceVm;
 use longhaul::proto::ownership::{AbortReason, Doubt, Message, Permit, StreamSum};
 use longhaul::proto::page::{JournalId, MigrationId, StreamDigest};
-use longhaul::proto::reduce::DictionaryLimits;
+use longhaul::proto::reduce::{DictionaryLimits, Reducer};
 use longhaul::proto::session::{EncodedFrame, Encoder};
 use longhaul::proto::wire::frame::FrameHeader;
 use longhaul::proto::wire::message::{self, MAX_MESSAGE, Offer, Reply};
@@ -483,7 +483,7 @@ fn frames_with_references() -> Vec<EncodedFrame> {
         stream.extend(2_u32.to_be_bytes());
     }
     let limits = DictionaryLimits::new(1 << 14, REGIONS).unwrap();
-    let mut encoder = Encoder::new(Some(limits));
+    let mut encoder = Encoder::new(Some(Reducer::new(limits, limits.slots())));
     let mut frames = Vec::new();
     // Cut between the rounds, so that the second one makes payloads of its own.
     let middle = stream.len() / 2;

@@ -2,7 +2,7 @@
 
 use longhaul::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 use longhaul::proto::reduce::{
-    BatchStats, DictionaryLimits, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf,
+    BatchStats, DictionaryLimits, Effort, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf,
     PayloadError, Reducer, RestoreError, Restorer, ShelfError, batches,
 };
 use longhaul::proto::vmm_stream::{PageRecord, Record};
@@ -141,7 +141,7 @@ fn restore<S: PageShelf>(restorer: &mut Restorer<S>, payloads: &[Vec<u8>]) -> (V
 /// Sends `stream` through a new session; the law is checked.
 #[track_caller]
 fn carry(slots: u32, stream: &Stream) -> BatchStats {
-    let (payloads, sent) = encode(&mut Reducer::new(limits(slots)), stream);
+    let (payloads, sent) = encode(&mut Reducer::new(limits(slots), slots), stream);
     let (restored, received) = restore(&mut Restorer::new(limits(slots), Pages::default()), &payloads);
     assert!(restored == stream.bytes, "the restored stream differs");
     assert_eq!(sent, received, "both ends count alike");
@@ -168,6 +168,17 @@ enum Content {
     Blank,
     Text(u64),
     Noise(u64),
+    /// Noise, a stretch of which is filled.
+    Edited {
+        seed: u64,
+        place: u16,
+        len: u16,
+    },
+    /// Noise from another place on.
+    Moved {
+        seed: u64,
+        by: u16,
+    },
 }
 
 fn part() -> impl Strategy<Value = Part> {
@@ -182,6 +193,8 @@ fn part() -> impl Strategy<Value = Part> {
         4 => (0_u64..6).prop_map(Content::Text),
         4 => (0_u64..6).prop_map(Content::Noise),
         1 => any::<u64>().prop_map(Content::Noise),
+        4 => (0_u64..6, any::<u16>(), any::<u16>()).prop_map(|(seed, place, len)| Content::Edited { seed, place, len: len >> 4 }),
+        1 => (0_u64..6, any::<u16>()).prop_map(|(seed, by)| Content::Moved { seed, by }),
     ];
     prop_oneof![
         8 => (record.clone(), content).prop_map(|(record, content)| Part::Page { record, content }),
@@ -210,6 +223,18 @@ fn stream() -> impl Strategy<Value = Stream> {
                             Content::Blank => vec![0; PAGE_SIZE],
                             Content::Text(seed) => text(seed + step),
                             Content::Noise(seed) => noise(seed.wrapping_add(step), PAGE_SIZE),
+                            Content::Edited { seed, place, len } => {
+                                let mut page = noise(seed + step, PAGE_SIZE);
+                                let place = usize::from(*place) % PAGE_SIZE;
+                                let end = PAGE_SIZE.min(place + usize::from(*len));
+                                page[place..end].fill(step as u8);
+                                page
+                            }
+                            Content::Moved { seed, by } => {
+                                let mut page = noise(*seed, PAGE_SIZE);
+                                page.rotate_left(usize::from(*by) % PAGE_SIZE);
+                                page
+                            }
                         };
                         stream.page(next(*record), &content);
                     }
@@ -275,12 +300,15 @@ proptest! {
         cuts in prop::collection::vec(any::<u16>(), 0..12),
         slots in prop_oneof![Just(0_u32), Just(1), Just(2), Just(7), Just(64), Just(10_000)],
         regions in 0_u32..3,
+        copies in prop_oneof![Just(0_u32), Just(1), Just(5), Just(10_000)],
+        efforts in prop::collection::vec(prop_oneof![Just(Effort::LEAST), Just(Effort::MOST)], 12),
     ) {
         let limits = DictionaryLimits::new(slots, regions).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let shelf = SpillShelf::new(dir.path(), slots, slots / 3).unwrap();
-        let (mut reducer, mut restorer) = (Reducer::new(limits), Restorer::new(limits, shelf));
-        for slice in slices(&stream, &cuts) {
+        let (mut reducer, mut restorer) = (Reducer::new(limits, copies), Restorer::new(limits, shelf));
+        for (slice, effort) in slices(&stream, &cuts).into_iter().zip(efforts.into_iter().cycle()) {
+            reducer.set_effort(effort);
             let (payloads, sent) = encode(&mut reducer, &slice);
             let (restored, received) = restore(&mut restorer, &payloads);
             prop_assert!(restored == slice.bytes);
@@ -306,7 +334,9 @@ proptest! {
         cut in any::<prop::sample::Index>(),
         truncate in any::<bool>(),
     ) {
-        let (payloads, _) = encode(&mut Reducer::new(limits(7)), &stream);
+        let mut reducer = Reducer::new(limits(7), 7);
+        reducer.set_effort(if truncate { Effort::MOST } else { Effort::LEAST });
+        let (payloads, _) = encode(&mut reducer, &stream);
         for damaged in 0..payloads.len() {
             let mut restorer = Restorer::new(limits(7), Pages::default());
             restore(&mut restorer, &payloads[..damaged]);
@@ -330,7 +360,7 @@ proptest! {
     ) {
         let ops = ops.concat();
         let [raw_len, packed_len, plain_len] = lengths;
-        let mut payload = vec![1, 0];
+        let mut payload = vec![2, 0];
         for len in [raw_len, ops.len() as u64, packed_len, plain_len] {
             varint(len, &mut payload);
         }
@@ -395,7 +425,10 @@ fn ten_thousand_scattered_pages_sent_again_unchanged_take_at_most_4_bytes_each()
         round.page(at(0, *page, true), &content);
     }
     let limits = DictionaryLimits::new(10_000, 5000).unwrap();
-    let (mut reducer, mut restorer) = (Reducer::new(limits), Restorer::new(limits, Pages::default()));
+    let (mut reducer, mut restorer) = (
+        Reducer::new(limits, limits.slots()),
+        Restorer::new(limits, Pages::default()),
+    );
     for again in [false, true] {
         let (payloads, stats) = encode(&mut reducer, &round);
         let (restored, _) = restore(&mut restorer, &payloads);
@@ -411,6 +444,73 @@ fn ten_thousand_scattered_pages_sent_again_unchanged_take_at_most_4_bytes_each()
             assert!(stats.bytes_out <= 4 * 10_000, "{} bytes", stats.bytes_out);
         }
     }
+}
+
+/// Two rounds over `pages` pages, of which `change` makes the second; the law is checked. What the second took.
+fn rewritten(copies: u32, pages: u64, change: impl Fn(u64, &mut [u8])) -> BatchStats {
+    let (mut reducer, mut restorer) = (
+        Reducer::new(limits(4096), copies),
+        Restorer::new(limits(4096), Pages::default()),
+    );
+    let mut last = BatchStats::default();
+    for again in [false, true] {
+        let mut round = Stream::default();
+        for page in 0..pages {
+            let mut content = noise(page, PAGE_SIZE);
+            if again {
+                change(page, &mut content);
+            }
+            round.page(at(0, page, page > 0), &content);
+        }
+        let (payloads, stats) = encode(&mut reducer, &round);
+        let (restored, received) = restore(&mut restorer, &payloads);
+        assert!(restored == round.bytes);
+        assert_eq!(stats, received);
+        last = stats;
+    }
+    last
+}
+
+#[test]
+fn a_page_of_which_64_bytes_changed_takes_little_more_than_those() {
+    let stats = rewritten(1000, 1000, |page, content| {
+        let place = page as usize * 37 % 4000;
+        content[place..place + 64].copy_from_slice(&noise(page + 5000, 64));
+    });
+    assert_eq!(stats.pages.delta, 1000);
+    assert!(stats.bytes_out <= 72 * 1000, "{}", stats.bytes_out);
+}
+
+#[test]
+fn a_page_whose_content_moved_is_coded_with_its_previous_version() {
+    let stats = rewritten(100, 100, |_, content| content.rotate_right(100));
+    assert_eq!(stats.pages.delta, 100);
+    assert!(stats.bytes_out <= 200 * 100, "{}", stats.bytes_out);
+}
+
+#[test]
+fn a_page_with_nothing_in_common_or_without_a_copy_is_a_literal() {
+    let stats = rewritten(100, 100, |page, content| {
+        content.copy_from_slice(&noise(page + 5000, PAGE_SIZE))
+    });
+    assert_eq!((stats.pages.delta, stats.pages.raw), (0, 100));
+    let stats = rewritten(0, 100, |_, content| content[0] ^= 1);
+    assert_eq!((stats.pages.delta, stats.pages.raw), (0, 100));
+    let stats = rewritten(50, 100, |_, content| content[0] ^= 1);
+    assert_eq!((stats.pages.delta, stats.pages.raw), (50, 50));
+}
+
+#[test]
+fn a_destination_without_deltas_is_sent_none() {
+    let mut reducer = Reducer::without_deltas(limits(100));
+    reducer.set_effort(Effort::MOST);
+    let mut stream = Stream::default();
+    for content in [noise(1, PAGE_SIZE), text(1), text(2)] {
+        stream.page(at(0, 3, false), &content);
+    }
+    let (payloads, stats) = encode(&mut reducer, &stream);
+    assert_eq!(payloads[0][0], 1, "the format that it knows");
+    assert_eq!((stats.pages.delta, stats.pages.literal + stats.pages.raw), (0, 3));
 }
 
 #[test]
@@ -448,7 +548,7 @@ fn the_worst_batch_makes_a_payload_within_the_limit() {
     stream.opaque(&noise(0, MAX_BATCH_BYTES - stream.bytes.len()));
     let batch = batches(&stream.bytes, &stream.records, &names).next().unwrap();
     let mut payload = Vec::new();
-    Reducer::new(limits(0)).encode(&batch, &[], &mut payload);
+    Reducer::new(limits(0), 0).encode(&batch, &[], &mut payload);
     assert!(payload.len() <= MAX_PAYLOAD_BYTES, "{}", payload.len());
     let mut restored = Vec::new();
     Restorer::new(limits(0), Pages::default())
@@ -496,7 +596,7 @@ fn each_page_is_carried_in_the_cheapest_way_that_is_right() {
 }
 
 #[test]
-fn content_that_was_evicted_goes_as_a_literal_again() {
+fn content_that_was_evicted_is_sent_again() {
     let mut stream = Stream::default();
     for page in 0..3 {
         stream.page(at(0, page, true), &text(page));
@@ -504,7 +604,12 @@ fn content_that_was_evicted_goes_as_a_literal_again() {
     for page in 0..3 {
         stream.page(at(0, page, true), &text(page));
     }
-    assert_eq!(carry(2, &stream).pages.literal, 6);
+    let pages = carry(2, &stream).pages;
+    assert_eq!(
+        (pages.literal, pages.delta),
+        (3, 3),
+        "as what differs from that which took its place"
+    );
     assert_eq!(carry(3, &stream).pages.same, 3);
 }
 
@@ -521,7 +626,7 @@ fn a_page_that_no_header_can_address_is_carried_as_bytes() {
 #[test]
 fn a_block_may_take_another_name() {
     let (before, after) = (vec![b"one".to_vec()], vec![b"another".to_vec()]);
-    let (mut reducer, mut restorer) = (Reducer::new(limits(4)), Restorer::new(limits(4), Pages::default()));
+    let (mut reducer, mut restorer) = (Reducer::new(limits(4), 4), Restorer::new(limits(4), Pages::default()));
     for names in [&before, &after] {
         let mut bytes = 2_u64.to_be_bytes().to_vec();
         bytes.push(names[0].len() as u8);
@@ -540,7 +645,7 @@ fn a_block_may_take_another_name() {
 fn payloads_lost_repeated_or_overtaken_are_refused() {
     let mut stream = Stream::default();
     stream.page(at(0, 0, true), &text(0));
-    let mut reducer = Reducer::new(limits(4));
+    let mut reducer = Reducer::new(limits(4), 4);
     let payloads: Vec<Vec<u8>> = (0..3).map(|_| encode(&mut reducer, &stream).0.remove(0)).collect();
     for (first, then) in [(0, 0), (0, 2)] {
         let mut restorer = Restorer::new(limits(4), Pages::default());
@@ -561,7 +666,7 @@ fn payloads_lost_repeated_or_overtaken_are_refused() {
 #[test]
 fn a_reference_to_what_was_never_sent_is_refused() {
     let restore = |slots, ops: &[u8], raw_len: u64| {
-        let mut payload = vec![1, 0];
+        let mut payload = vec![2, 0];
         for len in [raw_len, ops.len() as u64, 0, 0] {
             varint(len, &mut payload);
         }
@@ -614,7 +719,7 @@ fn a_shelf_that_fails_ends_the_session() {
     }
     let mut stream = Stream::default();
     stream.page(at(0, 0, true), &text(0));
-    let (payloads, _) = encode(&mut Reducer::new(limits(4)), &stream);
+    let (payloads, _) = encode(&mut Reducer::new(limits(4), 4), &stream);
     let mut restorer = Restorer::new(limits(4), Full);
     let mut out = Vec::new();
     assert!(matches!(

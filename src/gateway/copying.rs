@@ -18,7 +18,8 @@ use crate::proto::precopy::rounds::{Round, Totals};
 use crate::proto::precopy::{
     Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
 };
-use crate::proto::reduce::{DictionaryLimits, PageCounts};
+use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer};
+use crate::proto::wire::hello;
 use crate::transport::tuning::UNSENT;
 
 /// Whatever is measured, a path is not taken for slower: queues of bytes would not hold a lane.
@@ -44,7 +45,7 @@ pub(crate) struct Copying {
     share: Arc<Share>,
     dictionary: Option<DictionaryLimits>,
     /// Held until the migration is over.
-    _memory: Reservation,
+    memory: Reservation,
     forecasting: Forecasting,
     memory_bytes: u64,
     believes: bool,
@@ -97,7 +98,7 @@ impl Copying {
             rounds: Rounds::new(start.now),
             share: start.share,
             dictionary: start.dictionary,
-            _memory: start.memory,
+            memory: start.memory,
             forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
             believes: false,
@@ -110,9 +111,15 @@ impl Copying {
         }
     }
 
-    /// How both ends reduce the stream.
-    pub(crate) fn dictionary(&self) -> Option<DictionaryLimits> {
-        self.dictionary
+    /// What reduces the stream for a peer that speaks this version of the wire format; `None` where it goes as it is.
+    pub(crate) fn reducer(&self, version: u16) -> Option<Reducer> {
+        self.dictionary.map(|limits| {
+            if version >= hello::DELTAS {
+                Reducer::new(limits, self.memory.pages())
+            } else {
+                Reducer::without_deltas(limits)
+            }
+        })
     }
 
     /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.

@@ -338,7 +338,7 @@ enum InboundError {
 mod tests {
     use super::*;
     use crate::proto::page::MigrationId;
-    use crate::proto::reduce::DictionaryLimits;
+    use crate::proto::reduce::{DictionaryLimits, Reducer};
     use crate::proto::session::{EncodedFrame, Encoder, SourceSession};
 
     /// A shelf with a mistake in it.
@@ -367,7 +367,7 @@ mod tests {
         stream.extend([7; 0x1000]);
         stream.extend(0x10_u64.to_be_bytes());
         let mut frames = Vec::new();
-        let mut encoder = Encoder::new(DictionaryLimits::new(16, 4).ok());
+        let mut encoder = Encoder::new(Some(Reducer::new(DictionaryLimits::new(16, 4).unwrap(), 16)));
         encoder.feed(&stream, &mut frames);
         let (_, pages) = encoder.finish(&mut frames);
         assert_eq!(pages.literal + pages.raw, 1);

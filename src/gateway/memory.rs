@@ -1,12 +1,12 @@
 //! The memory budget, shared out to the migrations that are open, at both ends.
 //!
 //! ```text
-//! source:       window + regions x 4.2 KiB + slots x 20.5 B + work
+//! source:       window + regions x 4.2 KiB + slots x 24.5 B + work                + copies of pages
 //! destination:  window + regions x 4.2 KiB + slots x 16 B   + work + device state + pages of the dictionary
 //! ```
 //!
-//! Everything but the pages is what a migration may come to hold and is reserved in full; the pages are a quarter of what is left then,
-//! the others are in the spill file. A migration that finds too little is refused before anything moves. Worked example at the
+//! Everything but the pages is what a migration may come to hold and is reserved in full. The destination's pages are a quarter of what is left
+//! then, the others are in the spill file. The source's copies are half of it: a page of which it has none goes as a literal when it is sent again. A migration that finds too little is refused before anything moves. Worked example at the
 //! default of 512 MiB and a window of 64 MiB (1 Gbit/s, 150 ms): [`tests`].
 
 use std::sync::Arc;
@@ -31,8 +31,8 @@ pub(crate) const LEAST_PAGES: u64 = 1 << 10;
 /// A region of the table that says which slot a page was last sent from, with its entry in the index of regions.
 const REGION_BYTES: u64 = 4096 + 128;
 
-/// A slot at the source, in tenths of a byte: a digest of 16 bytes and 9/10 of an entry of 4.
-const SOURCE_SLOT_TENTHS: u64 = 205;
+/// A slot at the source, in tenths of a byte: a digest of 16 bytes, 9/10 of an entry of 4, and where its copy is.
+const SOURCE_SLOT_TENTHS: u64 = 245;
 
 /// A slot at the destination: the digest of a page in the spill file.
 const DESTINATION_SLOT: u64 = 16;
@@ -64,6 +64,8 @@ pub(crate) struct Need {
     bytes: u64,
     least_pages: u64,
     most_pages: u64,
+    /// Pages take one part in so many of what is left.
+    share: u64,
 }
 
 impl Need {
@@ -72,7 +74,8 @@ impl Need {
         Self {
             bytes: common(window_bytes, dictionary) + u64::from(dictionary.slots()) * SOURCE_SLOT_TENTHS / 10,
             least_pages: 0,
-            most_pages: 0,
+            most_pages: dictionary.slots().into(),
+            share: 2,
         }
     }
 
@@ -83,14 +86,15 @@ impl Need {
             bytes: common(window_bytes, dictionary) + slots * DESTINATION_SLOT + DEVICE_STATE,
             least_pages: LEAST_PAGES.min(slots),
             most_pages: slots,
+            share: 4,
         }
     }
 
-    /// Bytes, and pages of the dictionary among them, with `left` of the budget; `None` where that is too little.
+    /// Bytes, and pages or copies of the dictionary among them, with `left` of the budget; `None` where that is too little.
     fn of(self, left: u64) -> Option<(u64, u64)> {
         let rest = left.checked_sub(self.bytes)?;
         let page = PAGE_SIZE as u64;
-        let pages = (rest / 4 / page).clamp(self.least_pages, self.most_pages);
+        let pages = (rest / self.share / page).clamp(self.least_pages, self.most_pages);
         (pages * page <= rest).then_some((self.bytes + pages * page, pages))
     }
 
@@ -157,7 +161,7 @@ impl MemoryBudget {
 }
 
 impl Reservation {
-    /// Pages of the dictionary that may be kept in memory.
+    /// Pages of the dictionary that may be kept in memory, or copied.
     pub(crate) fn pages(&self) -> u32 {
         u32::try_from(self.pages).unwrap_or(u32::MAX)
     }
@@ -208,10 +212,11 @@ mod tests {
         let held = budget.reserve(need).unwrap();
         assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 96);
         let source = Need::at_source(WINDOW, dictionary(4 << 30));
-        assert_eq!(source.bytes / MIB, 96);
-        budget
+        assert_eq!(source.bytes / MIB, 100);
+        let sending = budget
             .reserve(source)
             .expect("it may send one of that size at the same time");
+        assert_eq!(u64::from(sending.pages()) * PAGE_SIZE as u64 / MIB, 94);
     }
 
     #[test]
@@ -269,7 +274,7 @@ mod tests {
         assert_eq!(limits(512 * MIB).window_bytes, 64 * MIB);
         assert_eq!(limits(MIB).window_bytes, MIN_WINDOW);
         assert_eq!(u64::from(limits(512 * MIB).dictionary_pages), MOST_DICTIONARY_PAGES);
-        assert_eq!(limits(64 * MIB).dictionary_pages, 409_200);
+        assert_eq!(limits(64 * MIB).dictionary_pages, 342_392);
     }
 
     #[test]

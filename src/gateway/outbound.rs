@@ -13,11 +13,12 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::clock;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::Backlog;
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::reduce::PageCounts;
+use crate::proto::reduce::{Effort, EffortControl, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
 use crate::proto::wire::message::Held;
@@ -62,6 +63,8 @@ struct Shared {
     leaving_bytes: AtomicU64,
     /// The sender found nothing to send since this was last asked.
     ran_dry: AtomicBool,
+    /// The same, since the encoder last looked.
+    starved: AtomicBool,
     /// Lane bytes that QUIC was given in this incarnation.
     given_bytes: AtomicU64,
     /// Of what the peer did not have after cuts, what QUIC had not sent before them.
@@ -77,12 +80,13 @@ struct Shared {
 }
 
 impl Outbound {
-    /// Starts reader and encoder on the vmm's socket. The receiver learns how the stream ended.
+    /// Starts reader and encoder on the vmm's socket, with this effort at first. The receiver learns how the stream ended.
     pub(crate) fn start(
         vmm: UnixStream,
         migration: MigrationId,
         window_bytes: u64,
         encoder: Encoder,
+        effort: Effort,
     ) -> (Self, oneshot::Receiver<StreamEnd>) {
         let backlog = Backlog::at(UNKNOWN_RATE);
         let shared = Arc::new(Shared {
@@ -94,6 +98,7 @@ impl Outbound {
             read_bytes: AtomicU64::new(backlog.read_bytes),
             leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
+            starved: AtomicBool::new(false),
             given_bytes: AtomicU64::new(0),
             never_left_bytes: AtomicU64::new(0),
             encoding_bytes: AtomicU64::new(0),
@@ -106,7 +111,7 @@ impl Outbound {
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
         let encoding = Arc::clone(&shared);
-        let worker = tokio::task::spawn_blocking(move || encode(&encoding, to_encode, encoder));
+        let worker = tokio::task::spawn_blocking(move || encode(&encoding, to_encode, encoder, effort));
         let reading = Arc::clone(&shared);
         tokio::spawn(async move {
             let read = read(&reading, vmm, chunks).await;
@@ -154,6 +159,7 @@ impl Outbound {
             let Some(frame) = next else {
                 if shared.session().unsent_bytes() == 0 {
                     shared.ran_dry.store(true, Ordering::Relaxed);
+                    shared.starved.store(true, Ordering::Relaxed);
                 }
                 notified.await;
                 continue;
@@ -375,10 +381,16 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
 }
 
 /// The encoder's thread: until the reader has ended.
-fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder) -> StreamSummary {
+fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder, effort: Effort) -> StreamSummary {
     let mut frames = Vec::new();
+    let mut control = EffortControl::new(clock::now(), effort, Effort::MOST);
+    encoder.set_effort(effort);
     while let Some(chunk) = chunks.blocking_recv() {
+        let began = clock::now();
         encoder.feed(&chunk, &mut frames);
+        let now = clock::now();
+        let starved = shared.starved.swap(false, Ordering::Relaxed);
+        encoder.set_effort(control.observe(now, now.saturating_duration_since(began), starved));
         *shared.pages() = encoder.pages();
         shared.push(&mut frames, false);
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
@@ -416,7 +428,7 @@ mod tests {
     /// An outbound stream with `frames` frames of plain bytes, and the vmm's end of its socket.
     async fn with_frames(frames: u64) -> (Outbound, UnixStream) {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
-        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
         for frame in 1..=frames {
             vmm.write_all(&[1; 1000]).await.unwrap();
             let encoded = async {
@@ -451,7 +463,7 @@ mod tests {
     #[tokio::test]
     async fn more_than_the_backlog_allows_is_never_taken_from_the_vmm() {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
-        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None));
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
         let backlog = Backlog::at(ByteRate(5_000_000));
         outbound.set_backlog(backlog);
         let most = backlog.limit_bytes + backlog.read_bytes;

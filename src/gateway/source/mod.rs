@@ -28,6 +28,7 @@ use crate::proto::ownership::{
     Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
 };
 use crate::proto::page::JournalId;
+use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
 use crate::proto::wire::SessionMessage;
 
@@ -378,13 +379,11 @@ impl SourceDriver {
         // The vmm connects before it answers the command.
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
         copying.begin_stream(clock::now());
-        let window_bytes = link.agreement().limits.window_bytes;
-        let (outbound, end) = Outbound::start(
-            stream,
-            self.entry.migration,
-            window_bytes,
-            Encoder::new(copying.dictionary()),
-        );
+        let agreement = link.agreement();
+        let window_bytes = agreement.limits.window_bytes;
+        let encoder = Encoder::new(copying.reducer(agreement.version));
+        let effort = Effort::for_link(link.capacity());
+        let (outbound, end) = Outbound::start(stream, self.entry.migration, window_bytes, encoder, effort);
         let outbound = Arc::new(outbound);
         self.contact.acknowledges(Arc::clone(&outbound));
         self.stream = Some(Stream {

@@ -13,11 +13,11 @@ pub(super) enum Class {
     Same,
     /// The content of this slot.
     Reference(u32),
-    /// Not known to the destination.
-    Literal,
+    /// Not known to the destination. `previous`: the slot that holds the page as it was last sent, or what took its place there.
+    New { previous: Option<u32> },
 }
 
-/// Finds how to carry the page at `at` and enters it in the dictionary as the destination will.
+/// Finds how to carry the page at `at`, and enters it in the dictionary as the destination will, unless it is new: then that is left to do.
 pub(super) fn classify(
     dictionary: &mut SourceDictionary,
     at: PageAddress,
@@ -32,8 +32,9 @@ pub(super) fn classify(
         dictionary.sent.set(at, slot);
         Class::Reference(slot)
     } else {
-        dictionary.insert(at, digest);
-        Class::Literal
+        Class::New {
+            previous: dictionary.sent.slot(at),
+        }
     }
 }
 
@@ -62,22 +63,23 @@ mod tests {
 
     #[test]
     fn the_cheapest_way_that_is_right_is_taken() {
-        let mut dictionary = SourceDictionary::new(DictionaryLimits::new(8, 8).unwrap());
+        let mut dictionary = SourceDictionary::new(DictionaryLimits::new(8, 8).unwrap(), 8);
         let mut class_of = |page, fill: u8| {
             let content = [fill; PAGE_SIZE];
-            classify(
-                &mut dictionary,
-                PageAddress { block: 0, page },
-                &content,
-                PageDigest::of(&content),
-            )
+            let (at, digest) = (PageAddress { block: 0, page }, PageDigest::of(&content));
+            let class = classify(&mut dictionary, at, &content, digest);
+            if let Class::New { previous } = class {
+                dictionary.insert(at, digest, previous, &content);
+            }
+            class
         };
+        let new = |previous| Class::New { previous };
         assert_eq!(class_of(0, 0), Class::Blank);
-        assert_eq!(class_of(0, 1), Class::Literal);
+        assert_eq!(class_of(0, 1), new(None));
         assert_eq!(class_of(0, 1), Class::Same);
         assert_eq!(class_of(1, 1), Class::Reference(0));
         assert_eq!(class_of(1, 1), Class::Same);
-        assert_eq!(class_of(0, 2), Class::Literal);
+        assert_eq!(class_of(0, 2), new(Some(0)));
         assert_eq!(class_of(1, 2), Class::Reference(1));
         // A page that was blank in between is still known as it was before.
         assert_eq!(class_of(1, 0), Class::Blank);

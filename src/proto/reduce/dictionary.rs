@@ -1,10 +1,11 @@
 //! The session dictionary: what both ends hold, kept in step by the payload sequence alone.
 //!
-//! Every literal page goes to the next slot of a ring, in place of the oldest. So the slot of a literal is its number modulo
-//! the capacity, and neither a slot nor an eviction is ever on the wire.
+//! Every new content, whether it came as a literal or as what changed, goes to the next slot of a ring, in place of the oldest. So its slot is
+//! its number modulo the capacity, and neither a slot nor an eviction is ever on the wire.
 
-use crate::proto::page::{PageAddress, PageDigest};
+use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 
+use super::copies::Copies;
 use super::index::ContentIndex;
 use super::sent::SentPages;
 
@@ -24,7 +25,7 @@ impl DictionaryLimits {
     /// A dictionary of `slots` pages (0: none at all) which remembers what was last sent for the pages of `regions` aligned
     /// regions of 4 MiB of guest memory.
     ///
-    /// The source takes about 20.5 bytes per slot, and the destination's shelf a page; each end takes 4 KiB per region in use.
+    /// The source takes about 20.5 bytes per slot, 4 more and the pages where it holds copies, and the destination's shelf a page; each end takes 4 KiB per region in use.
     ///
     /// # Errors
     /// [`DictionaryTooLarge`] above [`Self::MAX_SLOTS`] or [`Self::MAX_REGIONS`].
@@ -96,22 +97,25 @@ impl SlotRing {
     }
 }
 
-/// The source's side: a digest per slot, and where to find a content.
+/// The source's side: a digest per slot, where to find a content, and copies of some.
 #[derive(Debug)]
 pub(super) struct SourceDictionary {
     ring: SlotRing,
     digests: Vec<PageDigest>,
     index: ContentIndex,
+    copies: Copies,
     pub(super) sent: SentPages,
 }
 
 impl SourceDictionary {
-    pub(super) fn new(limits: DictionaryLimits) -> Self {
+    /// With the bytes of at most `copies` pages.
+    pub(super) fn new(limits: DictionaryLimits, copies: u32) -> Self {
         Self {
             ring: SlotRing::new(limits.slots),
             // Reserved once, so that growth never copies; memory is committed as slots are filled.
             digests: Vec::with_capacity(limits.slots as usize),
             index: ContentIndex::new(limits.slots),
+            copies: Copies::new(copies.min(limits.slots)),
             sent: SentPages::new(limits.regions),
         }
     }
@@ -128,9 +132,21 @@ impl SourceDictionary {
         self.index.find(digest, |slot| self.digests[slot as usize] == digest)
     }
 
-    /// Gives the next slot, in place of what it held, to a literal for `at` with `digest`.
-    pub(super) fn insert(&mut self, at: PageAddress, digest: PageDigest) {
+    /// The bytes in `slot`, where they are held here too.
+    pub(super) fn copy(&self, slot: u32) -> Option<&[u8; PAGE_SIZE]> {
+        self.copies.get(slot)
+    }
+
+    /// Gives the next slot, in place of what it held, to a new `content` of the page `at`, which was last sent from slot `previous`.
+    pub(super) fn insert(
+        &mut self,
+        at: PageAddress,
+        digest: PageDigest,
+        previous: Option<u32>,
+        content: &[u8; PAGE_SIZE],
+    ) {
         let Some(slot) = self.ring.take() else { return };
+        self.copies.put(slot, previous, content);
         match self.digests.get_mut(slot as usize) {
             Some(held) => {
                 self.index.remove(*held, slot);
@@ -143,13 +159,19 @@ impl SourceDictionary {
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.digests.len() * size_of::<PageDigest>() + self.index.memory_bytes() + self.sent.memory_bytes()
+        self.digests.len() * size_of::<PageDigest>()
+            + self.index.memory_bytes()
+            + self.copies.memory_bytes()
+            + self.sent.memory_bytes()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the digests stand for does not matter here.
+    const BLANK: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
     fn digest(seed: u8) -> PageDigest {
         PageDigest([seed; 16])
@@ -160,14 +182,14 @@ mod tests {
     }
 
     fn dictionary(slots: u32) -> SourceDictionary {
-        SourceDictionary::new(DictionaryLimits::new(slots, 4).unwrap())
+        SourceDictionary::new(DictionaryLimits::new(slots, 4).unwrap(), 0)
     }
 
     #[test]
     fn the_oldest_content_makes_room_and_is_found_no_more() {
         let mut dictionary = dictionary(2);
         for seed in 0..3 {
-            dictionary.insert(at(seed.into()), digest(seed));
+            dictionary.insert(at(seed.into()), digest(seed), None, &BLANK);
         }
         assert_eq!(dictionary.find(digest(0)), None);
         assert_eq!(dictionary.find(digest(1)), Some(1));
@@ -180,7 +202,7 @@ mod tests {
         let mut dictionary = dictionary(slots);
         let content = |literal: u32| PageDigest::of(&literal.to_le_bytes());
         for literal in 0..20 * slots {
-            dictionary.insert(at(0), content(literal));
+            dictionary.insert(at(0), content(literal), None, &BLANK);
         }
         let held = (19 * slots..20 * slots)
             .filter(|&literal| dictionary.find(content(literal)).is_some())
@@ -191,18 +213,18 @@ mod tests {
     #[test]
     fn a_page_is_same_only_while_its_slot_holds_its_content() {
         let mut dictionary = dictionary(1);
-        dictionary.insert(at(0), digest(1));
+        dictionary.insert(at(0), digest(1), None, &BLANK);
         assert!(dictionary.is_same(at(0), digest(1)));
         assert!(!dictionary.is_same(at(0), digest(2)));
         assert!(!dictionary.is_same(at(1), digest(1)));
-        dictionary.insert(at(1), digest(2));
+        dictionary.insert(at(1), digest(2), None, &BLANK);
         assert!(!dictionary.is_same(at(0), digest(1)));
     }
 
     #[test]
     fn no_dictionary_holds_nothing() {
         let mut dictionary = dictionary(0);
-        dictionary.insert(at(0), digest(1));
+        dictionary.insert(at(0), digest(1), None, &BLANK);
         assert!(!dictionary.is_same(at(0), digest(1)));
         assert_eq!(dictionary.find(digest(1)), None);
     }
@@ -210,9 +232,9 @@ mod tests {
     #[test]
     fn a_dictionary_of_as_many_pages_as_the_guest_has_costs_about_24_bytes_a_page() {
         let pages = 1 << 16;
-        let mut dictionary = SourceDictionary::new(DictionaryLimits::new(pages, pages / 1024).unwrap());
+        let mut dictionary = SourceDictionary::new(DictionaryLimits::new(pages, pages / 1024).unwrap(), 0);
         for page in 0..pages {
-            dictionary.insert(at(page.into()), PageDigest::of(&page.to_le_bytes()));
+            dictionary.insert(at(page.into()), PageDigest::of(&page.to_le_bytes()), None, &BLANK);
         }
         let per_page = dictionary.memory_bytes() as f64 / f64::from(pages);
         assert!(per_page < 24.6, "{per_page}");

@@ -1,8 +1,8 @@
 //! Stage 2: a batch of records as one payload, and back.
 //!
 //! ```text
-//! records → Batch → digest → classify → dictionary ─┬→ ops ────────────────┐
-//!                                                   └→ literals → groups ──┴→ payload
+//! records → Batch → digest → classify → dictionary ─┬→ ops ───────────────────────────────────────────┐
+//!                                                   └→ literals, or what changed (delta) → groups ──┴→ payload
 //! payload → ops + literals + page shelf → the exact bytes of the vmm stream
 //! ```
 //!
@@ -11,15 +11,19 @@
 //! dictionary. Nothing is asked of the peer and nothing can be missed: what the dictionary holds, and what it evicts, is a
 //! function of the payload sequence alone, so both ends compute it and neither tells the other.
 //!
-//! The source keeps no page contents, only digests; the destination keeps the bytes, on a [`PageShelf`].
+//! The source keeps a digest of each page, and of as many as it may the bytes too, to send what changed in them; the destination keeps the bytes
+//! of all, on a [`PageShelf`].
 //!
 //! This stage does not parse the vmm stream, frame or order payloads, or check the whole: the session does the second, and
 //! the running digest of the stream the third.
 
 mod batch;
 mod classify;
+mod copies;
+mod delta;
 mod dictionary;
 mod digest;
+mod effort;
 mod group;
 mod index;
 mod ops;
@@ -35,6 +39,7 @@ mod varint;
 pub use self::batch::{Batch, Batches, batches};
 pub use self::dictionary::{DictionaryLimits, DictionaryTooLarge};
 pub use self::digest::digest_many;
+pub use self::effort::{Effort, EffortControl};
 pub use self::payload::PayloadError;
 pub use self::reducer::Reducer;
 pub use self::restorer::{RestoreError, Restorer};

@@ -6,14 +6,16 @@
 //!  1 same                 pages, each identical to what was last sent for it, zeroes aside
 //!  2 reference            pages, then varint slot: zigzag of its distance from the slot after the last reference's
 //!  3                      kept: reference by digest
-//!  4, 5                   kept: deltas
+//!  4 delta                pages, each what changed in its previous version (`delta.rs`); edits from the groups
+//!  5 delta                the same, edits from plain
 //!  6 literal              pages, content from the groups
 //!  7 raw                  pages, content from plain
 //!  8 bytes                varint len; from the groups, or with flag 1 from plain
 //!  9                      kept: reference to stream bytes
 //! 10 blank                page records with content that is all zeroes
 //! 11 block                varint number: the block of what follows, from its page 0 on; with flag 1 then u8 n, name[n]: its name from now on
-//! 12 to 15                kept
+//! 12 delta                pages, each with its previous version as dictionary: varint n, lz4 block[n] from plain
+//! 13 to 15                kept
 //!
 //! pages: a run of adjacent pages (and of adjacent slots)
 //!  flag 8                 the first record carries the block's name; all others continue
@@ -44,6 +46,12 @@ pub(super) enum PageOp {
     Zero,
     Same,
     Reference,
+    /// Edits in the groups.
+    Delta,
+    /// Edits beside the groups.
+    PlainDelta,
+    /// Compressed with its previous version as dictionary.
+    Similar,
     Literal,
     Raw,
     Blank,
@@ -55,9 +63,12 @@ impl PageOp {
             Self::Zero => 0,
             Self::Same => 1,
             Self::Reference => 2,
+            Self::Delta => 4,
+            Self::PlainDelta => 5,
             Self::Literal => 6,
             Self::Raw => 7,
             Self::Blank => 10,
+            Self::Similar => 12,
         }
     }
 
@@ -66,9 +77,12 @@ impl PageOp {
             0 => Self::Zero,
             1 => Self::Same,
             2 => Self::Reference,
+            4 => Self::Delta,
+            5 => Self::PlainDelta,
             6 => Self::Literal,
             7 => Self::Raw,
             10 => Self::Blank,
+            12 => Self::Similar,
             _ => return None,
         })
     }
@@ -370,9 +384,9 @@ mod tests {
         Ok(all)
     }
 
-    /// Golden: format 1 must not change.
+    /// Golden: format 2 must not change.
     #[test]
-    fn ops_of_format_1_have_these_bytes() {
+    fn ops_of_format_2_have_these_bytes() {
         let mut writer = OpWriter::default();
         writer.select_block(3, Some(b"pc.ram"));
         writer.page(PageOp::Zero, record(0, false), 0);
@@ -386,6 +400,10 @@ mod tests {
         writer.page(PageOp::Literal, record(12, true), 0);
         writer.page(PageOp::Raw, record(13, true), 0);
         writer.page(PageOp::Blank, record(14, false), 0);
+        writer.page(PageOp::Delta, record(15, true), 0);
+        writer.page(PageOp::Delta, record(16, true), 0);
+        writer.page(PageOp::PlainDelta, record(17, true), 0);
+        writer.page(PageOp::Similar, record(18, true), 0);
         let expected: &[&[u8]] = &[
             b"\xb1\x03\x06pc.ram",
             b"\x09\x01",
@@ -396,6 +414,9 @@ mod tests {
             b"\x60",
             b"\x70",
             b"\xa8",
+            b"\x41\x00",
+            b"\x50",
+            b"\xc0",
         ];
         assert_eq!(writer.finish(), expected.concat());
 
@@ -413,6 +434,9 @@ mod tests {
             pages(PageOp::Literal, record(12, true), 1, 0),
             pages(PageOp::Raw, record(13, true), 1, 0),
             pages(PageOp::Blank, record(14, false), 1, 0),
+            pages(PageOp::Delta, record(15, true), 2, 0),
+            pages(PageOp::PlainDelta, record(17, true), 1, 0),
+            pages(PageOp::Similar, record(18, true), 1, 0),
         ];
         assert_eq!(read_all(&expected.concat()), Ok(ops));
     }
@@ -420,7 +444,7 @@ mod tests {
     #[test]
     fn ops_and_flags_that_are_kept_for_later_are_refused() {
         let block = [0xb0, 3];
-        for op in [0x30, 0x40, 0x50, 0x82, 0x90, 0xb2, 0xc0, 0xd0, 0xe0, 0xf0, 0x06] {
+        for op in [0x30, 0x82, 0x90, 0xb2, 0xd0, 0xe0, 0xf0, 0x06] {
             let ops = [block.as_slice(), &[op, 1, 1, 1]].concat();
             assert_eq!(read_all(&ops), Err(PayloadError::UnknownOp { op }), "{op:#x}");
         }

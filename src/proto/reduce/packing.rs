@@ -1,12 +1,17 @@
 //! Where literal bytes go: into groups that are compressed, or beside them where compressing has lately not paid.
 
-use super::group::{Codec, Encoder, GROUP_BYTES};
+use crate::proto::page::PAGE_SIZE;
+
+use super::effort::Effort;
+use super::group::{Encoder, GROUP_BYTES};
 
 /// Where literal bytes come from. What was incompressible is remembered by origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
     /// Bytes of the stream that are not pages.
     Opaque,
+    /// What changed in pages.
+    Edits,
     /// Pages of a region that nobody remembers.
     Unremembered,
     /// Pages of this region.
@@ -23,6 +28,8 @@ pub(super) struct Packer {
     /// Bytes in this group by origin.
     shares: Vec<(Origin, usize)>,
     patience: Patience,
+    /// What a page has taken of late.
+    page_bytes: usize,
     packed: Packed,
 }
 
@@ -33,9 +40,9 @@ pub(super) struct Packed {
     pub(super) coded: Vec<u8>,
     /// Bytes of content in them.
     pub(super) content_len: usize,
-    /// Pages that begin in a compressed group.
+    /// Pages that begin in a group which compressing made smaller.
     pub(super) compressed_pages: u64,
-    /// Pages that begin in a stored group.
+    /// Pages that begin in another.
     pub(super) stored_pages: u64,
 }
 
@@ -47,8 +54,19 @@ impl Packer {
             group_pages: 0,
             shares: Vec::new(),
             patience: Patience::default(),
+            page_bytes: PAGE_SIZE / 2,
             packed: Packed::default(),
         }
+    }
+
+    /// How hard to compress from now on.
+    pub(super) fn set_effort(&mut self, effort: Effort) {
+        self.encoder.set_effort(effort);
+    }
+
+    /// About how many bytes a page takes as a literal, by those of late.
+    pub(super) fn expected_page(&self) -> usize {
+        self.page_bytes
     }
 
     /// Whether `content` (at most [`GROUP_BYTES`]) is worth packing.
@@ -102,15 +120,22 @@ impl Packer {
     }
 
     fn close_group(&mut self) {
-        let codec = self.encoder.encode(&self.group, &mut self.packed.coded);
+        let before = self.packed.coded.len();
+        let pays = self.encoder.encode(&self.group, &mut self.packed.coded);
+        let coded = self.packed.coded.len() - before;
+        if self.group_pages > 0 {
+            let page_bytes = (PAGE_SIZE * coded / self.group.len()).min(PAGE_SIZE);
+            self.page_bytes = (3 * self.page_bytes + page_bytes) / 4;
+        }
         self.packed.content_len += self.group.len();
-        match codec {
-            Codec::Stored => self.packed.stored_pages += self.group_pages,
-            Codec::Lz4 => self.packed.compressed_pages += self.group_pages,
+        if pays {
+            self.packed.compressed_pages += self.group_pages;
+        } else {
+            self.packed.stored_pages += self.group_pages;
         }
         // A share too small to have decided the group says nothing about its origin. Nor does a small group: the tail
         // of a batch, or a few headers.
-        if codec == Codec::Stored && self.group.len() >= TELLING_BYTES {
+        if !pays && self.group.len() >= TELLING_BYTES {
             for &(origin, bytes) in &self.shares {
                 if bytes * 8 >= self.group.len() {
                     self.patience.learn(origin, false);
@@ -163,8 +188,9 @@ impl Patience {
 fn cell(origin: Origin) -> usize {
     match origin {
         Origin::Opaque => 0,
-        Origin::Unremembered => 1,
-        Origin::Region(region) => 2 + region as usize,
+        Origin::Edits => 1,
+        Origin::Unremembered => 2,
+        Origin::Region(region) => 3 + region as usize,
     }
 }
 
@@ -174,7 +200,6 @@ const PROBE_EVERY: u8 = 32;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::page::PAGE_SIZE;
 
     fn noise(seed: u64) -> Vec<u8> {
         let mut state = seed;

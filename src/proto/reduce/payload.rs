@@ -1,7 +1,7 @@
 //! The bytes of a payload.
 //!
 //! ```text
-//! u8     format = 1
+//! u8     format = 2; 1 where there are neither deltas nor zstd in the session
 //! varint sequence         of this payload in the session, from 0
 //! varint raw_len          bytes of vmm stream
 //! varint ops_len, packed_len, plain_len
@@ -12,10 +12,15 @@
 //!
 //! Integers are LEB128 (`varint.rs`).
 
+use crate::proto::page::PageAddress;
+
 use super::{MAX_BATCH_BYTES, MAX_PAYLOAD_BYTES, varint};
 
 /// What the first byte of a payload says.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
+
+/// The format before there were deltas and zstd. Everything it has means the same now.
+const FORMAT_WITHOUT_DELTAS: u8 = 1;
 
 /// The lengths at the front of a payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +33,9 @@ pub(super) struct Head {
 }
 
 impl Head {
-    pub(super) fn write(&self, out: &mut Vec<u8>) {
-        out.push(FORMAT);
+    /// `plainly`: for a destination that knows neither deltas nor zstd.
+    pub(super) fn write(&self, plainly: bool, out: &mut Vec<u8>) {
+        out.push(if plainly { FORMAT_WITHOUT_DELTAS } else { FORMAT });
         varint::write(self.sequence, out);
         for len in [self.raw_len, self.ops_len, self.packed_len, self.plain_len] {
             varint::write(len as u64, out);
@@ -42,7 +48,7 @@ impl Head {
             return Err(PayloadError::TooLarge);
         }
         match payload.split_off_first() {
-            Some(&FORMAT) => {}
+            Some(&(FORMAT | FORMAT_WITHOUT_DELTAS)) => {}
             Some(&format) => return Err(PayloadError::UnknownFormat { format }),
             None => return Err(PayloadError::Truncated),
         }
@@ -53,7 +59,7 @@ impl Head {
             *len = usize::try_from(value).unwrap_or(usize::MAX);
         }
         let [raw_len, ops_len, packed_len, plain_len] = lengths;
-        // Every literal byte is a byte of the stream.
+        // Every literal byte is a byte of the stream, and edits are shorter than their page.
         if raw_len > MAX_BATCH_BYTES || packed_len > raw_len || plain_len > raw_len - packed_len {
             return Err(PayloadError::TooLarge);
         }
@@ -119,6 +125,12 @@ pub enum PayloadError {
     /// A page number outside 0 to 2^52 - 1.
     #[error("it has a page address out of range")]
     AddressOutOfRange,
+    /// What changed in a page does not fit a page, or does not decompress to one.
+    #[error("it has a change of page {} of block {} that does not make a page", at.page, at.block)]
+    DamagedDelta {
+        /// The page.
+        at: PageAddress,
+    },
     /// A slot number outside 0 to 2^32 - 1.
     #[error("it has a slot number out of range")]
     SlotOutOfRange,

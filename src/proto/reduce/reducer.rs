@@ -2,45 +2,68 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
 
 use crate::proto::page::{PAGE_SIZE, PageDigest};
 use crate::proto::vmm_stream::PageRecord;
 
 use super::batch::{Batch, Piece, page_at};
 use super::classify::{Class, classify};
+use super::delta::{Delta, DeltaEncoder};
 use super::dictionary::{DictionaryLimits, SourceDictionary};
+use super::effort::Effort;
 use super::ops::{OpWriter, PageOp};
 use super::packing::{Origin, Packer};
 use super::payload::Head;
 use super::stats::BatchStats;
+use super::varint;
 
 /// Encodes the batches of one session, in order.
 ///
 /// What a payload means depends on every payload before it, so all of them must reach the [`Restorer`](super::Restorer), in
 /// the order in which they were encoded; what is sent again after a cut is the payload, never the batch encoded once more.
 pub struct Reducer {
+    /// No deltas and no zstd.
+    plainly: bool,
     dictionary: SourceDictionary,
     /// Names that the destination knows.
     names: HashMap<u16, Vec<u8>>,
     sequence: u64,
     ops: OpWriter,
     packer: Packer,
-    /// Parts of the batch that are carried uncompressed beside the groups.
-    plain: Vec<Range<usize>>,
+    deltas: DeltaEncoder,
+    /// Bytes that are carried as they are beside the groups.
+    plain: Vec<u8>,
 }
 
 impl Reducer {
-    /// Starts a session with an empty dictionary.
+    /// Starts a session with an empty dictionary, which remembers the bytes of at most `copies` pages to send what changed in them.
     #[must_use]
-    pub fn new(limits: DictionaryLimits) -> Self {
+    pub fn new(limits: DictionaryLimits, copies: u32) -> Self {
         Self {
-            dictionary: SourceDictionary::new(limits),
+            plainly: false,
+            dictionary: SourceDictionary::new(limits, copies),
             names: HashMap::new(),
             sequence: 0,
             ops: OpWriter::default(),
             packer: Packer::new(),
+            deltas: DeltaEncoder::default(),
             plain: Vec::new(),
+        }
+    }
+
+    /// Starts a session with a destination of before wire version 4, which knows neither deltas nor zstd.
+    #[must_use]
+    pub fn without_deltas(limits: DictionaryLimits) -> Self {
+        Self {
+            plainly: true,
+            ..Self::new(limits, 0)
+        }
+    }
+
+    /// How hard to compress from the next batch on.
+    pub fn set_effort(&mut self, effort: Effort) {
+        if !self.plainly {
+            self.packer.set_effort(effort);
         }
     }
 
@@ -74,7 +97,7 @@ impl Reducer {
                         .next()
                         .expect("a batch is encoded with a digest for each of its pages");
                     self.select_block(batch, record);
-                    self.encode_page(batch.bytes, record, content, digest, &mut stats);
+                    self.encode_page(record, page_at(batch.bytes, content), digest, &mut stats);
                 }
             }
         }
@@ -87,15 +110,13 @@ impl Reducer {
             raw_len: batch.bytes.len(),
             ops_len: ops.len(),
             packed_len: packed.content_len,
-            plain_len: self.plain.iter().map(Range::len).sum(),
+            plain_len: self.plain.len(),
         };
-        head.write(out);
+        head.write(self.plainly, out);
         out.reserve(ops.len() + packed.coded.len() + head.plain_len);
         out.extend_from_slice(ops);
         out.extend_from_slice(&packed.coded);
-        for part in &self.plain {
-            out.extend_from_slice(&batch.bytes[part.clone()]);
-        }
+        out.extend_from_slice(&self.plain);
         self.sequence += 1;
         stats.bytes_out = (out.len() - start) as u64;
         stats
@@ -123,13 +144,11 @@ impl Reducer {
 
     fn encode_page(
         &mut self,
-        bytes: &[u8],
         record: PageRecord,
-        start: usize,
+        content: &[u8; PAGE_SIZE],
         digest: PageDigest,
         stats: &mut BatchStats,
     ) {
-        let content = page_at(bytes, start);
         match classify(&mut self.dictionary, record.at, content, digest) {
             Class::Blank => {
                 self.ops.page(PageOp::Blank, record, 0);
@@ -143,21 +162,54 @@ impl Reducer {
                 self.ops.page(PageOp::Reference, record, slot);
                 stats.pages.reference += 1;
             }
-            Class::Literal => {
-                let origin = self
-                    .dictionary
-                    .sent
-                    .region(record.at)
-                    .map_or(Origin::Unremembered, Origin::Region);
-                if self.packer.is_worth_packing(origin, content) {
-                    self.ops.page(PageOp::Literal, record, 0);
-                    self.packer.push_page(origin, content);
+            Class::New { previous } => {
+                if self.encode_delta(record, previous, content) {
+                    stats.pages.delta += 1;
+                    self.dictionary.insert(record.at, digest, previous, content);
                 } else {
-                    self.ops.page(PageOp::Raw, record, 0);
-                    self.plain.push(start..start + PAGE_SIZE);
-                    stats.pages.raw += 1;
+                    self.dictionary.insert(record.at, digest, previous, content);
+                    self.encode_literal(record, content, stats);
                 }
             }
+        }
+    }
+
+    /// Carries the page as what changed since it was last sent, where that is known and pays.
+    fn encode_delta(&mut self, record: PageRecord, previous: Option<u32>, content: &[u8; PAGE_SIZE]) -> bool {
+        let Some(previous) = previous.and_then(|slot| self.dictionary.copy(slot)) else {
+            return false;
+        };
+        match self.deltas.encode(previous, content, self.packer.expected_page()) {
+            Some(Delta::Edits(edits)) => {
+                if self.packer.is_worth_packing(Origin::Edits, edits) {
+                    self.ops.page(PageOp::Delta, record, 0);
+                    self.packer.push(Origin::Edits, edits);
+                } else {
+                    self.ops.page(PageOp::PlainDelta, record, 0);
+                    self.plain.extend_from_slice(edits);
+                }
+                true
+            }
+            Some(Delta::Similar(coded)) => {
+                self.ops.page(PageOp::Similar, record, 0);
+                varint::write(coded.len() as u64, &mut self.plain);
+                self.plain.extend_from_slice(coded);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn encode_literal(&mut self, record: PageRecord, content: &[u8; PAGE_SIZE], stats: &mut BatchStats) {
+        let region = self.dictionary.sent.region(record.at);
+        let origin = region.map_or(Origin::Unremembered, Origin::Region);
+        if self.packer.is_worth_packing(origin, content) {
+            self.ops.page(PageOp::Literal, record, 0);
+            self.packer.push_page(origin, content);
+        } else {
+            self.ops.page(PageOp::Raw, record, 0);
+            self.plain.extend_from_slice(content);
+            stats.pages.raw += 1;
         }
     }
 
@@ -172,7 +224,7 @@ impl Reducer {
             if packed {
                 self.packer.push(Origin::Opaque, content);
             } else {
-                self.plain.push(part.clone());
+                self.plain.extend_from_slice(content);
             }
             start = part.end;
         }

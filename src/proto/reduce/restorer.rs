@@ -6,8 +6,9 @@ use std::fmt;
 use crate::proto::page::{PAGE_SIZE, PageAddress};
 use crate::proto::vmm_stream::{PageKind, PageRecord, write_page_header};
 
+use super::delta;
 use super::dictionary::{DictionaryLimits, SlotRing};
-use super::group::{self, Codec, GROUP_BYTES, GroupError};
+use super::group::{Decoder, GROUP_BYTES, GroupError};
 use super::ops::{Op, OpReader, PageOp, Run};
 use super::payload::{Head, PayloadError};
 use super::sent::SentPages;
@@ -24,8 +25,9 @@ pub struct Restorer<S> {
     sequence: Option<u64>,
     /// Content of the groups of one payload, at most [`MAX_BATCH_BYTES`](super::MAX_BATCH_BYTES).
     packed: Vec<u8>,
-    /// How each of those groups was coded.
-    codecs: Vec<Codec>,
+    /// Whether compressing each of those groups paid.
+    paid: Vec<bool>,
+    groups: Decoder,
 }
 
 impl<S: PageShelf> Restorer<S> {
@@ -38,7 +40,8 @@ impl<S: PageShelf> Restorer<S> {
             names: HashMap::new(),
             sequence: Some(0),
             packed: Vec::new(),
-            codecs: Vec::new(),
+            paid: Vec::new(),
+            groups: Decoder::new(),
         }
     }
 
@@ -116,7 +119,7 @@ impl<S: PageShelf> Restorer<S> {
                         shelf: &mut self.shelf,
                         ring: &mut self.ring,
                         sent: &mut self.sent,
-                        codecs: &self.codecs,
+                        paid: &self.paid,
                     };
                     let number = run.first.at.block;
                     let name = self
@@ -140,14 +143,14 @@ impl<S: PageShelf> Restorer<S> {
         if self.packed.len() < packed_len {
             self.packed.resize(packed_len, 0);
         }
-        self.codecs.clear();
+        self.paid.clear();
         for content in self.packed[..packed_len].chunks_mut(GROUP_BYTES) {
-            let codec = group::decode(rest, content).map_err(|error| match error {
+            let paid = self.groups.decode(rest, content).map_err(|error| match error {
                 GroupError::Truncated => PayloadError::Truncated,
                 GroupError::UnknownCodec(codec) => PayloadError::UnknownCodec { codec },
                 GroupError::Damaged => PayloadError::DamagedGroup,
             })?;
-            self.codecs.push(codec);
+            self.paid.push(paid);
         }
         Ok(())
     }
@@ -194,6 +197,14 @@ impl<'a> Literals<'a> {
         }
         Ok(taken)
     }
+
+    /// Lets `read` take what it needs off the front of the groups' content.
+    fn take_packed<T>(&mut self, read: impl FnOnce(&mut &'a [u8]) -> T) -> T {
+        let before = self.packed.len();
+        let taken = read(&mut self.packed);
+        self.packed_offset += before - self.packed.len();
+        taken
+    }
 }
 
 /// What a run of pages reads and changes.
@@ -201,7 +212,7 @@ struct Pages<'a, S> {
     shelf: &'a mut S,
     ring: &'a mut SlotRing,
     sent: &'a mut SentPages,
-    codecs: &'a [Codec],
+    paid: &'a [bool],
 }
 
 impl<S: PageShelf> Pages<'_, S> {
@@ -251,12 +262,19 @@ impl<S: PageShelf> Pages<'_, S> {
                     self.sent.set(at, slot);
                     counts.reference += 1;
                 }
+                PageOp::Delta | PageOp::PlainDelta | PageOp::Similar => {
+                    let slot = self.sent.slot(at).ok_or(RestoreError::NeverSent { at })?;
+                    let page = self.changed(run.op, at, slot, literals)?;
+                    self.keep(at, &page, output.out)?;
+                    counts.delta += 1;
+                }
                 PageOp::Literal => {
-                    let codec = self.codecs.get(literals.packed_offset / GROUP_BYTES);
+                    let paid = self.paid.get(literals.packed_offset / GROUP_BYTES);
                     self.keep(at, literals.take(false, PAGE_SIZE)?, output.out)?;
-                    match codec {
-                        Some(Codec::Lz4) => counts.literal += 1,
-                        Some(Codec::Stored) | None => counts.raw += 1,
+                    if paid == Some(&true) {
+                        counts.literal += 1;
+                    } else {
+                        counts.raw += 1;
                     }
                 }
                 PageOp::Raw => {
@@ -275,6 +293,31 @@ impl<S: PageShelf> Pages<'_, S> {
         let start = out.len();
         out.resize(start + PAGE_SIZE, 0);
         Ok(self.shelf.get(slot, &mut out[start..])?)
+    }
+
+    /// The page at `at`, whose previous version is in `slot`.
+    fn changed(
+        &mut self,
+        op: PageOp,
+        at: PageAddress,
+        slot: u32,
+        literals: &mut Literals<'_>,
+    ) -> Result<[u8; PAGE_SIZE], RestoreError> {
+        if !self.ring.holds(slot) {
+            return Err(RestoreError::EmptySlot { slot });
+        }
+        let mut page = [0; PAGE_SIZE];
+        self.shelf.get(slot, &mut page)?;
+        let changed = match op {
+            PageOp::Delta => literals.take_packed(|packed| delta::apply(packed, &mut page)),
+            PageOp::PlainDelta => delta::apply(&mut literals.plain, &mut page),
+            _ => {
+                let previous = page;
+                delta::restore_similar(&mut literals.plain, &previous, &mut page)
+            }
+        };
+        changed.ok_or(PayloadError::DamagedDelta { at })?;
+        Ok(page)
     }
 
     fn keep(&mut self, at: PageAddress, page: &[u8], out: &mut Vec<u8>) -> Result<(), RestoreError> {
@@ -301,8 +344,8 @@ pub enum RestoreError {
         /// The number that came.
         found: u64,
     },
-    /// A page that was to be repeated has not been sent in this session.
-    #[error("the peer said that page {} of block {} is unchanged, but never sent it", at.page, at.block)]
+    /// A page that was to be repeated or changed has not been sent in this session.
+    #[error("the peer spoke of page {} of block {} as it was sent before, but never sent it", at.page, at.block)]
     NeverSent {
         /// The page.
         at: PageAddress,

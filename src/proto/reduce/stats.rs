@@ -11,7 +11,7 @@ pub struct PageCounts {
     pub same: u64,
     /// Content that the dictionary holds.
     pub reference: u64,
-    /// Sent as a difference from the page's previous version. No payload of format 1 has any.
+    /// Sent as a difference from the page's previous version.
     pub delta: u64,
     /// Carried compressed.
     pub literal: u64,

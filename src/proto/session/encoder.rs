@@ -5,7 +5,7 @@
 use bytes::Bytes;
 
 use crate::proto::page::StreamDigest;
-use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer, batches};
+use crate::proto::reduce::{Effort, PageCounts, Reducer, batches};
 use crate::proto::vmm_stream::qemu::QemuParser;
 use crate::proto::vmm_stream::{Record, StreamEvent};
 use crate::proto::wire::FrameKind;
@@ -62,12 +62,12 @@ struct Reduction {
 }
 
 impl Encoder {
-    /// An encoder that carries the bytes as they are (`None`), or reduces them with a dictionary of these limits.
+    /// An encoder that carries the bytes as they are (`None`), or reduces them.
     #[must_use]
-    pub fn new(dictionary: Option<DictionaryLimits>) -> Self {
-        let reduction = dictionary.map(|limits| Reduction {
+    pub fn new(reducer: Option<Reducer>) -> Self {
+        let reduction = reducer.map(|reducer| Reduction {
             parser: QemuParser::default(),
-            reducer: Reducer::new(limits),
+            reducer,
             pending: Vec::new(),
             records: Vec::new(),
             block_names: Vec::new(),
@@ -78,6 +78,13 @@ impl Encoder {
             bytes: 0,
             reduction,
             held: false,
+        }
+    }
+
+    /// How hard to compress from now on.
+    pub fn set_effort(&mut self, effort: Effort) {
+        if let Some(reduction) = &mut self.reduction {
+            reduction.reducer.set_effort(effort);
         }
     }
 
@@ -168,10 +175,11 @@ fn plain(piece: &[u8]) -> EncodedFrame {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::reduce::DictionaryLimits;
 
     #[test]
     fn the_end_of_a_stream_whose_memory_was_not_recognised_is_held() {
-        let mut encoder = Encoder::new(DictionaryLimits::new(16, 4).ok());
+        let mut encoder = Encoder::new(Some(Reducer::new(DictionaryLimits::new(16, 4).unwrap(), 16)));
         let (mut before, mut end) = (Vec::new(), Vec::new());
         encoder.feed(b"QEVM\0\0\0\x03", &mut before);
         // EOF and a description of two bytes.
