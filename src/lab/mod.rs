@@ -7,7 +7,7 @@
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
 //! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
 //! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move, [`goodput`] fills
-//! links without a guest. [`record`] is what one
+//! links without a guest, [`recording`] keeps what a hypervisor sends. [`record`] is what one
 //! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
 pub mod application;
@@ -28,6 +28,7 @@ pub mod plan;
 pub mod prober;
 pub mod process;
 pub mod record;
+pub mod recording;
 pub mod report;
 mod site;
 mod stage;
@@ -45,6 +46,7 @@ use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
 pub use self::plan::PlanArgs;
 pub use self::prober::ProbeArgs;
+pub use self::recording::RecordArgs;
 pub use self::report::ReportArgs;
 
 /// `longhaul lab …`: measurements and demonstrations on this machine.
@@ -58,6 +60,8 @@ pub enum LabCommand {
     Plan(Box<PlanArgs>),
     /// Fills links by two gateways and by the kernel's TCP, one after the other, and shows what arrives.
     Goodput(GoodputArgs),
+    /// Records the vmm stream of the lab's guest into a file, for cargo bench --bench streams.
+    Record(Box<RecordArgs>),
     /// Makes a report of what the lab measured: DIR/index.html, and DIR/report.md with its pictures.
     Report(ReportArgs),
     /// Compares the medians of two files of runs, cell by cell.
@@ -76,6 +80,7 @@ impl LabCommand {
             Self::Kill(args) => kill::run(*args).await,
             Self::Plan(args) => plan::run(*args).await,
             Self::Goodput(args) => goodput::run(args).await,
+            Self::Record(args) => recording::run(*args).await,
             Self::Report(args) => args.run(),
             Self::Compare(args) => args.run(),
             Self::Guest(args) => args.run(),
