@@ -16,7 +16,8 @@ use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::{Round, Totals};
 use crate::proto::precopy::{
-    Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds, Sample,
+    Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds,
+    Sample, usable_ratio,
 };
 use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer};
 use crate::proto::wire::hello;
@@ -173,7 +174,7 @@ impl Copying {
                     .saturating_mul(crate::proto::page::PAGE_SIZE as u64),
             ),
             goodput,
-            reduction_ratio: self.ratio.pessimistic(),
+            reduction_ratio: usable_ratio(self.ratio.pessimistic(), goodput, outbound.encoder_rate()),
         };
         let decision = self.policy.decide(&sample);
         let outlook = self

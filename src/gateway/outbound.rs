@@ -16,8 +16,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use super::clock;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
-use crate::proto::precopy::Backlog;
 use crate::proto::precopy::rounds::Totals;
+use crate::proto::precopy::{Backlog, EncoderMeter};
 use crate::proto::reduce::{Effort, EffortControl, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
@@ -65,6 +65,8 @@ struct Shared {
     ran_dry: AtomicBool,
     /// The same, since the encoder last looked.
     starved: AtomicBool,
+    /// Vmm bytes a second that the encoder takes while it works; 0 is unknown.
+    encoder_rate: AtomicU64,
     /// Lane bytes that QUIC was given in this incarnation.
     given_bytes: AtomicU64,
     /// Of what the peer did not have after cuts, what QUIC had not sent before them.
@@ -99,6 +101,7 @@ impl Outbound {
             leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
             starved: AtomicBool::new(false),
+            encoder_rate: AtomicU64::new(0),
             given_bytes: AtomicU64::new(0),
             never_left_bytes: AtomicU64::new(0),
             encoding_bytes: AtomicU64::new(0),
@@ -255,6 +258,11 @@ impl Outbound {
         !self.shared.ran_dry.swap(!waiting, Ordering::Relaxed) && waiting
     }
 
+    /// Vmm bytes a second that the encoder takes while it works, once that is known.
+    pub(crate) fn encoder_rate(&self) -> Option<ByteRate> {
+        Some(ByteRate(self.shared.encoder_rate.load(Ordering::Relaxed))).filter(|rate| rate.0 > 0)
+    }
+
     /// Bytes sent and not yet acknowledged by the far decoder.
     pub(crate) fn outstanding_bytes(&self) -> u64 {
         self.shared.session().outstanding_bytes()
@@ -385,12 +393,17 @@ fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encod
     let mut frames = Vec::new();
     let mut control = EffortControl::new(clock::now(), effort, Effort::MOST);
     encoder.set_effort(effort);
+    let mut meter = EncoderMeter::default();
     while let Some(chunk) = chunks.blocking_recv() {
         let began = clock::now();
         encoder.feed(&chunk, &mut frames);
         let now = clock::now();
+        let took = now.saturating_duration_since(began);
+        if let Some(rate) = meter.observe(chunk.len() as u64, took) {
+            shared.encoder_rate.store(rate.0, Ordering::Relaxed);
+        }
         let starved = shared.starved.swap(false, Ordering::Relaxed);
-        encoder.set_effort(control.observe(now, now.saturating_duration_since(began), starved));
+        encoder.set_effort(control.observe(now, took, starved));
         *shared.pages() = encoder.pages();
         shared.push(&mut frames, false);
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);

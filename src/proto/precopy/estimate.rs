@@ -93,6 +93,44 @@ impl PathMeter {
     }
 }
 
+/// Vmm bytes per second that the encoder takes while it works: what limits once almost nothing has to cross.
+#[derive(Debug, Default)]
+pub struct EncoderMeter {
+    bytes: u64,
+    took: Duration,
+    rate: Option<f64>,
+}
+
+impl EncoderMeter {
+    /// Vmm bytes of one sample.
+    const WINDOW: u64 = 1 << 20;
+
+    /// The encoder took `bytes` in `took`. Its rate; `None` before enough of them.
+    pub fn observe(&mut self, bytes: u64, took: Duration) -> Option<ByteRate> {
+        self.bytes += bytes;
+        self.took += took;
+        if self.bytes >= Self::WINDOW {
+            let sample = self.bytes as f64 / self.took.max(Duration::from_micros(1)).as_secs_f64();
+            self.rate = Some(self.rate.map_or(sample, |rate| (3.0 * rate + sample) / 4.0));
+            (self.bytes, self.took) = (0, Duration::ZERO);
+        }
+        self.rate.map(|rate| ByteRate(rate as u64))
+    }
+}
+
+/// The ratio that a path of this goodput can make use of, where the encoder takes no more than `encoder`. A third is left for what else is to be done
+/// with each byte, at both ends.
+#[must_use]
+pub fn usable_ratio(ratio: f64, goodput: ByteRate, encoder: Option<ByteRate>) -> f64 {
+    let most = encoder.map_or(f64::INFINITY, |encoder| {
+        encoder.0 as f64 * 2.0 / 3.0 / goodput.0.max(1) as f64
+    });
+    ratio.min(most).max(LEAST_RATIO)
+}
+
+/// Ratios are never below this.
+const LEAST_RATIO: f64 = 0.01;
+
 /// Vmm bytes per frame byte, of late and pessimistic: the worst of the last [`Self::WINDOWS`] windows.
 ///
 /// Hot pages reduce worst and are what the last round is made of.
@@ -107,7 +145,7 @@ impl RatioMeter {
     const WINDOW: u64 = 2 << 20;
     const WINDOWS: usize = 6;
     /// A stretch of nothing but zero pages says nothing about hot pages.
-    const HIGHEST: f64 = 20.0;
+    const HIGHEST: f64 = 100.0;
 
     /// Running totals stand at `totals`.
     pub fn observe(&mut self, totals: Totals) {
@@ -149,6 +187,19 @@ mod tests {
         }
         let rate = meter.best().unwrap().0;
         assert!((95_000_000..=105_000_000).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn a_ratio_beyond_what_the_encoder_does_is_of_no_use() {
+        let mut meter = EncoderMeter::default();
+        assert_eq!(meter.observe(1 << 19, Duration::from_millis(1)), None);
+        let encoder = meter.observe(1 << 19, Duration::from_millis(1));
+        assert_eq!(encoder, Some(ByteRate((1 << 20) * 500)));
+        let goodput = ByteRate(100_000_000);
+        assert_eq!(usable_ratio(2.0, goodput, encoder), 2.0);
+        let usable = usable_ratio(20.0, goodput, encoder);
+        assert!((3.49..3.50).contains(&usable), "{usable}");
+        assert_eq!(usable_ratio(20.0, goodput, None), 20.0);
     }
 
     #[test]

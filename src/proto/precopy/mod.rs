@@ -13,7 +13,7 @@ pub mod policy;
 pub mod rounds;
 
 pub use budget::{Backlog, Budget, BudgetError, FixedCosts};
-pub use estimate::{GoodputMeter, PathMeter, RatioMeter};
+pub use estimate::{EncoderMeter, GoodputMeter, PathMeter, RatioMeter, usable_ratio};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};
 pub use policy::{Decision, Policy, Sample};
