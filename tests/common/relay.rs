@@ -1,5 +1,6 @@
 //! A path between two gateways that can be cut: UDP, both ports, on loopback.
 
+use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,6 +17,9 @@ pub(crate) struct Relay {
 struct Switches {
     cut: AtomicBool,
     ended: AtomicBool,
+    /// Who called the second port last.
+    newest: Mutex<Option<SocketAddr>>,
+    lost: Mutex<Option<SocketAddr>>,
 }
 
 impl Relay {
@@ -23,9 +27,14 @@ impl Relay {
     pub(crate) fn start(front: u16, back: u16) -> Self {
         let switches = Arc::new(Switches::default());
         let threads = (0..2)
-            .flat_map(|port| pass_on(front + port, back + port, &switches))
+            .map(|port| pass_on(front + port, back + port, port == 1, &switches))
             .collect();
         Self { switches, threads }
+    }
+
+    /// Drops from now on what goes to and from the caller that called the second port last.
+    pub(crate) fn lose_newest(&self) {
+        *self.switches.lost.lock().unwrap() = *self.switches.newest.lock().unwrap();
     }
 
     /// Whether everything is dropped from now on.
@@ -43,29 +52,43 @@ impl Drop for Relay {
     }
 }
 
-fn pass_on(front: u16, back: u16, switches: &Arc<Switches>) -> [JoinHandle<()>; 2] {
+/// Each caller has a port of its own at the back too: that is how the answers find it.
+fn pass_on(front: u16, back: u16, is_second: bool, switches: &Arc<Switches>) -> JoinHandle<()> {
     let before = Arc::new(socket(front));
-    let behind = Arc::new(socket(0));
-    behind.connect(("127.0.0.1", back)).unwrap();
-    let caller: Arc<Mutex<Option<SocketAddr>>> = Arc::default();
-    let there = {
-        let (before, behind, caller, switches) = (before.clone(), behind.clone(), caller.clone(), switches.clone());
-        move || {
-            carry(&switches, &before, |packet, from| {
-                *caller.lock().unwrap() = Some(from);
-                let _ = behind.send(packet);
-            });
-        }
-    };
     let switches = switches.clone();
-    let and_back = move || {
-        carry(&switches, &behind, |packet, _| {
-            if let Some(caller) = *caller.lock().unwrap() {
-                let _ = before.send_to(packet, caller);
+    std::thread::spawn(move || {
+        let mut callers: HashMap<SocketAddr, (Arc<UdpSocket>, JoinHandle<()>)> = HashMap::new();
+        carry(&switches, &before, |packet, caller| {
+            let (behind, _) = callers.entry(caller).or_insert_with(|| {
+                if is_second {
+                    *switches.newest.lock().unwrap() = Some(caller);
+                }
+                let behind = Arc::new(socket(0));
+                behind.connect(("127.0.0.1", back)).unwrap();
+                let (before, switches, answers) = (before.clone(), switches.clone(), behind.clone());
+                let answering = move || {
+                    carry(&switches, &answers, |packet, _| {
+                        if !switches.is_lost(caller) {
+                            let _ = before.send_to(packet, caller);
+                        }
+                    });
+                };
+                (behind, std::thread::spawn(answering))
+            });
+            if !switches.is_lost(caller) {
+                let _ = behind.send(packet);
             }
         });
-    };
-    [std::thread::spawn(there), std::thread::spawn(and_back)]
+        for (_, answering) in callers.into_values() {
+            let _ = answering.join();
+        }
+    })
+}
+
+impl Switches {
+    fn is_lost(&self, caller: SocketAddr) -> bool {
+        *self.lost.lock().unwrap() == Some(caller)
+    }
 }
 
 fn carry(switches: &Switches, from: &UdpSocket, mut to: impl FnMut(&[u8], SocketAddr)) {
