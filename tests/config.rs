@@ -180,6 +180,16 @@ fn what_no_gateway_could_work_with_is_a_mistake() {
         ("advertise = \"[::]\"", "advertise", "reach this gateway"),
         ("[link]\nrtt = \"10000h\"", "link.rtt", "above 10s"),
         ("[[peer]]\nname = \"b\"\nrtt = \"11s\"", "peer[1].rtt", "above 10s"),
+        (
+            "[[peer]]\nname = \"b\"\nbulk_connections = \"0\"",
+            "peer[1].bulk_connections",
+            "from 1 to 8",
+        ),
+        (
+            "[[peer]]\nname = \"b\"\nbulk_connections = \"9\"",
+            "peer[1].bulk_connections",
+            "from 1 to 8",
+        ),
         ("[metrics]\nlisten = \"127.0.0.1:0\"", "metrics.listen", "port from 1"),
     ] {
         let problem = wrong(text);

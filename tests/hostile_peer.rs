@@ -10,6 +10,7 @@
 mod common;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -27,7 +28,13 @@ use longhaul::proto::wire::{Frame, FrameKind, Hello, Limits, MAX_PAYLOAD, Reques
 use longhaul::transport::{
     CloseCode, Identity, PeerConnection, PeerLink, PeerTarget, Transport, TransportSettings, TrustAnchors, send_lane,
 };
-use quinn::{ConnectionError, RecvStream, SendStream};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, ConnectionError, Endpoint, RecvStream, SendStream};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -40,7 +47,7 @@ const JOURNAL: JournalId = JournalId([0x11; 16]);
 struct Stranger {
     transport: Transport,
     target: PeerTarget,
-    _state_dir: tempfile::TempDir,
+    state_dir: tempfile::TempDir,
 }
 
 impl Stranger {
@@ -67,12 +74,35 @@ impl Stranger {
             rate: None,
             rate_now: None,
             rtt: RTT,
+            bulk_connections: None,
         };
         Self {
             transport,
             target,
-            _state_dir: state_dir,
+            state_dir,
         }
+    }
+
+    /// An endpoint for bulk connections that say whatever a test wants them to, and the bulk address of the other gateway.
+    fn bulk_by_hand(&self) -> (Endpoint, SocketAddr) {
+        let file = |name| self.state_dir.path().join(name);
+        let certificate = CertificateDer::from_pem_file(file("identity.crt")).unwrap();
+        let key = PrivateKeyDer::from_pem_file(file("identity.key")).unwrap();
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+            .with_client_auth_cert(vec![certificate], key)
+            .unwrap();
+        tls.alpn_protocols = vec![b"longhaul-bulk/2".to_vec()];
+        let mut endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let tls = QuicClientConfig::try_from(tls).unwrap();
+        endpoint.set_default_client_config(ClientConfig::new(Arc::new(tls)));
+        let mut address = self.target.control_address;
+        address.set_port(address.port() + 1);
+        (endpoint, address)
     }
 
     async fn dial(&self) -> PeerLink {
@@ -91,6 +121,46 @@ impl Stranger {
             Some(Reply::Hello(_)) => link,
             other => panic!("no hello: {other:?}"),
         }
+    }
+}
+
+/// Whoever answers is believed.
+#[derive(Debug)]
+struct Anyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        unreachable!("QUIC has no TLS 1.2")
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -218,7 +288,7 @@ fn header(number: u8) -> FrameHeader {
 }
 
 async fn send(link: &PeerLink, lane: Bytes) {
-    soon(send_lane(&link.bulk, &mut [lane])).await.unwrap();
+    soon(send_lane(&link.bulk[0], &mut [lane])).await.unwrap();
 }
 
 fn lane(header: FrameHeader, payload: &[u8]) -> Bytes {
@@ -229,12 +299,17 @@ fn lane(header: FrameHeader, payload: &[u8]) -> Bytes {
     [frame.encode_header(), frame.payload].concat().into()
 }
 
-async fn assert_closed(connection: &PeerConnection) {
+async fn assert_closed(connection: &quinn::Connection) {
     assert_closed_with(CloseCode::Protocol, connection).await;
 }
 
-async fn assert_closed_with(code: CloseCode, connection: &PeerConnection) {
-    match soon(connection.closed()).await {
+async fn assert_closed_with(code: CloseCode, connection: &quinn::Connection) {
+    assert_error(code, &soon(connection.closed()).await);
+}
+
+#[track_caller]
+fn assert_error(code: CloseCode, error: &ConnectionError) {
+    match error {
         ConnectionError::ApplicationClosed(close) => assert_eq!(close.error_code, code.into(), "{close:?}"),
         // Where the machine is busy, a reset hides the reason that came before it.
         ConnectionError::Reset => {}
@@ -412,11 +487,11 @@ async fn lanes_that_are_no_frames_cost_the_connection() {
             if what == "beyond the window" {
                 bytes[32..40].copy_from_slice(&((1_u64 << 40) + turn).to_le_bytes());
             }
-            if send_lane(&link.bulk, &mut [bytes.into()]).await.is_err() {
+            if send_lane(&link.bulk[0], &mut [bytes.into()]).await.is_err() {
                 break;
             }
         }
-        assert_closed(&link.bulk).await;
+        assert_closed(&link.bulk[0]).await;
     }
     channel.send(&SessionMessage::Ownership(Message::Cancel)).await;
     let aborted = Message::Aborted {
@@ -434,7 +509,7 @@ async fn a_peer_has_one_bulk_connection_and_lanes_of_nobody_are_not_waited_for()
     let stranger = Stranger::paired_with(&rig.b);
     let older = stranger.link(JOURNAL).await;
     let newer = stranger.link(JOURNAL).await;
-    assert_closed_with(CloseCode::Replaced, &older.bulk).await;
+    assert_closed_with(CloseCode::Replaced, &older.bulk[0]).await;
     assert!(older.control.close_reason().is_none());
 
     // The header says which migration it is of; what follows it never comes.
@@ -445,10 +520,74 @@ async fn a_peer_has_one_bulk_connection_and_lanes_of_nobody_are_not_waited_for()
         },
         &vec![7; 1 << 20],
     );
-    let mut lane = soon(newer.bulk.open_uni()).await.unwrap();
+    let mut lane = soon(newer.bulk[0].open_uni()).await.unwrap();
     lane.write_all(&whole[..1000]).await.unwrap();
     assert!(soon(lane.stopped()).await.unwrap().is_some());
-    assert!(newer.bulk.close_reason().is_none());
+    assert!(newer.bulk[0].close_reason().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ninth_bulk_connection_of_a_link_is_refused_and_one_of_another_link_ends_the_eight() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let (endpoint, address) = stranger.bulk_by_hand();
+    let connect = async |name: &str| soon(endpoint.connect(address, name).unwrap()).await.unwrap();
+    let mut nine = Vec::new();
+    for _ in 0..9 {
+        nine.push(connect("0123456789abcdef.8.bulk.invalid").await);
+    }
+    // Which of them the gateway takes for the last is its own affair.
+    let refused = || nine.iter().filter_map(|connection| connection.close_reason());
+    until("one is refused", || refused().next().is_some());
+    // More at a time are no link.
+    let more = connect("0123456789abcdef.9.bulk.invalid").await;
+    soon(more.closed()).await;
+    let refused: Vec<ConnectionError> = refused().collect();
+    assert_eq!(refused.len(), 1, "{refused:?}");
+    assert_error(CloseCode::Refused, &refused[0]);
+
+    nine.retain(|connection| connection.close_reason().is_none());
+    let other = connect("0123456789abcdef.2.bulk.invalid").await;
+    for connection in &nine {
+        assert_closed_with(CloseCode::Replaced, connection).await;
+    }
+    assert!(other.close_reason().is_none());
+    assert_eq!(rig.b.run(&["list"]).code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_unfinished_on_several_bulk_connections_counts_together() {
+    need!(qemu());
+    let mut scene = Scene::set().await;
+    scene.stranger.target.bulk_connections = Some(3);
+    let (link, mut channel) = scene.open(3).await;
+    // The gateway's window is 5 MB, of which a peer with one migration may leave three unfinished.
+    let whole = lane(
+        FrameHeader {
+            stream_bytes: 1 << 20,
+            ..header(3)
+        },
+        &vec![7; 1 << 20],
+    );
+    let mut unfinished = Vec::new();
+    for connection in &*link.bulk {
+        for _ in 0..6 {
+            let Ok(mut lane) = soon(connection.open_uni()).await else {
+                break;
+            };
+            let _ = soon(lane.write_all(&whole[..whole.len() - 1])).await;
+            unfinished.push(lane);
+        }
+    }
+    assert_error(CloseCode::Protocol, &soon(link.bulk.broken()).await);
+    channel.send(&SessionMessage::Ownership(Message::Cancel)).await;
+    let aborted = Message::Aborted {
+        reason: AbortReason::Cancelled,
+    };
+    assert_eq!(channel.ownership().await, Some(aborted));
+    drop((link, unfinished));
+    scene.assert_clean();
 }
 
 /// Frames of a stream in which pages come twice, so that later ones refer to earlier ones.

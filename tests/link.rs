@@ -1,5 +1,7 @@
 //! What a link is worth, what a migration may take of it, and migrations over one that is cut and comes back.
 
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
 mod common;
 
 use common::guest::Machine;
@@ -97,14 +99,17 @@ fn a_migration_that_crawls_is_let_go_while_it_runs() {
     rig.assert_only(&[(&rig.b, "vm")]);
 }
 
-/// Two paired sites that reach each other only through relays.
-fn apart(machine: Machine) -> (Rig, [Relay; 2]) {
+/// Two paired sites that reach each other only through relays, and `settings` of both about the other.
+fn apart(machine: Machine, settings: &str) -> (Rig, [Relay; 2]) {
     let mut relays = Vec::new();
     let rig = Rig::planned(&[("vm", machine)], |a, b| {
-        for plan in [a, b] {
+        for (plan, peer) in [(a, "b"), (b, "a")] {
             let front = free_port();
             relays.push(Relay::start(front, plan.port));
-            plan.settings = format!("advertise = \"127.0.0.1:{front}\"\n{}", plan.settings);
+            plan.settings = format!(
+                "advertise = \"127.0.0.1:{front}\"\n{}[[peer]]\nname = \"{peer}\"\n{settings}",
+                plan.settings
+            );
         }
     });
     let relays = relays.try_into().unwrap_or_else(|_| panic!("a relay for each site"));
@@ -125,10 +130,39 @@ fn begin(site: &Site, rate: &str) -> Running {
 #[test]
 fn a_cut_while_memory_is_copied_is_waited_for_and_only_what_was_lost_is_sent_again() {
     need!(qemu());
-    let (mut rig, relays) = apart(Machine::filled(48));
+    moves_through_cuts("", 2);
+}
+
+#[test]
+fn a_cut_of_a_link_of_three_bulk_connections_is_waited_for_just_as_well() {
+    need!(qemu());
+    let rig = moves_through_cuts("bulk_connections = \"3\"\n", 1);
+    let linked = rig.a.log().matches("bulk_connections=3").count();
+    assert!(linked >= 2, "before and after the cut: {}", rig.a.log());
+}
+
+#[test]
+fn one_of_three_bulk_connections_that_dies_takes_the_link_with_it_and_the_vm_arrives_over_the_next() {
+    need!(qemu());
+    let (mut rig, [_before_a, before_b]) = apart(Machine::filled(48), "bulk_connections = \"3\"\n");
     rig.a.boot("vm");
     let client = begin(&rig.a, "40mbit");
-    for times in 1..=2 {
+    before_b.lose_newest();
+    until("the link was given up and made anew", || {
+        rig.a.log().matches("bulk_connections=3").count() >= 2
+    });
+    let moved = client.wait();
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert_eq!(rig.b.state("vm").as_deref(), Some("running"));
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[track_caller]
+fn moves_through_cuts(settings: &str, cuts: usize) -> Rig {
+    let (mut rig, relays) = apart(Machine::filled(48), settings);
+    rig.a.boot("vm");
+    let client = begin(&rig.a, "40mbit");
+    for times in 1..=cuts {
         let percent = |site: &Site| {
             site.run(&["list", "--output", "json"]).json()[0]["percent"]
                 .as_f64()
@@ -159,6 +193,7 @@ fn a_cut_while_memory_is_copied_is_waited_for_and_only_what_was_lost_is_sent_aga
     assert!(resent > 0 && resent < given / 4, "{report}");
     assert_eq!(rig.b.state("vm").as_deref(), Some("running"));
     rig.assert_only(&[(&rig.b, "vm")]);
+    rig
 }
 
 #[test]

@@ -5,6 +5,7 @@
     reason = "tests read the clock, and fail by panicking"
 )]
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use longhaul::transport::{
     Transport, TransportSettings, Udp, read_lane, send_lane,
 };
 use quinn::ConnectionError;
-use transport_site::Site;
+use transport_site::{Site, accept_link};
 
 mod transport_site;
 
@@ -40,8 +41,8 @@ impl Site {
         soon(self.transport.accept()).await.expect("the transport runs")
     }
 
-    async fn accepts_link(&self) -> PeerLink {
-        transport_site::link_of(self.accepts().await, self.accepts().await)
+    async fn accepts_link(&self, bulk_connections: u8) -> PeerLink {
+        soon(accept_link(&self.transport, bulk_connections)).await
     }
 }
 
@@ -79,8 +80,16 @@ fn closed_by_peer(connection: &PeerConnection, code: CloseCode, reason: &str) ->
 }
 
 async fn link(from: &Site, to: &Site, rate: Option<ByteRate>) -> (PeerLink, PeerLink) {
-    let target = to.as_target("oslo", rate, RTT);
-    let (dialled, accepted) = soon(async { tokio::join!(from.transport.dial(&target), to.accepts_link()) }).await;
+    link_of_several(from, to, rate, 1).await
+}
+
+async fn link_of_several(from: &Site, to: &Site, rate: Option<ByteRate>, bulk_connections: u8) -> (PeerLink, PeerLink) {
+    let target = PeerTarget {
+        bulk_connections: Some(bulk_connections),
+        ..to.as_target("oslo", rate, RTT)
+    };
+    let accept = to.accepts_link(bulk_connections);
+    let (dialled, accepted) = soon(async { tokio::join!(from.transport.dial(&target), accept) }).await;
     (dialled.unwrap(), accepted)
 }
 
@@ -99,7 +108,7 @@ async fn transfer(from: &PeerLink, to: &PeerLink, lanes: u32) {
     let receive = async {
         let mut seen = vec![false; lanes as usize];
         for _ in 0..lanes {
-            let lane = to.bulk.accept_uni().await.unwrap();
+            let lane = to.bulk[0].accept_uni().await.unwrap();
             let data = read_lane(lane, LANE_BYTES).await.unwrap();
             let number = u32::from_be_bytes(data[..4].try_into().unwrap());
             assert!(
@@ -114,7 +123,7 @@ async fn transfer(from: &PeerLink, to: &PeerLink, lanes: u32) {
     };
     let send = async {
         for number in 0..lanes {
-            send_lane(&from.bulk, &mut [lane_content(number, LANE_BYTES)])
+            send_lane(&from.bulk[0], &mut [lane_content(number, LANE_BYTES)])
                 .await
                 .unwrap();
         }
@@ -130,10 +139,10 @@ async fn two_paired_sites_connect_and_know_each_other_by_name() {
         (dialled.control.peer(), accepted.control.peer()),
         (Some("oslo"), Some("tokyo"))
     );
-    assert_eq!(accepted.bulk.fingerprint(), tokyo.identity.fingerprint());
+    assert_eq!(accepted.bulk[0].fingerprint(), tokyo.identity.fingerprint());
     assert_ne!(
         accepted.control.remote_address(),
-        accepted.bulk.remote_address(),
+        accepted.bulk[0].remote_address(),
         "each on a socket of its own"
     );
 
@@ -175,6 +184,35 @@ async fn every_lane_of_a_large_transfer_arrives_with_equal_bytes_in_both_modes()
         let received = accepted.stats().bulk.wire_bytes_received;
         assert!(received <= sent.bulk.wire_bytes_sent && received > 64 * LANE_BYTES as u64);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_bulk_connections_are_known_to_belong_together_and_have_the_capacity_of_one() {
+    let (tokyo, oslo) = paired();
+    let rate = ByteRate::from_bits_per_second(400_000_000);
+    let (dialled, accepted) = link_of_several(&tokyo, &oslo, Some(rate), 4).await;
+    let bundle = dialled.bulk[0].bundle();
+    assert_eq!((bundle.connections(), dialled.bulk.len()), (4, 4));
+    let ports: HashSet<SocketAddr> = accepted.bulk.iter().map(|bulk| bulk.remote_address()).collect();
+    assert_eq!(ports.len(), 4, "each on a socket of its own");
+    let mut all = dialled.bulk.iter().chain(accepted.bulk.iter());
+    assert!(all.all(|bulk| bulk.bundle() == bundle));
+    assert_eq!(dialled.capacity(), Some(rate));
+    for connection in &*dialled.bulk {
+        send_lane(connection, &mut [lane_content(7, LANE_BYTES)]).await.unwrap();
+    }
+    for connection in &*accepted.bulk {
+        let lane = soon(connection.accept_uni()).await.unwrap();
+        assert!(soon(read_lane(lane, LANE_BYTES)).await.unwrap() == lane_content(7, LANE_BYTES));
+    }
+    let sent: u64 = dialled.bulk.iter().map(|bulk| bulk.stats().wire_bytes_sent).sum();
+    assert!(dialled.stats().bulk.wire_bytes_sent >= sent && sent > LANE_BYTES as u64);
+
+    let (other, _accepted) = link_of_several(&tokyo, &oslo, Some(rate), 4).await;
+    assert_ne!(other.bulk[0].bundle(), bundle);
+    accepted.bulk[2].close_with(CloseCode::Draining, "one of them");
+    soon(dialled.bulk.broken()).await;
+    assert!(!dialled.bulk.is_whole() && other.bulk.is_whole());
 }
 
 /// A train of ten such packets is more than one `sendmsg` takes, and quinn takes the refusal for a loss.
@@ -235,7 +273,7 @@ async fn unpairing_closes_what_is_open_and_keeps_the_peer_out() {
             .close_peer("tokyo", CloseCode::Unpaired, "unpaired by the operator"),
         2
     );
-    for connection in [&dialled.control, &dialled.bulk] {
+    for connection in [&dialled.control, &dialled.bulk[0]] {
         closed_by_peer(connection, CloseCode::Unpaired, "unpaired by the operator").await;
     }
     let error = soon(tokyo.transport.dial(&oslo.as_target("oslo", None, RTT)))
@@ -330,15 +368,15 @@ async fn a_connection_begins_at_the_rate_that_holds_now_and_follows_it() {
 async fn a_lane_longer_than_agreed_is_refused_without_being_kept() {
     let (tokyo, oslo) = paired();
     let (dialled, accepted) = link(&tokyo, &oslo, None).await;
-    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1001])])
+    send_lane(&dialled.bulk[0], &mut [Bytes::from(vec![7; 1001])])
         .await
         .unwrap();
-    let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
+    let lane = soon(accepted.bulk[0].accept_uni()).await.unwrap();
     assert!(soon(read_lane(lane, 1000)).await.is_err());
-    send_lane(&dialled.bulk, &mut [Bytes::from(vec![7; 1000])])
+    send_lane(&dialled.bulk[0], &mut [Bytes::from(vec![7; 1000])])
         .await
         .unwrap();
-    let lane = soon(accepted.bulk.accept_uni()).await.unwrap();
+    let lane = soon(accepted.bulk[0].accept_uni()).await.unwrap();
     assert_eq!(soon(read_lane(lane, 1000)).await.unwrap().len(), 1000);
 }
 
@@ -358,11 +396,11 @@ async fn a_lane_whose_sender_gave_up_never_looks_whole() {
     // Nobody reads, so a lane longer than the peer's window stays unfinished.
     let endless = Bytes::from(vec![7; 64 * LANE_BYTES]);
     let mut endless = [endless];
-    let mut sending = Box::pin(send_lane(&dialled.bulk, &mut endless));
+    let mut sending = Box::pin(send_lane(&dialled.bulk[0], &mut endless));
     let lane = soon(async {
         tokio::select! {
             _ = &mut sending => panic!("the window ended"),
-            lane = accepted.bulk.accept_uni() => lane.unwrap(),
+            lane = accepted.bulk[0].accept_uni() => lane.unwrap(),
         }
     })
     .await;

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput};
 use longhaul::proto::page::ByteRate;
+use longhaul::proto::session::connection_of;
 use longhaul::transport::tuning::LANE_BYTES;
 use longhaul::transport::{
     ConnectionKind, Identity, PeerConnection, PeerLink, PeerTarget, Transport, TransportSettings, TrustAnchors,
@@ -100,57 +101,69 @@ fn loopback(criterion: &mut Criterion, runtime: &tokio::runtime::Runtime) {
             Some(destination.bulk_address()),
             rate,
             Duration::from_millis(1),
+            1,
         );
         let (link, arriving) = runtime.block_on(async {
-            let (link, arriving) = tokio::join!(source.dial(&target), bulk_of(&destination));
+            let (link, arriving) = tokio::join!(source.dial(&target), accept_link(&destination, 1));
             (link.unwrap(), arriving)
         });
         let data = content(LANE_BYTES);
         group.bench_function(name, |bencher| {
-            bencher.iter(|| runtime.block_on(transfer(&link, &arriving, &data, LANES)));
+            bencher.iter(|| runtime.block_on(transfer(&link, &arriving.bulk, &data, LANES)));
         });
     }
     group.finish();
 }
 
-/// Each moves the same bytes in turn, several times; the medians, and what they are of stock quinn's. One connection each.
+/// Each moves the same bytes in turn, several times; the medians, and what they are of stock quinn's. One connection each, where nothing is said.
 fn compare(runtime: &tokio::runtime::Runtime, rounds: usize) {
-    const LANES: u64 = 512;
+    // As many for each of three connections, and for each of two.
+    const LANES: u64 = 480;
     let dir = tempfile::tempdir().unwrap();
     let any = "127.0.0.1:0".parse().unwrap();
     let data = content(LANE_BYTES);
-    let linked = |rate: Option<u64>| {
+    let linked = |(rate, connections): (Option<u64>, u8)| {
         let (source, destination) =
             runtime.block_on(async { (site(dir.path(), true, any), site(dir.path(), false, any)) });
         let rate = rate.map(ByteRate::from_bits_per_second);
         let (control, bulk) = (destination.control_address(), destination.bulk_address());
-        let target = target(dir.path(), control, Some(bulk), rate, Duration::from_millis(1));
+        let target = target(
+            dir.path(),
+            control,
+            Some(bulk),
+            rate,
+            Duration::from_millis(1),
+            connections,
+        );
         let (link, arriving) = runtime.block_on(async {
-            let (link, arriving) = tokio::join!(source.dial(&target), bulk_of(&destination));
+            let (link, arriving) = tokio::join!(source.dial(&target), accept_link(&destination, connections));
             (link.unwrap(), arriving)
         });
         (source, destination, link, arriving)
     };
-    let [with_capacity, without] = [Some(20_000_000_000), None].map(linked);
+    let configured = Some(20_000_000_000);
+    let links = [(configured, 1), (configured, 2), (configured, 3), (None, 1)].map(linked);
     let quinn = runtime.block_on(async { raw::RawQuinn::new() });
     let (from, to) = runtime.block_on(quinn.connect());
     let names = [
         "lanes, 20 Gbit/s configured",
+        "the same, two connections",
+        "the same, three connections",
         "lanes, no rate configured",
         "stock quinn, one stream",
         "TCP with TLS",
     ];
     let mut times = names.map(|_| Vec::new());
     for _ in 0..rounds {
-        for (lanes, times) in [&with_capacity, &without].into_iter().zip(&mut times) {
+        for (lanes, times) in links.iter().zip(&mut times) {
             let began = Instant::now();
-            runtime.block_on(transfer(&lanes.2, &lanes.3, &data, LANES));
+            runtime.block_on(transfer(&lanes.2, &lanes.3.bulk, &data, LANES));
             times.push(began.elapsed());
         }
         let began = Instant::now();
         runtime.block_on(raw::send_stream(&from, &to, &data, LANES));
-        times[2].push(began.elapsed());
-        times[3].push(raw::send_tls(&data, LANES));
+        times[4].push(began.elapsed());
+        times[5].push(raw::send_tls(&data, LANES));
     }
     let medians = times.map(|mut times| {
         times.sort_unstable();
@@ -160,37 +173,51 @@ fn compare(runtime: &tokio::runtime::Runtime, rounds: usize) {
         let gigabits = (LANES * LANE_BYTES as u64) as f64 * 8e-9 / seconds;
         println!(
             "{name:<28} {gigabits:6.2} Gbit/s   {:.2} of stock quinn",
-            medians[2] / seconds
+            medians[4] / seconds
         );
     }
 }
 
-async fn transfer(link: &PeerLink, arriving: &PeerConnection, data: &Bytes, lanes: u64) {
+async fn transfer(link: &PeerLink, arriving: &[PeerConnection], data: &Bytes, lanes: u64) {
+    let each = lanes / arriving.len() as u64;
     let receive = async {
-        let mut readers = tokio::task::JoinSet::new();
-        for _ in 0..lanes {
-            readers.spawn(read_lane(arriving.accept_uni().await.unwrap(), LANE_BYTES));
+        let mut receivers = tokio::task::JoinSet::new();
+        for connection in arriving {
+            let connection = connection.clone();
+            receivers.spawn(async move {
+                let mut readers = tokio::task::JoinSet::new();
+                for _ in 0..each {
+                    readers.spawn(read_lane(connection.accept_uni().await.unwrap(), LANE_BYTES));
+                }
+                while let Some(lane) = readers.join_next().await {
+                    assert_eq!(lane.unwrap().unwrap().len(), LANE_BYTES);
+                }
+            });
         }
-        while let Some(lane) = readers.join_next().await {
-            assert_eq!(lane.unwrap().unwrap().len(), LANE_BYTES);
+        while let Some(received) = receivers.join_next().await {
+            received.unwrap();
         }
     };
     let send = async {
-        for _ in 0..lanes {
-            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
+        for number in 0..lanes {
+            let connection = &link.bulk[connection_of(number, arriving.len())];
+            send_lane(connection, &mut [data.clone()]).await.unwrap();
         }
     };
     tokio::join!(receive, send);
 }
 
-/// The bulk connection of a link that a peer opens.
-async fn bulk_of(transport: &Transport) -> PeerConnection {
-    let (one, two) = (transport.accept().await.unwrap(), transport.accept().await.unwrap());
-    if one.kind == ConnectionKind::Bulk {
-        one.connection
-    } else {
-        two.connection
+/// The link that a peer opens with so many bulk connections.
+async fn accept_link(transport: &Transport, bulk_connections: u8) -> PeerLink {
+    let (mut control, mut bulk) = (None, Vec::new());
+    for _ in 0..=bulk_connections {
+        let incoming = transport.accept().await.unwrap();
+        match incoming.kind {
+            ConnectionKind::Bulk => bulk.push(incoming.connection),
+            _ => control = Some(incoming.connection),
+        }
     }
+    PeerLink::new(control.unwrap(), bulk)
 }
 
 async fn serve(dir: &Path, address: SocketAddr) {
@@ -247,14 +274,14 @@ async fn send(dir: &Path, address: SocketAddr, rate: &str, rtt: &str, seconds: &
         ),
     );
     let rate = (rate != "-").then(|| rate.parse().unwrap());
-    let target = target(dir, address, None, rate, Duration::from_millis(rtt.parse().unwrap()));
+    let target = target(dir, address, None, rate, Duration::from_millis(rtt.parse().unwrap()), 1);
     let link = transport.dial(&target).await.unwrap();
     let data = content(lane_kib * 1024);
     let end = Instant::now() + Duration::from_secs_f64(seconds.parse().unwrap());
     let mut sent = 0_u64;
     let offering = async {
         while Instant::now() < end {
-            send_lane(&link.bulk, &mut [data.clone()]).await.unwrap();
+            send_lane(&link.bulk[0], &mut [data.clone()]).await.unwrap();
             sent += data.len() as u64;
         }
     };
@@ -330,6 +357,7 @@ fn target(
     bulk: Option<SocketAddr>,
     rate: Option<ByteRate>,
     rtt: Duration,
+    bulk_connections: u8,
 ) -> PeerTarget {
     PeerTarget {
         name: "peer".to_owned(),
@@ -339,6 +367,7 @@ fn target(
         rate,
         rate_now: None,
         rtt,
+        bulk_connections: Some(bulk_connections),
     }
 }
 

@@ -24,6 +24,7 @@ use self::units::{DEFAULT_PORT, parse_duration, parse_name, parse_size};
 use crate::hypervisor::qemu::{LaunchTemplate, LaunchValues, TemplateError};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::Calendar;
+use crate::transport::tuning::MOST_BULK_CONNECTIONS;
 
 /// Where the configuration is when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/longhaul/gateway.toml";
@@ -107,6 +108,8 @@ pub struct Peer {
     pub calendar: Calendar,
     /// RTT to this peer. Absent: `link.rtt`.
     pub rtt: Option<Duration>,
+    /// Connections over which lanes to this peer are spread. Absent: one for each 2.5 Gbit/s of the rate.
+    pub bulk_connections: Option<u8>,
 }
 
 /// A VM that may leave or arrive here.
@@ -353,6 +356,7 @@ impl Config {
                 rate: section.value("rate", ByteRate::from_str),
                 calendar: Calendar::default(),
                 rtt: section.value("rtt", parse_rtt),
+                bulk_connections: section.value("bulk_connections", parse_bulk_connections),
             };
             let most = peer.rate.or(config.link.rate);
             let bounded_by = if peer.rate.is_some() {
@@ -515,6 +519,13 @@ fn parse_rtt(text: &str) -> Result<Duration, String> {
         return Err(format!("no path has an RTT above {}", units::show_duration(MAX_RTT)));
     }
     Ok(rtt)
+}
+
+fn parse_bulk_connections(text: &str) -> Result<u8, String> {
+    text.parse()
+        .ok()
+        .filter(|connections| (1..=MOST_BULK_CONNECTIONS).contains(connections))
+        .ok_or_else(|| format!("expected a number from 1 to {MOST_BULK_CONNECTIONS}"))
 }
 
 fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {

@@ -9,14 +9,14 @@ use tokio::sync::mpsc;
 use super::Core;
 use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
-use super::lanes::Lanes;
+use super::lanes::{LaneMemory, Lanes};
 use super::link_test::sink;
 use super::{offer, recovery};
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::hello::Agreement;
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Request, SessionMessage};
-use crate::transport::{CloseCode, PeerConnection};
+use crate::transport::{Bundle, CloseCode, PeerConnection};
 
 /// How long a peer may take to say what it opened a channel for.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -164,46 +164,74 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
     }
 }
 
-/// The bulk connection on which each peer may open lanes: the newest that it made. What lanes may hold is bounded for a connection, so a
+/// The bulk connections on which each peer may open lanes: those of the newest link that it made. What lanes may hold is bounded for a link, so a
 /// peer has one. Those that this gateway dialled are not among them: no lanes are taken from them.
 #[derive(Debug, Default)]
-pub(crate) struct BulkConnections(Mutex<HashMap<String, PeerConnection>>);
+pub(crate) struct BulkConnections(Mutex<HashMap<String, Newest>>);
+
+#[derive(Debug)]
+struct Newest {
+    bundle: Bundle,
+    connections: Vec<PeerConnection>,
+    memory: Arc<LaneMemory>,
+}
 
 impl BulkConnections {
-    /// Lanes come on this connection from now on. The one before it is closed: the peer gave it up, or breaks the rule.
-    fn take_over(&self, peer: &str, connection: &PeerConnection) {
-        if let Some(older) = self.newest().insert(peer.to_owned(), connection.clone()) {
-            older.close_with(CloseCode::Replaced, "a newer bulk connection of yours took over");
+    /// Lanes come on this connection from now on, and count in the account that is returned. Those of the link before are closed: the peer gave
+    /// it up, or breaks the rule. `None` where the link has all the connections that it may have.
+    fn take(&self, peer: &str, connection: &PeerConnection) -> Option<Arc<LaneMemory>> {
+        let mut links = self.links();
+        let bundle = connection.bundle();
+        if links.get(peer).is_none_or(|newest| newest.bundle != bundle) {
+            let newest = Newest {
+                bundle,
+                connections: Vec::new(),
+                memory: Arc::default(),
+            };
+            let before = links.insert(peer.to_owned(), newest);
+            for older in before.iter().flat_map(|link| &link.connections) {
+                older.close_with(CloseCode::Replaced, "a newer bulk connection of yours took over");
+            }
         }
+        let newest = links.get_mut(peer)?;
+        if newest.connections.len() == usize::from(bundle.connections()) {
+            return None;
+        }
+        newest.connections.push(connection.clone());
+        Some(Arc::clone(&newest.memory))
     }
 
     /// This one is closed.
     fn remove(&self, peer: &str, connection: &PeerConnection) {
-        let mut newest = self.newest();
-        if newest
-            .get(peer)
-            .is_some_and(|kept| kept.stable_id() == connection.stable_id())
-        {
-            newest.remove(peer);
+        let mut links = self.links();
+        let Some(newest) = links.get_mut(peer) else { return };
+        newest
+            .connections
+            .retain(|kept| kept.stable_id() != connection.stable_id());
+        if newest.connections.is_empty() {
+            links.remove(peer);
         }
     }
 
-    fn newest(&self) -> MutexGuard<'_, HashMap<String, PeerConnection>> {
+    fn links(&self) -> MutexGuard<'_, HashMap<String, Newest>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Takes lanes off a peer's bulk connection until it closes. To be called in the order in which connections come.
 pub(crate) fn bulk(core: Arc<Core>, peer: String, connection: PeerConnection) {
-    core.bulk.take_over(&peer, &connection);
+    let Some(memory) = core.bulk.take(&peer, &connection) else {
+        tracing::warn!(peer, "refusing a bulk connection: the link has all that it may have");
+        return connection.close_with(CloseCode::Refused, "the link has all its bulk connections");
+    };
+    let lanes = Lanes::new(peer.clone(), connection.bundle().connections(), memory);
     tokio::spawn(async move {
-        take_lanes(&core, &peer, &connection).await;
+        take_lanes(&core, &peer, &connection, Arc::new(lanes)).await;
         core.bulk.remove(&peer, &connection);
     });
 }
 
-async fn take_lanes(core: &Arc<Core>, peer: &str, connection: &PeerConnection) {
-    let lanes = Arc::new(Lanes::new(peer.to_owned()));
+async fn take_lanes(core: &Arc<Core>, peer: &str, connection: &PeerConnection, lanes: Arc<Lanes>) {
     loop {
         let stream = match connection.accept_uni().await {
             Ok(stream) => stream,

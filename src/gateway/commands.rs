@@ -18,9 +18,9 @@ use crate::config::PeerAddress;
 use crate::metrics::{Direction, PeerMetrics};
 use crate::migrate;
 use crate::proto::ownership::{self, Claim};
-use crate::proto::page::MigrationId;
+use crate::proto::page::{ByteRate, MigrationId};
 use crate::store::trust::Fingerprint;
-use crate::transport::{CloseCode, ConnectionKind, ConnectionMeasures, PeerConnection};
+use crate::transport::{Bundle, CloseCode, ConnectionKind, ConnectionMeasures, PeerConnection};
 
 /// Answers commands until the last asker is gone.
 pub(crate) async fn serve(core: Arc<Core>, mut commands: mpsc::Receiver<Command>) {
@@ -389,19 +389,36 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
 
         let mut open: HashMap<usize, ConnectionMeasures> = HashMap::new();
         let mut reached: HashSet<String> = HashSet::new();
+        // Of each link, in the order in which links were made.
+        let mut controllers: Vec<(Bundle, PeerMetrics, ByteRate)> = Vec::new();
         for connection in core.transport.open_connections() {
             let Some(peer) = connection.peer().filter(|peer| trusted.contains(*peer)) else {
                 continue;
             };
             let now = connection.stats();
             let before = seen.get(&connection.stable_id()).copied().unwrap_or_default();
-            add(&core.metrics.peer(peer), &before, &now, connection.kind());
+            let metrics = core.metrics.peer(peer);
+            add(&metrics, &before, &now);
             core.metrics
                 .add_shaper_wait(now.shaper_wait.saturating_sub(before.shaper_wait));
             open.insert(connection.stable_id(), now);
-            if connection.kind() == ConnectionKind::Control {
-                reached.insert(peer.to_owned());
+            match (connection.kind(), now.rate) {
+                (ConnectionKind::Control, _) => {
+                    metrics.set_rtt(now.rtt);
+                    reached.insert(peer.to_owned());
+                }
+                (ConnectionKind::Bulk | ConnectionKind::Pairing, Some(rate)) => {
+                    let bundle = connection.bundle();
+                    match controllers.iter_mut().find(|(known, ..)| *known == bundle) {
+                        Some((.., all)) => all.0 = all.0.saturating_add(rate.0),
+                        None => controllers.push((bundle, metrics, rate)),
+                    }
+                }
+                (ConnectionKind::Bulk | ConnectionKind::Pairing, None) => {}
             }
+        }
+        for (_, metrics, rate) in controllers {
+            metrics.set_controller_rate(rate);
         }
         for peer in reached.difference(&connected) {
             core.metrics.peer(peer).connected();
@@ -414,7 +431,7 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
     }
 }
 
-fn add(metrics: &PeerMetrics, before: &ConnectionMeasures, now: &ConnectionMeasures, kind: ConnectionKind) {
+fn add(metrics: &PeerMetrics, before: &ConnectionMeasures, now: &ConnectionMeasures) {
     metrics.add_wan_bytes(
         Direction::Out,
         now.wire_bytes_sent.saturating_sub(before.wire_bytes_sent),
@@ -427,12 +444,4 @@ fn add(metrics: &PeerMetrics, before: &ConnectionMeasures, now: &ConnectionMeasu
         now.sent_packets.saturating_sub(before.sent_packets),
         now.lost_packets.saturating_sub(before.lost_packets),
     );
-    match kind {
-        ConnectionKind::Control => metrics.set_rtt(now.rtt),
-        ConnectionKind::Bulk | ConnectionKind::Pairing => {
-            if let Some(rate) = now.rate {
-                metrics.set_controller_rate(rate);
-            }
-        }
-    }
 }

@@ -1,6 +1,8 @@
 //! Lanes of one bulk connection while they arrive: each is read in whatever order its packets come. What repairs make of them is decided by
 //! [`Reassembly`]; here it is computed, beside the tasks that read.
 
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Core;
@@ -21,13 +23,20 @@ const LIMIT: usize = HEADER_LEN + MAX_PAYLOAD;
 pub(super) struct Lanes {
     peer: String,
     reassembly: Mutex<Reassembly>,
+    memory: Arc<LaneMemory>,
 }
 
+/// Bytes that the lanes of all bulk connections of a link hold together.
+#[derive(Debug, Default)]
+pub(super) struct LaneMemory(AtomicUsize);
+
 impl Lanes {
-    pub(super) fn new(peer: String) -> Self {
+    /// Of one of so many connections, whose lanes count in one account.
+    pub(super) fn new(peer: String, connections: u8, memory: Arc<LaneMemory>) -> Self {
         Self {
             peer,
-            reassembly: Mutex::default(),
+            reassembly: Mutex::new(Reassembly::one_of(connections.into())),
+            memory,
         }
     }
 
@@ -82,7 +91,7 @@ impl Lanes {
     /// The agreed window bounds what a migration has in flight; a peer that leaves more lanes unfinished does not keep to it. Twice the
     /// window has room for repairs and for what is not known of lanes without a header, once more for a migration that just ended.
     fn check_held(&self, core: &Core) -> Result<(), TakeError> {
-        let held = self.reassembly().memory_bytes() as u64;
+        let held = self.memory.0.load(Ordering::Relaxed) as u64;
         let window = core.links.hello().limits.window_bytes;
         if held <= window {
             return Ok(());
@@ -125,9 +134,50 @@ impl Lanes {
             .ok_or(TakeError::NoMigration { migration })
     }
 
-    fn reassembly(&self) -> MutexGuard<'_, Reassembly> {
+    fn reassembly(&self) -> Accounted<'_> {
         // What is guarded is whole after every statement.
-        self.reassembly.lock().unwrap_or_else(PoisonError::into_inner)
+        let reassembly = self.reassembly.lock().unwrap_or_else(PoisonError::into_inner);
+        Accounted {
+            before: reassembly.memory_bytes(),
+            reassembly,
+            memory: &self.memory,
+        }
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        let left = self.reassembly().memory_bytes();
+        self.memory.0.fetch_sub(left, Ordering::Relaxed);
+    }
+}
+
+/// A reassembly that is being changed. What it holds more or less afterwards goes to the account.
+struct Accounted<'a> {
+    reassembly: MutexGuard<'a, Reassembly>,
+    before: usize,
+    memory: &'a LaneMemory,
+}
+
+impl Deref for Accounted<'_> {
+    type Target = Reassembly;
+
+    fn deref(&self) -> &Reassembly {
+        &self.reassembly
+    }
+}
+
+impl DerefMut for Accounted<'_> {
+    fn deref_mut(&mut self) -> &mut Reassembly {
+        &mut self.reassembly
+    }
+}
+
+impl Drop for Accounted<'_> {
+    fn drop(&mut self) {
+        // Modulo 2^64, so that less is a difference too.
+        let more = self.reassembly.memory_bytes().wrapping_sub(self.before);
+        self.memory.0.fetch_add(more, Ordering::Relaxed);
     }
 }
 

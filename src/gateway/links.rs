@@ -18,7 +18,7 @@ use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::{Shaper, Turns};
 use crate::store::spill;
 use crate::store::trust::TrustStore;
-use crate::transport::{CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
+use crate::transport::{Bulk, CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
 /// How long a peer may take from the first packet to its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -197,6 +197,7 @@ impl Links {
             site = hello.site,
             software = hello.software,
             version = agreement.version,
+            bulk_connections = link.bulk.len(),
             "linked"
         );
         let turns = Turns::new(Shaper::new(admitted(link.goodput())));
@@ -210,8 +211,8 @@ impl Links {
         })
     }
 
-    /// Calls the peer at its first address, and where that does not answer, at its second. One at a time: a peer has one bulk connection, and
-    /// the later of two would end the earlier.
+    /// Calls the peer at its first address, and where that does not answer, at its second. One at a time: lanes are taken
+    /// from one link of a peer, and the later of two would end the earlier.
     async fn dial_by_any_way(&self, peer: &str) -> Result<PeerLink, LinkError> {
         let name = || peer.to_owned();
         let configured = self.config.peer(peer);
@@ -233,6 +234,7 @@ impl Links {
                 rate: configured.and_then(|peer| peer.rate).or(self.config.link.rate),
                 rate_now: self.config.peer_rate_at(peer, clock::timestamp()),
                 rtt: self.configured_rtt(peer),
+                bulk_connections: configured.and_then(|peer| peer.bulk_connections),
             };
             let dialled = self.transport.dial(&target).await;
             dialled.map_err(|source| LinkError::Dial { peer: name(), source })
@@ -272,7 +274,7 @@ impl Link {
     }
 
     /// For lanes.
-    pub(crate) fn bulk(&self) -> &PeerConnection {
+    pub(crate) fn bulk(&self) -> &Bulk {
         &self.link.bulk
     }
 
@@ -323,10 +325,12 @@ impl Link {
             .unwrap_or_else(PoisonError::into_inner)
             .total(now, migration, rate);
         if let Some(goodput) = self.goodput() {
+            let bulk = &self.link.bulk;
             let bdp = asked.min(goodput).bytes_in(self.rtt() + QUEUED_IN_QUIC);
-            self.link
-                .bulk
-                .bound_held((bdp + bdp / 2).saturating_add(LANES_IN_REPAIR));
+            let share = (bdp + bdp / 2) / bulk.len() as u64;
+            for connection in &**bulk {
+                connection.bound_held(share.saturating_add(LANES_IN_REPAIR));
+            }
         }
     }
 
@@ -340,16 +344,16 @@ impl Link {
         self.link.stats().wire_bytes()
     }
 
-    /// Whether both connections are up.
+    /// Whether all of its connections are up.
     pub(crate) fn is_alive(&self) -> bool {
-        self.link.control.close_reason().is_none() && self.link.bulk.close_reason().is_none()
+        self.link.control.close_reason().is_none() && self.link.bulk.is_whole()
     }
 
-    /// One connection broke: the other is of no use without it, and whoever waits on it must notice.
+    /// One connection broke: the others are of no use without it, and whoever waits on it must notice.
     pub(crate) fn close_broken(&self, reason: &str) {
         tracing::debug!("a link is given up: {reason}");
         self.link
-            .close(CloseCode::Replaced, "the other connection of the link is lost");
+            .close(CloseCode::Replaced, "another connection of the link is lost");
     }
 }
 

@@ -288,6 +288,7 @@ mod tests {
             rate,
             calendar: crate::proto::rate::Calendar::default(),
             rtt: Some(Duration::from_millis(rtt_ms)),
+            bulk_connections: None,
         };
         config.peers = vec![peer(None, 300), peer(Some(ByteRate(1_000_000)), 600)];
         assert_eq!(budget.limits(&config).window_bytes, 150_000_000);

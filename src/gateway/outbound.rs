@@ -20,10 +20,10 @@ use crate::proto::precopy::rounds::Totals;
 use crate::proto::precopy::{Backlog, EncoderMeter};
 use crate::proto::reduce::{Effort, EffortControl, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
-use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary};
+use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary, connection_of};
 use crate::proto::wire::message::Held;
 use crate::shaper::{Flow, Shaper};
-use crate::transport::{LaneError, PeerConnection, send_lane};
+use crate::transport::{Bulk, LaneError, send_lane};
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
 const CHUNKS_AHEAD: usize = 2;
@@ -128,15 +128,15 @@ impl Outbound {
         (Self { shared }, end)
     }
 
-    /// Sends the frames of this incarnation over `connection` until the connection fails, the migration stops or the next incarnation
-    /// begins. After a failure [`resume`](Self::resume) and call it again with a new connection. `protects_tail`: what is in flight when the stream ends is
-    /// followed by parity. `epoch`: the incarnation that goes over this connection; with the next one this ends.
+    /// Sends the frames of this incarnation over `bulk` until one of its connections fails, the migration stops or the next incarnation
+    /// begins. After a failure [`resume`](Self::resume) and call it again with new connections. `protects_tail`: what is in flight when the stream ends is
+    /// followed by parity. `epoch`: the incarnation that goes over these connections; with the next one this ends.
     ///
     /// # Errors
     /// The connection's, as text for the operator.
     pub(crate) async fn send(
         &self,
-        connection: &PeerConnection,
+        bulk: &Bulk,
         limit: &Shaper,
         mut flow: Flow,
         protects_tail: bool,
@@ -172,6 +172,7 @@ impl Outbound {
             limit.admit(bytes).await;
             let turn = flow.turn(bytes).await;
             let sequence = frame.header.sequence;
+            let connection = &bulk[connection_of(sequence, bulk.len())];
             let lane = send_lane(connection, &mut [frame.encode_header(), frame.payload]).await?;
             drop(turn);
             shared.given_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -179,23 +180,21 @@ impl Outbound {
             shared.leaving_bytes.store(0, Ordering::Relaxed);
             shared.to_read.notify_one();
             if protects_tail {
-                self.protect_tail(connection, &mut flow).await?;
+                self.protect_tail(bulk, &mut flow).await?;
             }
         }
     }
 
     /// Once the stream has ended and everything has left: parity over what is in flight.
-    async fn protect_tail(&self, connection: &PeerConnection, flow: &mut Flow) -> Result<(), LaneError> {
+    async fn protect_tail(&self, bulk: &Bulk, flow: &mut Flow) -> Result<(), LaneError> {
         let tail = self.shared.session().tail();
-        if tail.is_empty() {
-            return Ok(());
-        }
-        let measures = connection.stats();
-        let protection = Protection::against(connection.loss_at_most(), measures.mtu);
         for run in tail {
             if self.shared.stopped.load(Ordering::Acquire) || self.shared.session().is_finished() {
                 break;
             }
+            let first = run.frames.first().expect("a run has frames").0.header.sequence;
+            let connection = &bulk[connection_of(first, bulk.len())];
+            let protection = Protection::against(connection.loss_at_most(), connection.stats().mtu);
             let repair = tokio::task::spawn_blocking(move || repair_frame(&run, protection));
             let repair = repair.await.expect("computing parity does not panic");
             let _turn = flow.turn(repair.lane_bytes()).await;

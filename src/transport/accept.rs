@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use quinn::VarInt;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::congestion;
@@ -80,7 +81,7 @@ async fn handshake(shared: &Shared, listener: &Listener, incoming: quinn::Incomi
             return None;
         }
     };
-    let kind = ConnectionKind::of_handshake(connection.handshake_data())?;
+    let (kind, bundle) = ConnectionKind::of_handshake(connection.handshake_data())?;
     let fingerprint = peer_fingerprint(connection.peer_identity())?;
     let peer = shared.trust.peer(&fingerprint);
     let budget = match &peer {
@@ -96,12 +97,18 @@ async fn handshake(shared: &Shared, listener: &Listener, incoming: quinn::Incomi
     let route = Arc::new(Route::new(priority, rate, budget.clone(), shared.link.clone()));
     let address = connection.remote_address();
     listener.socket.add_route(address, &route);
+    let window = bundle.part(listener.window);
+    if window < listener.window {
+        // What it was granted in the handshake and sends before it is read comes on top, once.
+        connection.set_receive_window(VarInt::from_u64(window).unwrap_or(VarInt::MAX));
+    }
     let path = Path {
         route,
         budget,
         socket: listener.socket.clone(),
-        window: listener.window,
+        window,
         endpoint: None,
+        bundle,
     };
     let connection = PeerConnection::new(connection, peer.clone(), fingerprint, kind, path);
     shared.register(&connection);

@@ -12,9 +12,10 @@ use quinn::congestion::ControllerFactory;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
 use quinn_proto::HashedConnectionIdGenerator;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
+use super::bundle::Bundle;
 use super::congestion::{self, LinkControllerFactory};
 use super::datagram_size::LargestDatagram;
 use super::identity::Identity;
@@ -23,7 +24,7 @@ use super::network::{Network, Udp};
 use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
 use super::tls::{self, ConnectionKind, ServerTls};
 use super::trust::{Fingerprint, TrustAnchors};
-use super::tuning::{MAX_UDP_PAYLOAD, Tuning};
+use super::tuning::{self, MAX_UDP_PAYLOAD, MOST_BULK_CONNECTIONS, Tuning};
 use crate::proto::page::ByteRate;
 
 /// What an operator says about this site's end.
@@ -76,6 +77,8 @@ pub struct PeerTarget {
     pub rate_now: Option<ByteRate>,
     /// The round trip time of the path.
     pub rtt: Duration,
+    /// Connections that lanes are spread over, 1 to [`MOST_BULK_CONNECTIONS`]. `None`: as many as the capacity needs.
+    pub bulk_connections: Option<u8>,
 }
 
 /// One site's QUIC: accepts peers, dials them, forgets them.
@@ -227,7 +230,7 @@ impl Transport {
         self.shared.invitation.store(open, Ordering::Release);
     }
 
-    /// Opens a link to a trusted peer: both handshakes, side by side, and the peer's word that it trusts us (two round trips).
+    /// Opens a link to a trusted peer: all handshakes, side by side, and the peer's word that it trusts us (two round trips).
     ///
     /// # Errors
     /// [`DialError`] where the peer does not answer, is not who it should be, or does not want us.
@@ -249,25 +252,36 @@ impl Transport {
         let rate_now = rate.map(|most| present.into_iter().flatten().fold(most, ByteRate::min));
         let budget = self.shared.budget(&target.name);
         budget.set_rate(rate_now);
-        let open = |address, kind| {
-            let peer = Some(target.name.clone());
+        let open = |address, kind, bundle| {
             let attempt = Attempt {
                 address,
                 kind,
-                peer,
+                peer: Some(target.name.clone()),
                 fingerprint: target.fingerprint,
                 rate,
                 rate_now,
                 rtt: target.rtt,
-                budget: &budget,
+                budget: budget.clone(),
+                bundle,
             };
-            self.shared.open(attempt)
+            self.shared.clone().open(attempt)
         };
-        let (control, bulk) = tokio::try_join!(
-            open(target.control_address, ConnectionKind::Control),
-            open(bulk_address, ConnectionKind::Bulk)
-        )
-        .map_err(failed)?;
+        let wanted = target
+            .bulk_connections
+            .unwrap_or_else(|| tuning::bulk_connections(rate));
+        let bundle = Bundle::of(wanted.clamp(1, MOST_BULK_CONNECTIONS));
+        let mut dialling: JoinSet<_> = (0..bundle.connections())
+            .map(|_| open(bulk_address, ConnectionKind::Bulk, bundle))
+            .collect();
+        let bulk = async {
+            let mut bulk = Vec::new();
+            while let Some(dialled) = dialling.join_next().await {
+                bulk.push(dialled.expect("dialling is not aborted and does not panic")?);
+            }
+            Ok(bulk)
+        };
+        let control = open(target.control_address, ConnectionKind::Control, Bundle::alone());
+        let (control, bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
         Ok(PeerLink::new(control, bulk))
     }
 
@@ -284,14 +298,15 @@ impl Transport {
             rate: None,
             rate_now: None,
             rtt: self.shared.settings.rtt,
-            budget: &Arc::default(),
+            budget: Arc::default(),
+            bundle: Bundle::alone(),
         };
         let failed = |cause| DialError {
             peer: key.to_string(),
             address,
             cause,
         };
-        self.shared.open(attempt).await.map_err(failed)
+        self.shared.clone().open(attempt).await.map_err(failed)
     }
 
     /// Closes every connection with `peer`, and says how many there were. Remove it from the [`TrustAnchors`] before, or it may
@@ -362,17 +377,19 @@ impl Drop for Transport {
 }
 
 /// One connection to open.
-struct Attempt<'a> {
+struct Attempt {
     address: SocketAddr,
     kind: ConnectionKind,
     peer: Option<String>,
     fingerprint: Fingerprint,
-    /// For its windows.
+    /// Of the link, for the windows.
     rate: Option<ByteRate>,
-    /// To begin at.
+    /// Of the link, to begin at.
     rate_now: Option<ByteRate>,
     rtt: Duration,
-    budget: &'a Arc<SharedBucket>,
+    budget: Arc<SharedBucket>,
+    /// With which others it has what is the link's.
+    bundle: Bundle,
 }
 
 impl Shared {
@@ -397,7 +414,7 @@ impl Shared {
     }
 
     /// Connects from a socket of its own, so that control never queues behind bulk in one.
-    async fn open(&self, attempt: Attempt<'_>) -> Result<PeerConnection, DialCause> {
+    async fn open(self: Arc<Self>, attempt: Attempt) -> Result<PeerConnection, DialCause> {
         let Attempt {
             address,
             kind,
@@ -407,14 +424,21 @@ impl Shared {
             rate_now,
             rtt,
             budget,
+            bundle,
         } = attempt;
         let trust = (kind != ConnectionKind::Pairing).then(|| self.trust.clone());
-        let tls = tls::client(self.identity.clone(), kind, fingerprint, trust).map_err(DialCause::Tls)?;
+        let tls = tls::client(self.identity.clone(), kind, fingerprint, trust, bundle).map_err(DialCause::Tls)?;
         let settings = &self.settings;
-        let tuning = Tuning::derive(rate, rtt, settings.window_budget, settings.idle_timeout);
+        let share = |rate: Option<ByteRate>| rate.map(|rate| bundle.share(rate));
+        let window_budget = bundle.part(settings.window_budget);
+        let tuning = Tuning::derive(share(rate), rtt, window_budget, settings.idle_timeout);
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         let largest = Arc::<LargestDatagram>::default();
-        config.transport_config(Arc::new(tuning.transport_config(controller(rate_now, rtt, &largest))));
+        config.transport_config(Arc::new(tuning.transport_config(controller(
+            share(rate_now),
+            rtt,
+            &largest,
+        ))));
 
         let local = local_address(address, settings.control_address);
         let socket = self
@@ -426,7 +450,8 @@ impl Shared {
         let socket = PacedSocket::new(socket, largest, unrouted);
         let endpoint = endpoint(&socket, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
         let connecting = endpoint
-            .connect_with(config, address, SERVER_NAME)
+            // Certificates are checked by key, so no name matters.
+            .connect_with(config, address, &bundle.name())
             .map_err(DialCause::Address)?;
         let connection = connecting.await.map_err(DialCause::of_connection)?;
         confirmed(&connection).await.map_err(DialCause::of_connection)?;
@@ -441,10 +466,11 @@ impl Shared {
         socket.set_only_route(route.clone());
         let path = Path {
             route,
-            budget: budget.clone(),
+            budget,
             socket,
             window: tuning.window,
             endpoint: Some(endpoint),
+            bundle,
         };
         let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
         self.register(&connection);
@@ -454,9 +480,6 @@ impl Shared {
         Ok(connection)
     }
 }
-
-/// Certificates are checked by key, so no name matters, and none is sent.
-const SERVER_NAME: &str = "gateway.invalid";
 
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 

@@ -1,4 +1,4 @@
-//! Connections to peers, what they measure, and the pair of them that makes a link.
+//! Connections to peers, what they measure, and those of them that make a link.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use quinn::{Connection, Endpoint, VarInt};
 use tokio::time::MissedTickBehavior;
 
+use super::bulk::Bulk;
+use super::bundle::Bundle;
 use super::congestion;
 use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
 use super::tls::ConnectionKind;
@@ -65,6 +67,8 @@ pub(super) struct Path {
     pub(super) window: u64,
     /// The connection's own endpoint, where it has one.
     pub(super) endpoint: Option<Endpoint>,
+    /// The connections with which it shares the rates of the link.
+    pub(super) bundle: Bundle,
 }
 
 impl Path {
@@ -122,6 +126,12 @@ impl PeerConnection {
     #[must_use]
     pub fn kind(&self) -> ConnectionKind {
         self.0.kind
+    }
+
+    /// The connections that were dialled together with this one.
+    #[must_use]
+    pub fn bundle(&self) -> Bundle {
+        self.0.path.bundle
     }
 
     /// Closes the connection and tells the peer why, in at most a few hundred bytes of text.
@@ -183,6 +193,27 @@ impl PeerConnection {
             self.0.connection.set_send_window(bytes.min(self.0.path.window));
         }
     }
+
+    /// Its part of the capacity that holds now; `None` where none is configured.
+    pub(super) fn capacity(&self) -> Option<ByteRate> {
+        self.0.path.capacity()
+    }
+
+    /// Stream bytes a second that it can carry now; `None` where no capacity is configured.
+    pub(super) fn goodput(&self) -> Option<ByteRate> {
+        let path = &self.0.path;
+        self.capacity()?;
+        let measures = self.stats();
+        let rate = measures.rate?;
+        let cap = path.budget.rate().map(|cap| path.bundle.share(cap));
+        let rate = cap.map_or(rate, |cap| cap.min(rate));
+        Some(stream_rate(
+            rate,
+            measures.mtu,
+            self.header_bytes(),
+            self.0.loss().share(),
+        ))
+    }
 }
 
 impl Inner {
@@ -207,8 +238,10 @@ impl Inner {
         self.path.endpoint.as_ref()
     }
 
+    /// Of the link; the connection takes its share.
     pub(super) fn set_capacity(&self, capacity: Option<ByteRate>) {
-        self.path.route.set_capacity(capacity);
+        let share = capacity.map(|capacity| self.path.bundle.share(capacity));
+        self.path.route.set_capacity(share);
     }
 
     /// Lets the route follow the peer, which was at `listed` when it last did, and the controller of the path. Where it is listed now.
@@ -314,20 +347,50 @@ pub struct ConnectionMeasures {
     pub shaper_wait: Duration,
 }
 
-/// Two gateways' link: a control and a bulk connection, each on a socket of its own.
+impl ConnectionMeasures {
+    /// Of both connections together.
+    pub(super) fn beside(self, other: Self) -> Self {
+        Self {
+            rtt: self.rtt.max(other.rtt),
+            least_rtt: self.least_rtt.min(other.least_rtt),
+            sent_packets: self.sent_packets + other.sent_packets,
+            lost_packets: self.lost_packets + other.lost_packets,
+            lost_bytes: self.lost_bytes + other.lost_bytes,
+            wire_bytes_sent: self.wire_bytes_sent + other.wire_bytes_sent,
+            wire_bytes_received: self.wire_bytes_received + other.wire_bytes_received,
+            congestion_window: self.congestion_window.saturating_add(other.congestion_window),
+            mtu: self.mtu.min(other.mtu),
+            black_holes: self.black_holes + other.black_holes,
+            rate: self
+                .rate
+                .zip(other.rate)
+                .map(|(one, two)| ByteRate(one.0.saturating_add(two.0))),
+            shaper_waits: self.shaper_waits + other.shaper_waits,
+            shaper_wait: self.shaper_wait + other.shaper_wait,
+        }
+    }
+}
+
+/// Two gateways' link: a control connection and one or several for bulk, each on a socket of its own.
 #[derive(Clone, Debug)]
 pub struct PeerLink {
     /// For what must never wait.
     pub control: PeerConnection,
     /// For lanes of data.
-    pub bulk: PeerConnection,
+    pub bulk: Bulk,
 }
 
 impl PeerLink {
-    /// The link of two connections that the same peer opened.
+    /// The link of connections that the same peer opened.
+    ///
+    /// # Panics
+    /// Where none is for bulk.
     #[must_use]
-    pub fn new(control: PeerConnection, bulk: PeerConnection) -> Self {
-        Self { control, bulk }
+    pub fn new(control: PeerConnection, bulk: Vec<PeerConnection>) -> Self {
+        Self {
+            control,
+            bulk: Bulk::new(bulk),
+        }
     }
 
     /// The peer's address for control.
@@ -336,7 +399,7 @@ impl PeerLink {
         self.control.remote_address()
     }
 
-    /// What both connections measured.
+    /// What its connections measured.
     #[must_use]
     pub fn stats(&self) -> LinkMeasures {
         LinkMeasures {
@@ -350,7 +413,7 @@ impl PeerLink {
     ///
     /// Windows were sized when the connection was made, so a rate far above the first one fills the link only on a new connection.
     pub fn set_rate(&self, rate: Option<ByteRate>) {
-        for connection in [&self.control, &self.bulk] {
+        for connection in std::iter::once(&self.control).chain(self.bulk.iter()) {
             connection.0.path.budget.set_rate(rate);
             connection.0.set_capacity(rate);
         }
@@ -359,24 +422,21 @@ impl PeerLink {
     /// The capacity that holds now; `None` where none is configured.
     #[must_use]
     pub fn capacity(&self) -> Option<ByteRate> {
-        self.bulk.0.path.capacity()
+        self.bulk.capacity()
     }
 
     /// Stream bytes a second that this link can carry now: the controller's rate less headers and what is lost of late. `None`
     /// where no capacity is configured. Admit bulk at slightly less than this, and almost nothing unsent sits in QUIC.
     #[must_use]
     pub fn goodput(&self) -> Option<ByteRate> {
-        self.bulk.0.path.capacity()?;
-        let measures = self.bulk.stats();
-        let rate = measures.rate?;
-        let rate = self.bulk.0.path.budget.rate().map_or(rate, |cap| cap.min(rate));
-        let header = header_bytes(self.bulk.remote_address());
-        Some(stream_rate(rate, measures.mtu, header, self.bulk.0.loss().share()))
+        self.bulk.goodput()
     }
 
-    /// Closes both connections.
+    /// Closes all of its connections.
     pub fn close(&self, code: CloseCode, reason: &str) {
-        self.bulk.close_with(code, reason);
+        for connection in &*self.bulk {
+            connection.close_with(code, reason);
+        }
         self.control.close_with(code, reason);
     }
 }
@@ -386,7 +446,7 @@ impl PeerLink {
 pub struct LinkMeasures {
     /// The control connection.
     pub control: ConnectionMeasures,
-    /// The bulk connection.
+    /// The bulk connections together.
     pub bulk: ConnectionMeasures,
 }
 
@@ -400,7 +460,7 @@ impl LinkMeasures {
             .sum()
     }
 
-    /// Packets that were found lost, on both connections.
+    /// Packets that were found lost, on all connections.
     #[must_use]
     pub fn lost_packets(&self) -> u64 {
         self.control.lost_packets + self.bulk.lost_packets

@@ -11,11 +11,13 @@
 //! decides the rate of a connection; the paced socket keeps that rate, the peer's and the link's, headers included. quinn's
 //! own pacer and windows are set wide enough never to decide anything. Where no capacity is configured, the link controller finds the rate
 //! by probing; nothing is admitted by a rate then, since that would hold the probes back, and a connection for lanes keeps its send window
-//! a little above what flies.
+//! a little above what flies. Several bulk connections of a link have equal shares of its rate, and its peer's bucket keeps the whole of it.
 //!
 //! This folder does not know what a page or a migration is.
 
 mod accept;
+mod bulk;
+mod bundle;
 mod congestion;
 mod datagram_size;
 mod endpoint;
@@ -31,6 +33,8 @@ pub mod tuning;
 mod udp;
 
 pub use accept::Incoming;
+pub use bulk::Bulk;
+pub use bundle::Bundle;
 pub use endpoint::{BindError, DialCause, DialError, PeerTarget, Transport, TransportSettings};
 pub use identity::{CERTIFICATE_LIFETIME, Identity, IdentityError, RENEW_BEFORE_EXPIRY};
 pub use lane::{LaneError, next_chunk, read_lane, send_lane};

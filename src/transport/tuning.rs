@@ -68,6 +68,13 @@ pub const UNSENT: Duration = Duration::from_millis(35);
 /// The least of it. A lane is held whole while one of its packets is repaired; with less room than one, the link would stand still meanwhile.
 const LEAST_UNSENT: u64 = 128 * 1024;
 
+/// Bulk connections that a link may have: as many as 20 Gbit/s need. Each may have so many lanes open as a single one.
+pub const MOST_BULK_CONNECTIONS: u8 = 8;
+
+/// What is expected of one connection, which a single task drives: less than half of what one carries over loopback, where a packet has 9000
+/// bytes and the whole machine serves it (docs/transport.md).
+const CONNECTION_RATE: ByteRate = ByteRate::from_bits_per_second(2_500_000_000);
+
 /// What the windows are made for where no rate is configured.
 const ASSUMED_RATE: ByteRate = ByteRate::from_bits_per_second(1_000_000_000);
 
@@ -102,6 +109,13 @@ pub fn stream_rate(rate: ByteRate, mtu: u16, header: u64, loss: f64) -> ByteRate
     let mtu = u64::from(mtu);
     let share = mtu.saturating_sub(STREAM_OVERHEAD) as f64 / (mtu + header + ETHERNET_HEADER) as f64;
     ByteRate((rate.0 as f64 * share * (1.0 - loss)) as u64)
+}
+
+/// Bulk connections that a link of this capacity needs: 1 up to 2.5 Gbit/s, and where none is known.
+#[must_use]
+pub fn bulk_connections(rate: Option<ByteRate>) -> u8 {
+    let needed = rate.map_or(1, |rate| rate.0.div_ceil(CONNECTION_RATE.0));
+    u8::try_from(needed).unwrap_or(u8::MAX).clamp(1, MOST_BULK_CONNECTIONS)
 }
 
 /// Quantities derived from one path; see the head of this file.
@@ -252,6 +266,16 @@ mod tests {
         assert_eq!(share(1200, 28, 0.0), 125_000_000 * 1160 / 1242);
         assert_eq!(share(1452, 28, 0.5), 125_000_000 * 706 / 1494);
         assert_eq!(share(1452, 28, 1.0), 0);
+    }
+
+    #[test]
+    fn a_link_has_as_many_bulk_connections_as_its_capacity_needs() {
+        let of = |bits| bulk_connections(Some(ByteRate::from_bits_per_second(bits)));
+        assert_eq!([0, 1_000_000_000, 2_500_000_000].map(of), [1; 3]);
+        assert_eq!([2_500_000_008, 5_000_000_000].map(of), [2; 2]);
+        assert_eq!([10_000_000_000, 20_000_000_000, 20_000_000_008].map(of), [4, 8, 8]);
+        assert_eq!(bulk_connections(Some(ByteRate(u64::MAX))), MOST_BULK_CONNECTIONS);
+        assert_eq!(bulk_connections(None), 1);
     }
 
     #[test]

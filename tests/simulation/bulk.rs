@@ -1,4 +1,4 @@
-//! Numbered lanes from one end of a connection to the other, whose every byte is checked.
+//! Numbered lanes from one end of a link to the other, whose every byte is checked.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use longhaul::proto::session::connection_of;
 use longhaul::transport::tuning::LANE_BYTES;
 use longhaul::transport::{LaneError, PeerConnection, next_chunk, send_lane};
 use quinn::RecvStream;
@@ -37,8 +38,8 @@ static CONTENT: LazyLock<Bytes> = LazyLock::new(|| {
 const NUMBER_BYTES: usize = 8;
 
 impl Bulk {
-    /// Sends as fast as it goes, from now on.
-    pub(crate) fn start(from: &PeerConnection, to: &PeerConnection) -> Self {
+    /// Sends as fast as it goes, from now on, spread over all connections as a gateway does it.
+    pub(crate) fn start(from: &[PeerConnection], to: &[PeerConnection]) -> Self {
         let state = Arc::new(State {
             since: Instant::now(),
             sent: AtomicU64::new(0),
@@ -47,8 +48,10 @@ impl Bulk {
             arrived: Mutex::default(),
             lanes: Mutex::default(),
         });
-        tokio::spawn(send(state.clone(), from.clone()));
-        tokio::spawn(accept(state.clone(), to.clone()));
+        tokio::spawn(send(state.clone(), from.to_vec()));
+        for connection in to {
+            tokio::spawn(accept(state.clone(), connection.clone()));
+        }
         Self(state)
     }
 
@@ -87,11 +90,12 @@ impl Bulk {
     }
 }
 
-async fn send(state: Arc<State>, connection: PeerConnection) {
+async fn send(state: Arc<State>, connections: Vec<PeerConnection>) {
     while !state.no_more.load(Ordering::Relaxed) {
         let number = state.sent.load(Ordering::Relaxed);
+        let connection = &connections[connection_of(number, connections.len())];
         let number = Bytes::copy_from_slice(&number.to_be_bytes());
-        if send_lane(&connection, &mut [number, CONTENT.clone()]).await.is_err() {
+        if send_lane(connection, &mut [number, CONTENT.clone()]).await.is_err() {
             return;
         }
         state.sent.fetch_add(1, Ordering::Relaxed);

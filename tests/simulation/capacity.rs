@@ -114,7 +114,7 @@ async fn no_tenth_of_a_second_carries_more_than_the_cap() {
 }
 
 /// The most that was sent in 100 ms of `time`, as a share of what `cap` allows.
-fn fullest_tenth_of_a_second(connected: &Connected, time: Range<Duration>, cap: ByteRate) -> f64 {
+pub(crate) fn fullest_tenth_of_a_second(connected: &Connected, time: Range<Duration>, cap: ByteRate) -> f64 {
     let since = connected.since.into_std();
     let mut offered = connected.link.offered(0);
     offered.retain(|(at, _)| time.contains(&at.saturating_duration_since(since)));

@@ -12,13 +12,13 @@ use std::time::{Duration, SystemTime};
 
 use longhaul::proto::page::ByteRate;
 use longhaul::transport::tuning::STREAM_OVERHEAD;
-use longhaul::transport::{PeerLink, TransportSettings};
+use longhaul::transport::{PeerLink, PeerTarget, TransportSettings};
 use longhaul::wan::{ETHERNET_OVERHEAD, LinkSettings, Loss, Ordinals, Probability};
 use tokio::time::Instant;
 
 use bulk::Bulk;
 use link::{SITES, SimulatedLink, SiteNetwork};
-use transport_site::Site;
+use transport_site::{Site, accept_link};
 
 mod bulk;
 mod capacity;
@@ -30,6 +30,7 @@ mod pacing;
 mod paths;
 mod probe;
 mod roaming;
+mod several;
 mod shares;
 #[path = "../transport_site/mod.rs"]
 mod transport_site;
@@ -107,9 +108,20 @@ impl Connected {
 
     /// Between these sites, of which the first dials.
     async fn between(link: Arc<SimulatedLink>, sites: [Site; 2], believed: Option<ByteRate>, rtt: Duration) -> Self {
+        Self::over_several(link, sites, believed, rtt, 1).await
+    }
+
+    /// The same with so many bulk connections.
+    async fn over_several(
+        link: Arc<SimulatedLink>,
+        sites: [Site; 2],
+        believed: Option<ByteRate>,
+        rtt: Duration,
+        bulk_connections: u8,
+    ) -> Self {
         sites[0].trusts(&sites[1], "b");
         sites[1].trusts(&sites[0], "a");
-        let (from, to) = dial(&sites, believed, rtt).await;
+        let (from, to) = dial(&sites, believed, rtt, bulk_connections).await;
         Self {
             link,
             sites,
@@ -168,12 +180,17 @@ impl Connected {
 }
 
 /// A link from the first site to the second, as both see it.
-async fn dial(sites: &[Site; 2], believed: Option<ByteRate>, rtt: Duration) -> (PeerLink, PeerLink) {
-    let target = sites[1].as_target("b", believed, rtt);
-    let accept = async {
-        let accepts = || async { sites[1].transport.accept().await.unwrap() };
-        transport_site::link_of(accepts().await, accepts().await)
+async fn dial(
+    sites: &[Site; 2],
+    believed: Option<ByteRate>,
+    rtt: Duration,
+    bulk_connections: u8,
+) -> (PeerLink, PeerLink) {
+    let target = PeerTarget {
+        bulk_connections: Some(bulk_connections),
+        ..sites[1].as_target("b", believed, rtt)
     };
+    let accept = accept_link(&sites[1].transport, bulk_connections);
     let (from, to) = tokio::join!(sites[0].transport.dial(&target), accept);
     (from.unwrap(), to)
 }

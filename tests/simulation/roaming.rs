@@ -31,7 +31,7 @@ async fn share_after(seen: Seen, dialler_sends: bool) -> f64 {
     };
     tokio::time::sleep(3 * SECOND).await;
 
-    let before = connected.to.bulk.remote_address();
+    let before = connected.to.bulk[0].remote_address();
     let after = match seen {
         Seen::AtAnotherPort => SocketAddr::new(before.ip(), before.port() + 1000),
         Seen::AtAnotherIp => SocketAddr::new("10.77.0.9".parse().unwrap(), before.port()),
@@ -39,7 +39,7 @@ async fn share_after(seen: Seen, dialler_sends: bool) -> f64 {
     let unrestricted = connected.to.bulk.stats().rate;
     connected.link.rebind(before, after);
     tokio::time::sleep(2 * SECOND).await;
-    assert_eq!(connected.to.bulk.remote_address(), after);
+    assert_eq!(connected.to.bulk[0].remote_address(), after);
     // A cap that is set now must reach the controller and the route of the new path.
     connected.to.set_rate(Some(mbit(50)));
     if !dialler_sends {

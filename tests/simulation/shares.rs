@@ -27,7 +27,7 @@ async fn two_migrations_share_three_to_one_also_where_one_starts_late() {
     let arrived: [Arrived; 2] = Default::default();
     let begin = |number: u8, weight: u32| {
         let mut flow = turns.join(Class::Migration, Weight::new(weight).unwrap());
-        let (bulk, content) = (connected.from.bulk.clone(), Bytes::from(vec![number; LANE]));
+        let (bulk, content) = (connected.from.bulk[0].clone(), Bytes::from(vec![number; LANE]));
         tokio::spawn(async move {
             loop {
                 let _turn = flow.turn(LANE as u64).await;
@@ -37,7 +37,7 @@ async fn two_migrations_share_three_to_one_also_where_one_starts_late() {
             }
         });
     };
-    let (bulk, counts) = (connected.to.bulk.clone(), arrived.clone());
+    let (bulk, counts) = (connected.to.bulk[0].clone(), arrived.clone());
     tokio::spawn(async move {
         while let Ok(mut lane) = bulk.accept_uni().await {
             let counts = counts.clone();

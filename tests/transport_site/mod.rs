@@ -42,20 +42,21 @@ impl Site {
             rate,
             rate_now: None,
             rtt,
+            bulk_connections: None,
         }
     }
 }
 
-/// The two connections that a peer's dial makes, in whatever order they came.
-pub(crate) fn link_of(one: Incoming, two: Incoming) -> PeerLink {
-    let (control, bulk) = if one.kind == ConnectionKind::Control {
-        (one, two)
-    } else {
-        (two, one)
-    };
-    assert_eq!(
-        (control.kind, bulk.kind),
-        (ConnectionKind::Control, ConnectionKind::Bulk)
-    );
-    PeerLink::new(control.connection, bulk.connection)
+/// The link that a peer dials with so many bulk connections, in whatever order they come.
+pub(crate) async fn accept_link(transport: &Transport, bulk_connections: u8) -> PeerLink {
+    let mut incoming = Vec::new();
+    for _ in 0..=bulk_connections {
+        incoming.push(transport.accept().await.expect("the transport runs"));
+    }
+    let (control, bulk): (Vec<Incoming>, Vec<Incoming>) = incoming
+        .into_iter()
+        .partition(|incoming| incoming.kind == ConnectionKind::Control);
+    assert!(control.len() == 1 && bulk.iter().all(|incoming| incoming.kind == ConnectionKind::Bulk));
+    let bulk = bulk.into_iter().map(|incoming| incoming.connection).collect();
+    PeerLink::new(control[0].connection.clone(), bulk)
 }

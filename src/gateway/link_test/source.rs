@@ -16,6 +16,7 @@ use crate::migrate::{FIRST_PASS_RATIO, RESEND_RATIO};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::{Backlog, Budget, FixedCosts, ForecastInput};
 use crate::proto::rate::{Class, Weight};
+use crate::proto::session::connection_of;
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Frame, FrameHeader, FrameKind, Request, TestMessage, hello};
 use crate::shaper::Flow;
@@ -96,7 +97,7 @@ struct Filled {
     arrived: Vec<Arrived>,
     /// Round trips beside the lanes.
     round_trips: Vec<Duration>,
-    /// The bulk connection's, before and at the end.
+    /// Of the bulk connections, before and at the end.
     before: ConnectionMeasures,
     after: ConnectionMeasures,
 }
@@ -177,7 +178,9 @@ async fn send(link: &Link, flow: &mut Flow, test: MigrationId) -> LaneError {
         offset += bytes;
         let _turn = flow.turn(frame.lane_bytes()).await;
         let header = frame.encode_header();
-        if let Err(error) = send_lane(link.bulk(), &mut [header, frame.payload]).await {
+        let bulk = link.bulk();
+        let connection = &bulk[connection_of(sequence, bulk.len())];
+        if let Err(error) = send_lane(connection, &mut [header, frame.payload]).await {
             return error;
         }
     }

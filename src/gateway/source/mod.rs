@@ -31,6 +31,7 @@ use crate::proto::page::JournalId;
 use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
 use crate::proto::wire::SessionMessage;
+use crate::transport::LaneError;
 
 /// Between looks at the vmm while the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
@@ -412,8 +413,14 @@ impl SourceDriver {
         let task = tokio::spawn(async move {
             let protects_tail = link.protects_tail();
             let limit = entry.share.limit();
-            if let Err(error) = outbound.send(link.bulk(), limit, flow, protects_tail, epoch).await {
-                // The control connection tells the driver; both run over the same path.
+            let bulk = link.bulk();
+            let sent = tokio::select! {
+                sent = outbound.send(bulk, limit, flow, protects_tail, epoch) => sent,
+                // Perhaps one to which nothing more is given, and which has not delivered what it was given.
+                error = bulk.broken() => Err(LaneError::Connection(error)),
+            };
+            if let Err(error) = sent {
+                // The control connection tells the driver: closed too, or lost over the same path.
                 link.close_broken(&error.to_string());
             }
         });

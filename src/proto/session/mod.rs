@@ -14,12 +14,14 @@ mod decoder;
 mod destination;
 mod encoder;
 mod source;
+mod stripe;
 pub mod tail;
 
 pub use decoder::{DecodeError, Decoder};
 pub use destination::DestinationSession;
 pub use encoder::{EncodedFrame, Encoder, StreamSummary};
 pub use source::SourceSession;
+pub use stripe::connection_of;
 
 /// A frame that this session cannot take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,7 +2,7 @@
 //!
 //! Two kinds of carriage:
 //!
-//! - **Lanes**: one QUIC stream in one direction each, on the bulk connection. A lane holds exactly one [`Frame`]: a
+//! - **Lanes**: one QUIC stream in one direction each, on a bulk connection. A lane holds exactly one [`Frame`]: a
 //!   fixed header and a payload ([`frame`]); the payload of a repair is described in [`repair`].
 //! - **Channels**: QUIC streams in both directions on the control connection. A channel holds [`message`]s, each with a
 //!   length in front.

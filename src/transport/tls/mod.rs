@@ -25,6 +25,7 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, OtherError, SignatureScheme,
 };
 
+use super::bundle::{self, Bundle};
 use super::identity::Identity;
 use super::trust::{Fingerprint, TrustAnchors};
 
@@ -40,7 +41,7 @@ pub enum ConnectionKind {
 }
 
 impl ConnectionKind {
-    /// The ALPN protocol id. The number rises with a change that older gateways cannot speak.
+    /// The ALPN protocol id; that of a [`Bundle`]'s connections is another. The number rises with a change that older gateways cannot speak.
     #[must_use]
     pub const fn alpn(self) -> &'static [u8] {
         match self {
@@ -50,12 +51,17 @@ impl ConnectionKind {
         }
     }
 
-    /// What the peer and we agreed on in the handshake.
-    pub(super) fn of_handshake(data: Option<Box<dyn Any>>) -> Option<Self> {
-        let protocol = data?.downcast::<HandshakeData>().ok()?.protocol?;
+    /// What the peer and we agreed on in the handshake, and the connections that the peer makes together with this one.
+    pub(super) fn of_handshake(data: Option<Box<dyn Any>>) -> Option<(Self, Bundle)> {
+        let data = data?.downcast::<HandshakeData>().ok()?;
+        let protocol = data.protocol?;
+        if protocol == bundle::ALPN {
+            return Some((Self::Bulk, Bundle::named(&data.server_name?)?));
+        }
         [Self::Control, Self::Bulk, Self::Pairing]
             .into_iter()
             .find(|kind| kind.alpn() == protocol)
+            .map(|kind| (kind, Bundle::alone()))
     }
 }
 
@@ -80,14 +86,20 @@ impl From<Refusal> for TlsError {
 const CLOCK_ALLOWANCE: Duration = Duration::from_secs(3600);
 
 /// TLS for a connection that this site opens as `kind`, to the gateway that owns `expected`. With `trust`, the key must
-/// also be trusted at the time of the handshake; a pairing has none.
+/// also be trusted at the time of the handshake; a pairing has none. One of several in a `bundle` says so.
 pub(super) fn client(
     identity: Arc<Identity>,
     kind: ConnectionKind,
     expected: Fingerprint,
     trust: Option<Arc<TrustAnchors>>,
+    bundle: Bundle,
 ) -> Result<QuicClientConfig, TlsError> {
-    Ok(client_config(identity, kind, expected, trust)?
+    let mut config = client_config(identity, kind, expected, trust)?;
+    if !bundle.is_alone() {
+        config.alpn_protocols = vec![bundle::ALPN.to_vec()];
+        config.enable_sni = true;
+    }
+    Ok(config
         .try_into()
         .expect("the provider has the QUIC initial cipher suite"))
 }
@@ -203,6 +215,9 @@ fn server_config(
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(resolver));
     config.alpn_protocols = kinds.iter().map(|kind| kind.alpn().to_vec()).collect();
+    if kinds.contains(&ConnectionKind::Bulk) {
+        config.alpn_protocols.push(bundle::ALPN.to_vec());
+    }
     config.max_early_data_size = 0;
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});

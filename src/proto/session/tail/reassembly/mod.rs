@@ -30,6 +30,8 @@ const MOST_COMPUTATIONS: usize = 4;
 /// What has come of one connection's lanes. A lane is named by the number of its QUIC stream.
 #[derive(Debug, Default)]
 pub struct Reassembly {
+    /// Connections that take lanes beside this one, and have their part of what repairs may take.
+    others: usize,
     lanes: HashMap<u64, Lane>,
     /// Lanes before this number were opened: one that is not among `lanes` is over.
     opened: u64,
@@ -63,6 +65,16 @@ struct Repair {
 }
 
 impl Reassembly {
+    /// For one of so many connections over which lanes are spread: it keeps its part of the repairs that one connection may, and computes
+    /// its part of them at a time, one at the least.
+    #[must_use]
+    pub fn one_of(connections: usize) -> Self {
+        Self {
+            others: connections.saturating_sub(1),
+            ..Self::default()
+        }
+    }
+
     /// A lane was opened. Lanes are opened in the order of their numbers.
     pub fn open(&mut self, lane: u64) {
         self.lanes.insert(lane, Lane::default());
@@ -148,7 +160,7 @@ impl Reassembly {
             Some(id) => *id,
             None => number,
         };
-        if self.computations < MOST_COMPUTATIONS {
+        if self.computations < (MOST_COMPUTATIONS / (1 + self.others)).max(1) {
             return self.begin(id);
         }
         if self.repairs.contains_key(&id) {
@@ -188,7 +200,10 @@ impl Reassembly {
         let Some(lane) = self.take(number) else { return };
         let lanes: BTreeSet<u64> = head.lanes.iter().map(|covered| covered.lane).collect();
         let is_free = |lane: &u64| !self.covering.contains_key(lane) && *lane != number;
-        if self.repairs.len() == MOST_REPAIRS || lanes.len() < head.lanes.len() || !lanes.iter().all(is_free) {
+        if self.repairs.len() >= MOST_REPAIRS / (1 + self.others)
+            || lanes.len() < head.lanes.len()
+            || !lanes.iter().all(is_free)
+        {
             return;
         }
         let is_over = |lane: u64| lane < self.opened && !self.lanes.contains_key(&lane);

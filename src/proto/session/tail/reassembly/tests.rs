@@ -273,8 +273,13 @@ fn a_repair_over_what_is_there_is_not_kept() {
 
 #[test]
 fn only_so_many_are_computed_at_a_time_and_the_others_follow() {
+    for (connections, at_a_time) in [(1, MOST_COMPUTATIONS), (2, MOST_COMPUTATIONS / 2), (8, 1)] {
+        compute_many(Reassembly::one_of(connections), at_a_time);
+    }
+}
+
+fn compute_many(mut reassembly: Reassembly, at_a_time: usize) {
     const RUNS: u64 = MOST_COMPUTATIONS as u64 + 3;
-    let mut reassembly = Reassembly::default();
     let mut first = Vec::new();
     let run = |at: u64| TailRun {
         frames: vec![(frame(at * RUN, 4000), 2 * at)],
@@ -294,7 +299,7 @@ fn only_so_many_are_computed_at_a_time_and_the_others_follow() {
         reassembly.put(2 * at + 1, 0, &lane(&repair)).unwrap();
         first.extend(reassembly.due(2 * at + 1));
     }
-    assert_eq!(first.len(), MOST_COMPUTATIONS);
+    assert_eq!(first.len(), at_a_time);
     let mut made = Vec::new();
     let mut next = first.pop();
     while let Some(computation) = next.or_else(|| first.pop()) {
