@@ -154,7 +154,8 @@ impl Copying {
         let saturated = outbound.was_saturated();
         self.path.observe(now, outbound.acknowledged_bytes(), saturated);
         let goodput = self.path_rate(link);
-        outbound.set_backlog(Backlog::at(goodput));
+        let reduction_ratio = usable_ratio(self.ratio.pessimistic(), goodput, outbound.encoder_rate());
+        outbound.set_backlog(Backlog::at(goodput, reduction_ratio));
         link.ask(now, entry.migration, goodput);
         let unsent_in_quic = self.unsent_in_quic(outbound, link);
         let backlog_bytes = outbound.backlog_bytes() + unsent_in_quic;
@@ -174,7 +175,7 @@ impl Copying {
                     .saturating_mul(crate::proto::page::PAGE_SIZE as u64),
             ),
             goodput,
-            reduction_ratio: usable_ratio(self.ratio.pessimistic(), goodput, outbound.encoder_rate()),
+            reduction_ratio,
         };
         let decision = self.policy.decide(&sample);
         let outlook = self

@@ -56,9 +56,10 @@ struct Shared {
     /// The backlog may have shrunk.
     to_read: Notify,
     stopped: AtomicBool,
-    /// [`Backlog`], as two numbers.
+    /// [`Backlog`], as three numbers.
     backlog_limit: AtomicU64,
     read_bytes: AtomicU64,
+    ratio: AtomicU64,
     /// Bytes of the frame that is out of the session and not yet in QUIC: it waits for its turn or the window.
     leaving_bytes: AtomicU64,
     /// The sender found nothing to send since this was last asked.
@@ -90,7 +91,7 @@ impl Outbound {
         encoder: Encoder,
         effort: Effort,
     ) -> (Self, oneshot::Receiver<StreamEnd>) {
-        let backlog = Backlog::at(UNKNOWN_RATE);
+        let backlog = Backlog::at(UNKNOWN_RATE, 1.0);
         let shared = Arc::new(Shared {
             session: Mutex::new(SourceSession::new(migration, window_bytes)),
             to_send: Notify::new(),
@@ -98,6 +99,7 @@ impl Outbound {
             stopped: AtomicBool::new(false),
             backlog_limit: AtomicU64::new(backlog.limit_bytes),
             read_bytes: AtomicU64::new(backlog.read_bytes),
+            ratio: AtomicU64::new(backlog.ratio),
             leaving_bytes: AtomicU64::new(0),
             ran_dry: AtomicBool::new(true),
             starved: AtomicBool::new(false),
@@ -236,6 +238,7 @@ impl Outbound {
     pub(crate) fn set_backlog(&self, backlog: Backlog) {
         self.shared.backlog_limit.store(backlog.limit_bytes, Ordering::Relaxed);
         self.shared.read_bytes.store(backlog.read_bytes, Ordering::Relaxed);
+        self.shared.ratio.store(backlog.ratio, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -246,7 +249,7 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// Bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
+    /// Frame bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
     pub(crate) fn backlog_bytes(&self) -> u64 {
         self.shared.backlog()
     }
@@ -331,7 +334,7 @@ impl Shared {
     fn backlog(&self) -> u64 {
         self.session().unsent_bytes()
             + self.leaving_bytes.load(Ordering::Relaxed)
-            + self.encoding_bytes.load(Ordering::Relaxed)
+            + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed)
             + self.queued_at_peer.load(Ordering::Relaxed)
     }
 }
@@ -476,7 +479,7 @@ mod tests {
     async fn more_than_the_backlog_allows_is_never_taken_from_the_vmm() {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
         let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
-        let backlog = Backlog::at(ByteRate(5_000_000));
+        let backlog = Backlog::at(ByteRate(5_000_000), 1.0);
         outbound.set_backlog(backlog);
         let most = backlog.limit_bytes + backlog.read_bytes;
         let feeding = tokio::spawn(async move { vmm.write_all(&[1; 4 << 20]).await });

@@ -157,7 +157,7 @@ async fn send(link: &Link, flow: &mut Flow, test: MigrationId) -> LaneError {
     let (mut offset, mut pass) = (0, 0);
     for sequence in 0.. {
         let rate = link.goodput().unwrap_or(UNKNOWN_RATE);
-        let bytes = Backlog::at(rate).read_bytes as usize;
+        let bytes = Backlog::at(rate, 1.0).read_bytes as usize;
         if offset + bytes > content.len() {
             pass += 1;
             offset = pass * STEP % (content.len() / 2);
