@@ -20,8 +20,8 @@ use longhaul::proto::vmm_stream::qemu::QemuParser;
 use longhaul::proto::vmm_stream::{Record, StreamEvent};
 use rustix::time::{ClockId, clock_gettime};
 
-/// As the gateway reads them from a hypervisor on a link of 1 Gbit/s.
-const CHUNK: usize = 600 << 10;
+/// What the gateway reads from a hypervisor at once at most.
+const CHUNK: usize = 256 << 10;
 
 fn main() {
     let files: Vec<String> = std::env::args()

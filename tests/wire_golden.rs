@@ -16,7 +16,7 @@ use longhaul::gateway::pairing::code::Secret;
 use longhaul::gateway::pairing::exchange::{Binding, Joining, Reason, refuse};
 use longhaul::proto::ownership::{AbortReason, Claim, Doubt, Message, Permit, Resolution, StreamSum};
 use longhaul::proto::page::{JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
-use longhaul::proto::reduce::{DictionaryLimits, PageShelf, Reducer, Restorer, ShelfError, batches};
+use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
 use longhaul::proto::wire::message::{Held, Reply, decode, encode};
@@ -515,10 +515,7 @@ fn payloads_of_format_1_restore_to_these_bytes() {
             goldens.bytes(name, &payload);
             continue;
         };
-        let payload: Vec<u8> = (0..golden.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&golden[at..at + 2], 16).unwrap())
-            .collect();
+        let payload = unhex(golden);
         let mut restored = Vec::new();
         restorer.restore(&payload, &mut restored).unwrap();
         assert!(restored == stream, "{name} restores to other bytes");
@@ -563,15 +560,36 @@ fn payloads_of_format_2_restore_to_these_bytes() {
         if name.ends_with("edited") {
             assert_eq!(golden, hex(&payload));
         }
-        let payload: Vec<u8> = (0..golden.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&golden[at..at + 2], 16).unwrap())
-            .collect();
+        let payload = unhex(golden);
         let mut restored = Vec::new();
         restorer.restore(&payload, &mut restored).unwrap();
         assert!(restored == stream, "{name} restores to other bytes");
     }
+    // What begins a zstd frame, and what goes on in it.
+    reducer.set_effort(Effort::MOST);
+    for name in ["payload2/zstd", "payload2/zstd-goes-on"] {
+        let text = format!("{name} was here. ").repeat(300);
+        let text = &text.as_bytes()[..3 * PAGE_SIZE / 4];
+        let records = [Record::Bytes { len: text.len() }];
+        let batch = batches(text, &records, &names).next().unwrap();
+        let mut payload = Vec::new();
+        reducer.encode(&batch, &[], &mut payload);
+        let Some(golden) = goldens.lines.remove(name) else {
+            goldens.bytes(name, &payload);
+            continue;
+        };
+        let mut restored = Vec::new();
+        restorer.restore(&unhex(golden), &mut restored).unwrap();
+        assert!(restored == text, "{name} restores to other bytes");
+    }
     goldens.done();
+}
+
+fn unhex(digits: &str) -> Vec<u8> {
+    let pairs = (0..digits.len()).step_by(2);
+    pairs
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap())
+        .collect()
 }
 
 /// The pages of a dictionary, in memory.

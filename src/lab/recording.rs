@@ -106,26 +106,36 @@ async fn record_in(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64
             .accept()
             .await
             .map_err(|source| LabError::file(&socket, source))?;
-        tokio::select! {
-            written = write(stream, &args.out) => written,
-            counted = count_rounds(&mut monitor, args.rounds) => counted.map(|()| 0),
-        }?;
-        let written = std::fs::metadata(&args.out).map_err(|source| LabError::file(&args.out, source))?;
-        Ok(written.len())
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let counting = async {
+            let counted = count_rounds(&mut monitor, args.rounds).await;
+            let _ = stop.send(());
+            counted
+        };
+        let (written, counted) = tokio::join!(write(stream, &args.out, stopped), counting);
+        counted?;
+        written
     };
     let recorded = recorded.await;
     guest.kill().await;
     recorded
 }
 
-/// Until QEMU ends the stream.
-async fn write(mut stream: UnixStream, out: &Path) -> Result<u64, LabError> {
+/// Until QEMU ends the stream, or enough is written.
+async fn write(
+    mut stream: UnixStream,
+    out: &Path,
+    mut enough: tokio::sync::oneshot::Receiver<()>,
+) -> Result<u64, LabError> {
     let copied = async {
         let mut file = tokio::fs::File::create(out).await?;
         let mut buffer = vec![0; 1 << 20];
         let mut bytes = 0;
         loop {
-            let read = stream.read(&mut buffer).await?;
+            let read = tokio::select! {
+                read = stream.read(&mut buffer) => read?,
+                _ = &mut enough => 0,
+            };
             if read == 0 {
                 file.flush().await?;
                 return Ok(bytes);
@@ -137,7 +147,7 @@ async fn write(mut stream: UnixStream, out: &Path) -> Result<u64, LabError> {
     copied.await.map_err(|source| LabError::file(out, source))
 }
 
-/// Until round `rounds` is over.
+/// Until round `rounds` is over, or QEMU is done before.
 async fn count_rounds(monitor: &mut Monitor, rounds: u32) -> Result<(), LabError> {
     let mut said = 0;
     loop {
@@ -147,8 +157,15 @@ async fn count_rounds(monitor: &mut Monitor, rounds: u32) -> Result<(), LabError
             eprintln!("lab: round {round}");
             said = round;
         }
-        if round > rounds.into() {
+        let status = answer["status"].as_str().unwrap_or_default();
+        if round > rounds.into() || status == "completed" {
             return Ok(());
+        }
+        if matches!(status, "failed" | "cancelled") {
+            return Err(LabError::NoFigures {
+                tool: "QEMU",
+                said: format!("the migration {status}"),
+            });
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

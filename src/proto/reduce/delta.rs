@@ -19,6 +19,10 @@ use super::varint;
 /// Edits of up to this are carried whatever a codec would make of the page: they are found in a fraction of its time.
 const FEW_EDITS: usize = 512;
 
+/// Pages in a row after which the codec is tried for one in [`TRIED_AGAIN_EVERY`] only.
+const PATIENCE: u32 = 64;
+const TRIED_AGAIN_EVERY: u32 = 16;
+
 /// What makes a page of its previous version.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Delta<'a> {
@@ -33,6 +37,8 @@ pub(super) enum Delta<'a> {
 pub(super) struct DeltaEncoder {
     edits: Vec<u8>,
     coded: Vec<u8>,
+    /// Pages in a row for which the codec's output was of no use.
+    in_vain: u32,
 }
 
 impl Default for DeltaEncoder {
@@ -40,6 +46,7 @@ impl Default for DeltaEncoder {
         Self {
             edits: Vec::with_capacity(PAGE_SIZE),
             coded: vec![0; get_maximum_output_size(PAGE_SIZE)],
+            in_vain: 0,
         }
     }
 }
@@ -52,15 +59,33 @@ impl DeltaEncoder {
         page: &[u8; PAGE_SIZE],
         literal: usize,
     ) -> Option<Delta<'_>> {
-        let edited = diff(previous, page, PAGE_SIZE, &mut self.edits).then_some(self.edits.len());
+        let most = literal.min(PAGE_SIZE);
+        let edited = diff(previous, page, most, &mut self.edits).then_some(self.edits.len());
         if edited.is_some_and(|edits| edits <= FEW_EDITS.min(literal)) {
             return Some(Delta::Edits(&self.edits));
+        }
+        // It builds a table of the previous version for each page: guests for which that never pays are spared it.
+        if self.in_vain >= PATIENCE && !self.in_vain.is_multiple_of(TRIED_AGAIN_EVERY) {
+            self.in_vain = self.in_vain.wrapping_add(1);
+            return edited
+                .is_some_and(|edits| edits < literal)
+                .then_some(Delta::Edits(&self.edits));
         }
         let coded = compress_into_with_dict(page, &mut self.coded, previous)
             .expect("the buffer has the codec's largest output for a page");
         match edited {
-            Some(edits) if edits <= coded => (edits < literal).then_some(Delta::Edits(&self.edits)),
-            _ => (coded < literal).then(|| Delta::Similar(&self.coded[..coded])),
+            Some(edits) if edits <= coded => {
+                self.in_vain = self.in_vain.wrapping_add(1);
+                (edits < literal).then_some(Delta::Edits(&self.edits))
+            }
+            _ if coded < literal => {
+                self.in_vain = 0;
+                Some(Delta::Similar(&self.coded[..coded]))
+            }
+            _ => {
+                self.in_vain = self.in_vain.wrapping_add(1);
+                None
+            }
         }
     }
 }

@@ -115,7 +115,7 @@ impl SourceDictionary {
             // Reserved once, so that growth never copies; memory is committed as slots are filled.
             digests: Vec::with_capacity(limits.slots as usize),
             index: ContentIndex::new(limits.slots),
-            copies: Copies::new(copies.min(limits.slots)),
+            copies: Copies::new(copies.min(limits.slots), limits.slots),
             sent: SentPages::new(limits.regions),
         }
     }
@@ -146,7 +146,7 @@ impl SourceDictionary {
         content: &[u8; PAGE_SIZE],
     ) {
         let Some(slot) = self.ring.take() else { return };
-        self.copies.put(slot, previous, content);
+        self.copies.put(slot, at, previous, content);
         match self.digests.get_mut(slot as usize) {
             Some(held) => {
                 self.index.remove(*held, slot);

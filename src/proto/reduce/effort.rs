@@ -73,19 +73,17 @@ impl fmt::Display for Effort {
 #[derive(Debug)]
 pub struct EffortControl {
     effort: Effort,
-    most: Effort,
     since: Instant,
     encoding: Duration,
     starved: bool,
 }
 
 impl EffortControl {
-    /// Begins with `first`, and never goes above `most`.
+    /// Begins with `first`.
     #[must_use]
-    pub fn new(now: Instant, first: Effort, most: Effort) -> Self {
+    pub fn new(now: Instant, first: Effort) -> Self {
         Self {
-            effort: first.min(most),
-            most,
+            effort: first,
             since: now,
             encoding: Duration::ZERO,
             starved: false,
@@ -102,7 +100,7 @@ impl EffortControl {
             if self.starved && busy > TOO_BUSY {
                 self.effort = self.effort.weaker().unwrap_or(self.effort);
             } else if !self.starved
-                && let Some(stronger) = self.effort.stronger().filter(|&stronger| stronger <= self.most)
+                && let Some(stronger) = self.effort.stronger()
                 && busy * stronger.cost() / self.effort.cost() < ROOM
             {
                 self.effort = stronger;
@@ -137,7 +135,7 @@ mod tests {
     /// a second at the least effort.
     fn settled(link: f64, encoder: f64, first: Effort) -> Effort {
         let (mut now, step) = (origin(), Duration::from_millis(50));
-        let mut control = EffortControl::new(now, first, Effort::MOST);
+        let mut control = EffortControl::new(now, first);
         let (mut effort, mut changed) = (first, 0);
         for turn in 0..400 {
             let possible = encoder / effort.cost();
@@ -170,19 +168,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_goes_beyond_what_the_peer_can_read() {
-        let now = origin();
-        let mut control = EffortControl::new(now, Effort::MOST, Effort::LEAST);
-        for second in 1..10 {
-            let effort = control.observe(now + Duration::from_secs(second), Duration::ZERO, false);
-            assert_eq!(effort, Effort::LEAST);
-        }
-    }
-
-    #[test]
     fn an_idle_guest_changes_nothing() {
         let now = origin();
-        let mut control = EffortControl::new(now, Effort(2), Effort::MOST);
+        let mut control = EffortControl::new(now, Effort(2));
         let effort = control.observe(now + Duration::from_secs(1), Duration::from_millis(10), true);
         assert_eq!(effort, Effort(2));
     }

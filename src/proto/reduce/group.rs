@@ -57,9 +57,9 @@ impl Encoder {
         }
     }
 
-    /// How hard to compress from the next group on.
-    pub(super) fn set_effort(&mut self, effort: Effort) {
-        self.effort = effort;
+    /// How hard to compress from the next group on. Whether that is harder than before.
+    pub(super) fn set_effort(&mut self, effort: Effort) -> bool {
+        effort > std::mem::replace(&mut self.effort, effort)
     }
 
     /// Appends `content` (at most [`GROUP_BYTES`]) to `out`, compressed where that pays. Whether it did.

@@ -61,12 +61,19 @@ impl Packer {
 
     /// How hard to compress from now on.
     pub(super) fn set_effort(&mut self, effort: Effort) {
-        self.encoder.set_effort(effort);
+        if self.encoder.set_effort(effort) {
+            // A stronger codec may do what the weaker could not.
+            self.patience = Patience::default();
+        }
     }
 
-    /// About how many bytes a page takes as a literal, by those of late.
-    pub(super) fn expected_page(&self) -> usize {
-        self.page_bytes
+    /// About how many bytes a page of `origin` takes as a literal, by those of late.
+    pub(super) fn expected_page(&self, origin: Origin) -> usize {
+        if self.patience.is_over(origin) {
+            PAGE_SIZE
+        } else {
+            self.page_bytes
+        }
     }
 
     /// Whether `content` (at most [`GROUP_BYTES`]) is worth packing.
@@ -74,6 +81,11 @@ impl Packer {
         match self.patience.next(origin) {
             Attempt::Pack => true,
             Attempt::Skip => false,
+            // A page's edits are too few to be judged by themselves.
+            Attempt::Probe if origin == Origin::Edits => {
+                self.patience.learn(origin, true);
+                true
+            }
             Attempt::Probe => {
                 let pays = self.encoder.would_pay(content);
                 self.patience.learn(origin, pays);
@@ -137,7 +149,8 @@ impl Packer {
         // of a batch, or a few headers.
         if !pays && self.group.len() >= TELLING_BYTES {
             for &(origin, bytes) in &self.shares {
-                if bytes * 8 >= self.group.len() {
+                let telling = if origin == Origin::Edits { 2 } else { 8 };
+                if bytes * telling >= self.group.len() {
                     self.patience.learn(origin, false);
                 }
             }
@@ -174,6 +187,12 @@ impl Patience {
                 Attempt::Skip
             }
         }
+    }
+
+    fn is_over(&self, origin: Origin) -> bool {
+        self.countdowns
+            .get(cell(origin))
+            .is_some_and(|&countdown| countdown > 0)
     }
 
     fn learn(&mut self, origin: Origin, pays: bool) {

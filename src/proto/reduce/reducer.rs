@@ -176,10 +176,11 @@ impl Reducer {
 
     /// Carries the page as what changed since it was last sent, where that is known and pays.
     fn encode_delta(&mut self, record: PageRecord, previous: Option<u32>, content: &[u8; PAGE_SIZE]) -> bool {
+        let origin = self.origin(record);
         let Some(previous) = previous.and_then(|slot| self.dictionary.copy(slot)) else {
             return false;
         };
-        match self.deltas.encode(previous, content, self.packer.expected_page()) {
+        match self.deltas.encode(previous, content, self.packer.expected_page(origin)) {
             Some(Delta::Edits(edits)) => {
                 if self.packer.is_worth_packing(Origin::Edits, edits) {
                     self.ops.page(PageOp::Delta, record, 0);
@@ -200,9 +201,13 @@ impl Reducer {
         }
     }
 
-    fn encode_literal(&mut self, record: PageRecord, content: &[u8; PAGE_SIZE], stats: &mut BatchStats) {
+    fn origin(&mut self, record: PageRecord) -> Origin {
         let region = self.dictionary.sent.region(record.at);
-        let origin = region.map_or(Origin::Unremembered, Origin::Region);
+        region.map_or(Origin::Unremembered, Origin::Region)
+    }
+
+    fn encode_literal(&mut self, record: PageRecord, content: &[u8; PAGE_SIZE], stats: &mut BatchStats) {
+        let origin = self.origin(record);
         if self.packer.is_worth_packing(origin, content) {
             self.ops.page(PageOp::Literal, record, 0);
             self.packer.push_page(origin, content);
