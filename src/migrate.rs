@@ -33,7 +33,7 @@ use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
 use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{Offer, Reply};
-use crate::proto::wire::{Request, SessionMessage};
+use crate::proto::wire::{Request, SessionMessage, hello};
 use crate::transport::tuning::UNSENT;
 
 /// Time for a hypervisor's monitor to answer.
@@ -206,10 +206,12 @@ async fn agree(
     metrics.enters(clock::now(), Phase::Preparing);
     let offer = checked.offer(entry.migration);
     let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
-    let window_bytes = checked.link.agreement().limits.window_bytes;
+    let agreement = checked.link.agreement();
+    let window_bytes = agreement.limits.window_bytes;
+    let deltas = agreement.version >= hello::DELTAS;
     let memory = core
         .memory
-        .reserve(Need::at_source(window_bytes, dictionary))
+        .reserve(Need::at_source(window_bytes, dictionary, deltas))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
     let offered = async {
         let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;

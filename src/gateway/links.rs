@@ -327,9 +327,11 @@ impl Link {
         if let Some(goodput) = self.goodput() {
             let bulk = &self.link.bulk;
             let bdp = asked.min(goodput).bytes_in(self.rtt() + QUEUED_IN_QUIC);
-            let share = (bdp + bdp / 2) / bulk.len() as u64;
+            let connections = bulk.len() as u64;
+            let share = (bdp + bdp / 2) / connections;
+            let in_repair = (LANES_IN_REPAIR / connections).max(1 << 20);
             for connection in &**bulk {
-                connection.bound_held(share.saturating_add(LANES_IN_REPAIR));
+                connection.bound_held(share.saturating_add(in_repair));
             }
         }
     }

@@ -1,12 +1,13 @@
 //! The memory budget, shared out to the migrations that are open, at both ends.
 //!
 //! ```text
-//! source:       window + regions x 4.2 KiB + slots x 24.5 B + work                + copies of pages
-//! destination:  window + regions x 4.2 KiB + slots x 16 B   + work + device state + pages of the dictionary
+//! source:       window + regions x 4.2 KiB + slots x 24.5 B + work + zstd                + copies of pages
+//! destination:  window + regions x 4.2 KiB + slots x 16 B   + work + zstd + device state + pages of the dictionary
 //! ```
 //!
 //! Everything but the pages is what a migration may come to hold and is reserved in full. The destination's pages are a quarter of what is left
-//! then, the others are in the spill file. The source's copies are half of it: a page of which it has none goes as a literal when it is sent again. A migration that finds too little is refused before anything moves. Worked example at the
+//! then, the others are in the spill file. The source's copies are half of it, and nothing that two more migrations of the same size would need: a page without a copy goes as a
+//! literal when it is sent again, and a migration without memory does not start. A migration that finds too little is refused before anything moves. Worked example at the
 //! default of 512 MiB and a window of 64 MiB (1 Gbit/s, 150 ms): [`tests`].
 
 use std::sync::Arc;
@@ -40,6 +41,13 @@ const DESTINATION_SLOT: u64 = 16;
 /// Batches that are encoded or restored, frames that wait for the vmm, and those kept for repairs.
 const WORK: u64 = 8 << 20;
 
+/// What zstd holds to compress, and to restore, of a window of 4 MiB.
+const ZSTD_AT_SOURCE: u64 = 8 << 20;
+const ZSTD_AT_DESTINATION: u64 = 5 << 20;
+
+/// A page that is copied, and where it is.
+const COPY_BYTES: u64 = PAGE_SIZE as u64 + 40;
+
 /// Device state that the destination holds back until ownership has moved.
 const DEVICE_STATE: u64 = 32 << 20;
 
@@ -66,16 +74,23 @@ pub(crate) struct Need {
     most_pages: u64,
     /// Pages take one part in so many of what is left.
     share: u64,
+    /// So many more migrations of this size must find memory.
+    spare: u64,
+    page_bytes: u64,
 }
 
 impl Need {
-    /// At the source, with this session window.
-    pub(crate) fn at_source(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
+    /// At the source, with this session window. `deltas`: the peer can take what changed in a page.
+    pub(crate) fn at_source(window_bytes: u64, dictionary: DictionaryLimits, deltas: bool) -> Self {
         Self {
-            bytes: common(window_bytes, dictionary) + u64::from(dictionary.slots()) * SOURCE_SLOT_TENTHS / 10,
+            bytes: common(window_bytes, dictionary)
+                + u64::from(dictionary.slots()) * SOURCE_SLOT_TENTHS / 10
+                + ZSTD_AT_SOURCE,
             least_pages: 0,
-            most_pages: dictionary.slots().into(),
+            most_pages: if deltas { dictionary.slots().into() } else { 0 },
             share: 2,
+            spare: 2,
+            page_bytes: COPY_BYTES,
         }
     }
 
@@ -83,23 +98,26 @@ impl Need {
     pub(crate) fn at_destination(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
         let slots = u64::from(dictionary.slots());
         Self {
-            bytes: common(window_bytes, dictionary) + slots * DESTINATION_SLOT + DEVICE_STATE,
+            bytes: common(window_bytes, dictionary) + slots * DESTINATION_SLOT + ZSTD_AT_DESTINATION + DEVICE_STATE,
             least_pages: LEAST_PAGES.min(slots),
             most_pages: slots,
             share: 4,
+            spare: 0,
+            page_bytes: PAGE_SIZE as u64,
         }
     }
 
     /// Bytes, and pages or copies of the dictionary among them, with `left` of the budget; `None` where that is too little.
     fn of(self, left: u64) -> Option<(u64, u64)> {
         let rest = left.checked_sub(self.bytes)?;
-        let page = PAGE_SIZE as u64;
-        let pages = (rest / self.share / page).clamp(self.least_pages, self.most_pages);
+        let page = self.page_bytes;
+        let free = rest.saturating_sub(self.spare * self.bytes).min(rest / self.share);
+        let pages = (free / page).clamp(self.least_pages, self.most_pages);
         (pages * page <= rest).then_some((self.bytes + pages * page, pages))
     }
 
     fn least_bytes(self) -> u64 {
-        self.bytes + self.least_pages * PAGE_SIZE as u64
+        self.bytes + self.least_pages * self.page_bytes
     }
 }
 
@@ -207,16 +225,16 @@ mod tests {
     fn the_default_budget_takes_a_guest_of_4_gib_and_keeps_an_eighth_of_it_for_pages() {
         let budget = MemoryBudget::new(512 * MIB);
         let need = Need::at_destination(WINDOW, dictionary(4 << 30));
-        // 64 window + 4.5 table + 16 digests + 8 work + 32 device state.
-        assert_eq!(need.bytes / MIB, 124);
+        // 64 window + 4.5 table + 16 digests + 8 work + 5 zstd + 32 device state.
+        assert_eq!(need.bytes / MIB, 129);
         let held = budget.reserve(need).unwrap();
-        assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 96);
-        let source = Need::at_source(WINDOW, dictionary(4 << 30));
-        assert_eq!(source.bytes / MIB, 100);
+        assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 95);
+        let source = Need::at_source(WINDOW, dictionary(4 << 30), true);
+        assert_eq!(source.bytes / MIB, 108);
         let sending = budget
             .reserve(source)
             .expect("it may send one of that size at the same time");
-        assert_eq!(u64::from(sending.pages()) * PAGE_SIZE as u64 / MIB, 94);
+        assert_eq!(sending.pages(), 0, "two more of it would find nothing");
     }
 
     #[test]
@@ -225,12 +243,28 @@ mod tests {
         let need = Need::at_destination(WINDOW, dictionary(1 << 30));
         let held: Vec<Reservation> = (0..3).map(|_| budget.reserve(need).unwrap()).collect();
         let pages: Vec<u64> = held.iter().map(|held| held.pages * PAGE_SIZE as u64 / MIB).collect();
-        assert_eq!(pages, [100, 47, 8]);
+        assert_eq!(pages, [99, 45, 5]);
         let refused = budget.reserve(need).unwrap_err();
-        assert_eq!((refused.needed_mib, refused.left_mib), (115, 24));
+        assert_eq!((refused.needed_mib, refused.left_mib), (120, 16));
         assert!(refused.to_string().contains("raise memory_budget"), "{refused}");
         drop(held);
         assert_eq!(left(&budget), 512 * MIB);
+    }
+
+    #[test]
+    fn the_default_budget_sends_three_guests_of_1_gib_at_a_time_and_copies_what_they_leave() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let need = Need::at_source(WINDOW, dictionary(1 << 30), true);
+        let held: Vec<Reservation> = (0..3).map(|_| budget.reserve(need).unwrap()).collect();
+        let pages: Vec<u64> = held.iter().map(|held| held.pages * PAGE_SIZE as u64 / MIB).collect();
+        assert_eq!(pages, [209, 0, 0]);
+        drop(held);
+        let plain = Need::at_source(WINDOW, dictionary(1 << 30), false);
+        assert_eq!(
+            budget.reserve(plain).unwrap().pages(),
+            0,
+            "a peer without deltas needs no copies"
+        );
     }
 
     #[test]

@@ -393,7 +393,7 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
 /// The encoder's thread: until the reader has ended.
 fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder, effort: Effort) -> StreamSummary {
     let mut frames = Vec::new();
-    let mut control = EffortControl::new(clock::now(), effort, Effort::MOST);
+    let mut control = EffortControl::new(clock::now(), effort);
     encoder.set_effort(effort);
     let mut meter = EncoderMeter::default();
     while let Some(chunk) = chunks.blocking_recv() {

@@ -161,12 +161,12 @@ impl Transport {
             let resets = resettable(&identity, purpose);
             let tls = ServerTls::new(identity.clone(), trust.clone(), invitation.clone(), kinds.to_vec())
                 .map_err(BindError::Tls)?;
-            listen(&*network, &settings, address, tls, resets, [&strangers, &link]).map_err(|source| {
-                match source.kind() {
+            listen(&*network, &settings, address, tls, kinds, resets, [&strangers, &link]).map_err(
+                |source| match source.kind() {
                     io::ErrorKind::AddrInUse => BindError::InUse { address },
                     _ => BindError::Io { address, source },
-                }
-            })
+                },
+            )
         };
         let control = listen(
             settings.control_address,
@@ -269,16 +269,25 @@ impl Transport {
         let wanted = target
             .bulk_connections
             .unwrap_or_else(|| tuning::bulk_connections(rate));
-        let bundle = Bundle::of(wanted.clamp(1, MOST_BULK_CONNECTIONS));
-        let mut dialling: JoinSet<_> = (0..bundle.connections())
-            .map(|_| open(bulk_address, ConnectionKind::Bulk, bundle))
-            .collect();
-        let bulk = async {
+        let all = async |bundle: Bundle| {
+            let mut dialling: JoinSet<_> = (0..bundle.connections())
+                .map(|_| open(bulk_address, ConnectionKind::Bulk, bundle))
+                .collect();
             let mut bulk = Vec::new();
             while let Some(dialled) = dialling.join_next().await {
                 bulk.push(dialled.expect("dialling is not aborted and does not panic")?);
             }
             Ok(bulk)
+        };
+        let bulk = async {
+            let bundle = Bundle::of(wanted.clamp(1, MOST_BULK_CONNECTIONS));
+            match all(bundle).await {
+                Err(DialCause::OtherProtocol) if bundle.connections() > 1 => {
+                    tracing::info!(peer = target.name, "it knows one bulk connection only");
+                    all(Bundle::alone()).await
+                }
+                dialled => dialled,
+            }
         };
         let control = open(target.control_address, ConnectionKind::Control, Bundle::alone());
         let (control, bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
@@ -434,11 +443,9 @@ impl Shared {
         let tuning = Tuning::derive(share(rate), rtt, window_budget, settings.idle_timeout);
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         let largest = Arc::<LargestDatagram>::default();
-        config.transport_config(Arc::new(tuning.transport_config(controller(
-            share(rate_now),
-            rtt,
-            &largest,
-        ))));
+        config.transport_config(Arc::new(
+            tuning.transport_config(controller(share(rate_now), rtt, &largest), kind),
+        ));
 
         let local = local_address(address, settings.control_address);
         let socket = self
@@ -520,6 +527,7 @@ fn listen(
     settings: &TransportSettings,
     address: SocketAddr,
     tls: ServerTls,
+    kinds: &[ConnectionKind],
     resets: EndpointConfig,
     unrouted: [&Arc<SharedBucket>; 2],
 ) -> io::Result<Listener> {
@@ -532,11 +540,9 @@ fn listen(
     let largest = Arc::<LargestDatagram>::default();
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
     config
-        .transport_config(Arc::new(tuning.transport_config(controller(
-            settings.link,
-            settings.rtt,
-            &largest,
-        ))))
+        .transport_config(Arc::new(
+            tuning.transport_config(controller(settings.link, settings.rtt, &largest), kinds[0]),
+        ))
         .migration(true)
         .max_incoming(MAX_HANDSHAKES)
         .incoming_buffer_size(64 * 1024)

@@ -7,7 +7,7 @@
 //! BDP               = rate x rtt                                       18.75 MB
 //! window            = 4 BDP, at least 4 MiB, at most the budget        75 MB
 //! stream window     = 16 lanes                                         8 MiB
-//! lanes             = window / 64 KiB, at least 128                    1145
+//! lanes             = window / 64 KiB, at least 1024                   1145
 //! packets a second  = rate / 1494                                      83668
 //! reported at once  = 2 ms of packets, within 16..=128                 128
 //! ack threshold     = 0.5 ms of packets, within 2..=64                 41
@@ -39,6 +39,7 @@ use std::time::Duration;
 use quinn::congestion::ControllerFactory;
 use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
+use super::tls::ConnectionKind;
 use crate::proto::page::ByteRate;
 
 /// Bytes that one lane carries at most. quinn closes a connection whose stream has more than 1024 gaps ("too many gaps in
@@ -81,7 +82,7 @@ const ASSUMED_RATE: ByteRate = ByteRate::from_bits_per_second(1_000_000_000);
 const LONGEST_RTT: Duration = Duration::from_secs(60);
 const MIN_WINDOW: u64 = 4 * 1024 * 1024;
 const MAX_SOCKET_BUFFER: u64 = 32 * 1024 * 1024;
-const MIN_LANES: u64 = 128;
+const MIN_LANES: u64 = 1024;
 const IDLE_LANE_BYTES: u64 = 64 * 1024;
 /// Keep-alives in an idle timeout: with 5 % loss all of them are lost once in three million times.
 const KEEP_ALIVES: u32 = 5;
@@ -172,7 +173,11 @@ impl Tuning {
 
     /// quinn's configuration for a connection on this path, steered by `controller`.
     #[must_use]
-    pub fn transport_config(&self, controller: Arc<dyn ControllerFactory + Send + Sync>) -> TransportConfig {
+    pub fn transport_config(
+        &self,
+        controller: Arc<dyn ControllerFactory + Send + Sync>,
+        kind: ConnectionKind,
+    ) -> TransportConfig {
         let mut acks = AckFrequencyConfig::default();
         acks.ack_eliciting_threshold(VarInt::from_u32(self.ack_threshold))
             .max_ack_delay(Some(MAX_ACK_DELAY))
@@ -180,6 +185,12 @@ impl Tuning {
         let mut mtu = MtuDiscoveryConfig::default();
         mtu.upper_bound(MAX_UDP_PAYLOAD);
 
+        // What nobody takes off a connection would stay in QUIC, beyond every account.
+        let (lanes, channels) = if kind == ConnectionKind::Bulk {
+            (self.lanes, 0)
+        } else {
+            (0, 64)
+        };
         let mut config = TransportConfig::default();
         config
             .congestion_controller_factory(controller)
@@ -187,8 +198,8 @@ impl Tuning {
             .send_window(self.window)
             .receive_window(var_int(self.window))
             .stream_receive_window(var_int(self.stream_window))
-            .max_concurrent_uni_streams(var_int(self.lanes))
-            .max_concurrent_bidi_streams(VarInt::from_u32(64))
+            .max_concurrent_uni_streams(var_int(lanes))
+            .max_concurrent_bidi_streams(VarInt::from_u32(channels))
             .send_fairness(false)
             .packet_threshold(u32::MAX)
             .ack_frequency_config(Some(acks))
