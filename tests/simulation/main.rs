@@ -153,7 +153,7 @@ impl Connected {
         let (begin, spacing) = (Instant::now(), Duration::from_millis(7));
         let messages = (time.as_nanos() / spacing.as_nanos()) as u32;
         let send = async {
-            let mut stream = from.open_uni().await.unwrap();
+            let (mut stream, _answers) = from.open_bi().await.unwrap();
             for number in 0..messages {
                 tokio::time::sleep_until(begin + spacing * number).await;
                 stream.write_all(&[0; 64]).await.unwrap();
@@ -162,7 +162,7 @@ impl Connected {
             stream
         };
         let receive = async {
-            let mut stream = to.accept_uni().await.unwrap();
+            let (_answers, mut stream) = to.accept_bi().await.unwrap();
             let mut times = Vec::new();
             let mut message = [0; 64];
             for number in 0..messages {
@@ -172,7 +172,8 @@ impl Connected {
             times.sort_unstable();
             times
         };
-        let (_stream, times) = tokio::join!(send, receive);
+        let both = async { tokio::join!(send, receive) };
+        let (_stream, times) = tokio::time::timeout(10 * time, both).await.expect("control is served");
         let p99 = times[times.len() * 99 / 100];
         eprintln!("control one way: p50 {:?}, p99 {p99:?}", times[times.len() / 2]);
         p99
