@@ -154,7 +154,12 @@ impl Copying {
         let saturated = outbound.was_saturated();
         self.path.observe(now, outbound.acknowledged_bytes(), saturated);
         let goodput = self.path_rate(link);
-        let reduction_ratio = usable_ratio(self.ratio.pessimistic(), goodput, outbound.encoder_rate());
+        let reduction_ratio = usable_ratio(
+            self.ratio.pessimistic(),
+            goodput,
+            outbound.encoder_rate(),
+            self.rounds.re_send_rate(),
+        );
         outbound.set_backlog(Backlog::at(goodput, reduction_ratio));
         link.ask(now, entry.migration, goodput);
         let unsent_in_quic = self.unsent_in_quic(outbound, link);

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::proto::page::ByteRate;
+
 /// One pass over the dirty set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
@@ -40,6 +42,9 @@ pub struct Rounds {
 
 /// Rounds that are kept one by one; a migration that never converges makes thousands. The first and the newest are kept.
 pub const MAX_ROUNDS: usize = 500;
+
+/// A round of less is over before its rate means anything.
+const TELLING_BYTES: u64 = 4 << 20;
 
 impl Rounds {
     /// Before the first round.
@@ -85,6 +90,16 @@ impl Rounds {
     #[must_use]
     pub fn count(&self) -> u64 {
         self.finished.len() as u64 + self.dropped
+    }
+
+    /// Vmm bytes a second of pages that are sent again, as it was of late: the best of three rounds that were long enough to tell.
+    #[must_use]
+    pub fn re_send_rate(&self) -> Option<ByteRate> {
+        let telling = self.finished.iter().rev().take_while(|round| round.number > 1);
+        let rates = telling
+            .filter(|round| round.vmm_bytes >= TELLING_BYTES && !round.duration.is_zero())
+            .map(|round| ByteRate((round.vmm_bytes as f64 / round.duration.as_secs_f64()) as u64));
+        rates.take(3).max()
     }
 
     fn end(&mut self, now: Instant, totals: Totals) -> Option<Round> {
@@ -133,6 +148,36 @@ mod tests {
         let last = rounds.finish(at(5), totals(1100)).unwrap();
         assert_eq!((last.number, last.vmm_bytes, last.dirty_bytes), (2, 100, 60));
         assert_eq!(rounds.count(), 2);
+    }
+
+    #[test]
+    fn pages_that_are_sent_again_move_as_fast_as_they_did_and_short_rounds_tell_nothing() {
+        let start = Instant::now();
+        let mut rounds = Rounds::new(start);
+        let mut vmm_bytes = 0;
+        let mut now = start;
+        for (number, megabytes, seconds) in [(1, 400, 20), (2, 80, 1), (3, 90, 1), (4, 70, 1), (5, 60, 1), (6, 2, 1)] {
+            rounds.observe(
+                now,
+                number,
+                Totals {
+                    vmm_bytes,
+                    wire_bytes: 0,
+                },
+                0,
+            );
+            assert_eq!(rounds.re_send_rate().is_some(), number > 2, "{number}");
+            now += Duration::from_secs(seconds);
+            vmm_bytes += megabytes * 1_000_000;
+        }
+        rounds.finish(
+            now,
+            Totals {
+                vmm_bytes,
+                wire_bytes: 0,
+            },
+        );
+        assert_eq!(rounds.re_send_rate(), Some(ByteRate(90_000_000)));
     }
 
     #[test]
