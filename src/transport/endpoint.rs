@@ -1,30 +1,29 @@
-//! The site's two listening sockets, and links to peers.
+//! The site's two listening sockets, and what all of its connections share.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use quinn::congestion::ControllerFactory;
-use quinn::{ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
+use quinn::{Endpoint, EndpointConfig, TokioRuntime};
 use quinn_proto::HashedConnectionIdGenerator;
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 
 use super::accept::{self, Incoming, MAX_HANDSHAKES};
-use super::bundle::Bundle;
-use super::congestion::{self, LinkControllerFactory};
+use super::congestion::LinkControllerFactory;
 use super::datagram_size::LargestDatagram;
 use super::identity::Identity;
-use super::link::{CloseCode, Inner, Path, PeerConnection, PeerLink};
+use super::link::{CloseCode, Inner, PeerConnection};
 use super::network::{Network, Udp};
-use super::paced_socket::{PacedSocket, Priority, Route, SharedBucket};
-use super::tls::{self, ConnectionKind, ServerTls};
-use super::trust::{Fingerprint, TrustAnchors};
-use super::tuning::{self, MAX_UDP_PAYLOAD, MOST_BULK_CONNECTIONS, Tuning};
+use super::paced_socket::{PacedSocket, Route, SharedBucket};
+use super::tls::{ConnectionKind, ServerTls};
+use super::trust::TrustAnchors;
+use super::tuning::{MAX_UDP_PAYLOAD, Tuning};
 use crate::proto::page::ByteRate;
 
 /// What an operator says about this site's end.
@@ -59,32 +58,10 @@ impl TransportSettings {
     }
 }
 
-/// A peer to connect to.
-#[derive(Clone, Debug)]
-pub struct PeerTarget {
-    /// Its name here.
-    pub name: String,
-    /// Its control address.
-    pub control_address: SocketAddr,
-    /// Its bulk address; `None`: the port after control's.
-    pub bulk_address: Option<SocketAddr>,
-    /// The key it must prove to hold; it must be trusted too.
-    pub fingerprint: Fingerprint,
-    /// The capacity of the path to it, as `tc` counts it: filled from the first round trip on, never exceeded; windows are made for it.
-    /// `None`: not known, so that the controller finds it.
-    pub rate: Option<ByteRate>,
-    /// The part of it that holds at present. `None`: all.
-    pub rate_now: Option<ByteRate>,
-    /// The round trip time of the path.
-    pub rtt: Duration,
-    /// Connections that lanes are spread over, 1 to [`MOST_BULK_CONNECTIONS`]. `None`: as many as the capacity needs.
-    pub bulk_connections: Option<u8>,
-}
-
 /// One site's QUIC: accepts peers, dials them, forgets them.
 #[derive(Debug)]
 pub struct Transport {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     accepted: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
     renewal: JoinHandle<()>,
 }
@@ -100,9 +77,9 @@ pub(super) struct Listener {
 
 #[derive(Debug)]
 pub(super) struct Shared {
-    settings: TransportSettings,
-    network: Arc<dyn Network>,
-    identity: Arc<Identity>,
+    pub(super) settings: TransportSettings,
+    pub(super) network: Arc<dyn Network>,
+    pub(super) identity: Arc<Identity>,
     pub(super) trust: Arc<TrustAnchors>,
     pub(super) invitation: Arc<AtomicBool>,
     control: Listener,
@@ -230,94 +207,6 @@ impl Transport {
         self.shared.invitation.store(open, Ordering::Release);
     }
 
-    /// Opens a link to a trusted peer: all handshakes, side by side, and the peer's word that it trusts us (two round trips).
-    ///
-    /// # Errors
-    /// [`DialError`] where the peer does not answer, is not who it should be, or does not want us.
-    pub async fn dial(&self, target: &PeerTarget) -> Result<PeerLink, DialError> {
-        let failed = |cause| DialError {
-            peer: target.name.clone(),
-            address: target.control_address,
-            cause,
-        };
-        let bulk_address = match target.bulk_address {
-            Some(address) => address,
-            None => port_after(target.control_address).ok_or_else(|| failed(DialCause::NoPortForBulk))?,
-        };
-        let rate = match (target.rate, self.shared.settings.link) {
-            (Some(rate), Some(link)) => Some(rate.min(link)),
-            (rate, _) => rate,
-        };
-        let present = [target.rate_now, self.shared.link.rate()];
-        let rate_now = rate.map(|most| present.into_iter().flatten().fold(most, ByteRate::min));
-        let budget = self.shared.budget(&target.name);
-        budget.set_rate(rate_now);
-        let open = |address, kind, bundle| {
-            let attempt = Attempt {
-                address,
-                kind,
-                peer: Some(target.name.clone()),
-                fingerprint: target.fingerprint,
-                rate,
-                rate_now,
-                rtt: target.rtt,
-                budget: budget.clone(),
-                bundle,
-            };
-            self.shared.clone().open(attempt)
-        };
-        let wanted = target
-            .bulk_connections
-            .unwrap_or_else(|| tuning::bulk_connections(rate));
-        let all = async |bundle: Bundle| {
-            let mut dialling: JoinSet<_> = (0..bundle.connections())
-                .map(|_| open(bulk_address, ConnectionKind::Bulk, bundle))
-                .collect();
-            let mut bulk = Vec::new();
-            while let Some(dialled) = dialling.join_next().await {
-                bulk.push(dialled.expect("dialling is not aborted and does not panic")?);
-            }
-            Ok(bulk)
-        };
-        let bulk = async {
-            let bundle = Bundle::of(wanted.clamp(1, MOST_BULK_CONNECTIONS));
-            match all(bundle).await {
-                Err(DialCause::OtherProtocol) if bundle.connections() > 1 => {
-                    tracing::info!(peer = target.name, "it knows one bulk connection only");
-                    all(Bundle::alone()).await
-                }
-                dialled => dialled,
-            }
-        };
-        let control = open(target.control_address, ConnectionKind::Control, Bundle::alone());
-        let (control, bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
-        Ok(PeerLink::new(control, bulk))
-    }
-
-    /// Connects to a gateway that invited this one, to introduce ourselves. Only its key is known.
-    ///
-    /// # Errors
-    /// [`DialError`] where nobody answers, the key is another, or the invitation is over.
-    pub async fn dial_to_pair(&self, address: SocketAddr, key: Fingerprint) -> Result<PeerConnection, DialError> {
-        let attempt = Attempt {
-            address,
-            kind: ConnectionKind::Pairing,
-            peer: None,
-            fingerprint: key,
-            rate: None,
-            rate_now: None,
-            rtt: self.shared.settings.rtt,
-            budget: Arc::default(),
-            bundle: Bundle::alone(),
-        };
-        let failed = |cause| DialError {
-            peer: key.to_string(),
-            address,
-            cause,
-        };
-        self.shared.clone().open(attempt).await.map_err(failed)
-    }
-
     /// Closes every connection with `peer`, and says how many there were. Remove it from the [`TrustAnchors`] before, or it may
     /// come back.
     pub fn close_peer(&self, peer: &str, code: CloseCode, reason: &str) -> usize {
@@ -385,22 +274,6 @@ impl Drop for Transport {
     }
 }
 
-/// One connection to open.
-struct Attempt {
-    address: SocketAddr,
-    kind: ConnectionKind,
-    peer: Option<String>,
-    fingerprint: Fingerprint,
-    /// Of the link, for the windows.
-    rate: Option<ByteRate>,
-    /// Of the link, to begin at.
-    rate_now: Option<ByteRate>,
-    rtt: Duration,
-    budget: Arc<SharedBucket>,
-    /// With which others it has what is the link's.
-    bundle: Bundle,
-}
-
 impl Shared {
     /// The bucket of everything that is sent to `peer`.
     pub(super) fn budget(&self, peer: &str) -> Arc<SharedBucket> {
@@ -421,78 +294,11 @@ impl Shared {
     fn peers(&self) -> MutexGuard<'_, Peers> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Connects from a socket of its own, so that control never queues behind bulk in one.
-    async fn open(self: Arc<Self>, attempt: Attempt) -> Result<PeerConnection, DialCause> {
-        let Attempt {
-            address,
-            kind,
-            peer,
-            fingerprint,
-            rate,
-            rate_now,
-            rtt,
-            budget,
-            bundle,
-        } = attempt;
-        let trust = (kind != ConnectionKind::Pairing).then(|| self.trust.clone());
-        let tls = tls::client(self.identity.clone(), kind, fingerprint, trust, bundle).map_err(DialCause::Tls)?;
-        let settings = &self.settings;
-        let share = |rate: Option<ByteRate>| rate.map(|rate| bundle.share(rate));
-        let window_budget = bundle.part(settings.window_budget);
-        let tuning = Tuning::derive(share(rate), rtt, window_budget, settings.idle_timeout);
-        let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        let largest = Arc::<LargestDatagram>::default();
-        config.transport_config(Arc::new(
-            tuning.transport_config(controller(share(rate_now), rtt, &largest), kind),
-        ));
-
-        let local = local_address(address, settings.control_address);
-        let socket = self
-            .network
-            .bind(local, tuning.receive_buffer, tuning.send_buffer)
-            .map_err(DialCause::Socket)?;
-        // Our own handshake.
-        let unrouted = Route::new(Priority::Control, None, Arc::default(), self.link.clone());
-        let socket = PacedSocket::new(socket, largest, unrouted);
-        let endpoint = endpoint(&socket, None, EndpointConfig::default()).map_err(DialCause::Socket)?;
-        let connecting = endpoint
-            // Certificates are checked by key, so no name matters.
-            .connect_with(config, address, &bundle.name())
-            .map_err(DialCause::Address)?;
-        let connection = connecting.await.map_err(DialCause::of_connection)?;
-        confirmed(&connection).await.map_err(DialCause::of_connection)?;
-
-        let priority = if kind == ConnectionKind::Bulk {
-            Priority::Bulk
-        } else {
-            Priority::Control
-        };
-        let rate = congestion::rate_of(&connection);
-        let route = Arc::new(Route::new(priority, rate, budget.clone(), self.link.clone()));
-        socket.set_only_route(route.clone());
-        let path = Path {
-            route,
-            budget,
-            socket,
-            window: tuning.window,
-            endpoint: Some(endpoint),
-            bundle,
-        };
-        let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
-        self.register(&connection);
-        if kind != ConnectionKind::Pairing && !self.trust.contains(&fingerprint) {
-            return Err(DialCause::Unpaired);
-        }
-        Ok(connection)
-    }
 }
 
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
 const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
-
-const CONFIRMATION_CHECK: Duration = Duration::from_millis(2);
 
 /// Of the link, for handshakes: a twentieth, which is some hundred of them a second at 100 Mbit/s.
 fn set_aside(link: ByteRate) -> ByteRate {
@@ -500,7 +306,7 @@ fn set_aside(link: ByteRate) -> ByteRate {
 }
 
 /// For the connections of the socket whose datagrams are `largest`.
-fn controller(
+pub(super) fn controller(
     capacity: Option<ByteRate>,
     rtt: Duration,
     largest: &Arc<LargestDatagram>,
@@ -557,7 +363,7 @@ fn listen(
     })
 }
 
-fn endpoint(
+pub(super) fn endpoint(
     socket: &Arc<PacedSocket>,
     server: Option<quinn::ServerConfig>,
     mut config: EndpointConfig,
@@ -568,36 +374,13 @@ fn endpoint(
     Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(TokioRuntime))
 }
 
-/// Where to send from: the address we listen on where it is a particular one of the same family, else whatever routes there.
-fn local_address(peer: SocketAddr, listening: SocketAddr) -> SocketAddr {
-    let ip = match (peer.ip(), listening.ip()) {
-        (IpAddr::V4(_), own @ IpAddr::V4(_)) | (IpAddr::V6(_), own @ IpAddr::V6(_)) => own,
-        (IpAddr::V4(_), _) => Ipv4Addr::UNSPECIFIED.into(),
-        (IpAddr::V6(_), _) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    SocketAddr::new(ip, 0)
-}
-
 /// The bulk port where none is given. Port 0 (any free port) stays 0.
-fn port_after(address: SocketAddr) -> Option<SocketAddr> {
+pub(super) fn port_after(address: SocketAddr) -> Option<SocketAddr> {
     let port = match address.port() {
         0 => 0,
         port => port.checked_add(1)?,
     };
     Some(SocketAddr::new(address.ip(), port))
-}
-
-/// In TLS 1.3 a client is done before the server has seen its certificate. HANDSHAKE_DONE says that the server accepted it; quinn
-/// has no future for it, only a counter.
-async fn confirmed(connection: &quinn::Connection) -> Result<(), ConnectionError> {
-    let mut check = tokio::time::interval(CONFIRMATION_CHECK);
-    while connection.stats().frame_rx.handshake_done == 0 {
-        tokio::select! {
-            _ = check.tick() => {}
-            error = connection.closed() => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Renews the certificate in time for as long as anybody uses the identity.
@@ -638,82 +421,4 @@ pub enum BindError {
     /// The TLS library refused our configuration.
     #[error("TLS cannot be set up: {0}")]
     Tls(rustls::Error),
-}
-
-/// A peer could not be connected to.
-#[derive(Debug, thiserror::Error)]
-#[error("no connection to {peer} at {address}: {cause}")]
-pub struct DialError {
-    /// The peer's name, or its key while pairing.
-    pub peer: String,
-    /// Its control address.
-    pub address: SocketAddr,
-    /// What went wrong.
-    pub cause: DialCause,
-}
-
-/// What went wrong while connecting.
-#[derive(Debug, thiserror::Error)]
-pub enum DialCause {
-    /// Nobody answered.
-    #[error("no answer; check the address, the firewall (UDP, control and bulk port) and that the gateway runs")]
-    NoAnswer,
-    /// The other end is not the gateway that it should be.
-    #[error("it is not the gateway this site paired with ({reason})")]
-    NotThePeer {
-        /// What it showed.
-        reason: String,
-    },
-    /// The peer does not trust this site's key.
-    #[error("the peer does not trust this gateway; pair them again ({reason})")]
-    NotTrustedThere {
-        /// What it said.
-        reason: String,
-    },
-    /// Trust was withdrawn here meanwhile.
-    #[error("it is no longer trusted here")]
-    Unpaired,
-    /// The peer speaks another version of the protocol.
-    #[error("it speaks another protocol version; run the same release at both sites")]
-    OtherProtocol,
-    /// The peer closed the connection, or it broke.
-    #[error("{0}")]
-    Lost(ConnectionError),
-    /// The address is not one to connect to.
-    #[error("{0}")]
-    Address(quinn::ConnectError),
-    /// No local socket.
-    #[error("no local UDP socket: {0}")]
-    Socket(io::Error),
-    /// There is no port after 65535.
-    #[error("its control port is the last one, so its bulk address must be given")]
-    NoPortForBulk,
-    /// The TLS library refused our configuration.
-    #[error("TLS cannot be set up: {0}")]
-    Tls(rustls::Error),
-}
-
-impl DialCause {
-    /// TLS alerts travel as QUIC error codes 0x100 + alert (RFC 9001, 4.8); 120 is no_application_protocol.
-    fn of_connection(error: ConnectionError) -> Self {
-        const ALERTS: std::ops::Range<u64> = 0x100..0x200;
-        const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
-        let code = match &error {
-            ConnectionError::TransportError(error) => u64::from(error.code),
-            ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
-            _ => 0,
-        };
-        match error {
-            ConnectionError::TimedOut => Self::NoAnswer,
-            ConnectionError::VersionMismatch => Self::OtherProtocol,
-            _ if code == NO_APPLICATION_PROTOCOL => Self::OtherProtocol,
-            ConnectionError::TransportError(error) if ALERTS.contains(&code) => {
-                Self::NotThePeer { reason: error.reason }
-            }
-            ConnectionError::ConnectionClosed(close) if ALERTS.contains(&code) => Self::NotTrustedThere {
-                reason: String::from_utf8_lossy(&close.reason).into_owned(),
-            },
-            error => Self::Lost(error),
-        }
-    }
 }
