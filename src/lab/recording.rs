@@ -55,10 +55,19 @@ pub async fn run(args: RecordArgs) -> u8 {
             return 2;
         }
     };
+    let folder = match make_folder() {
+        Ok(folder) => folder,
+        Err(error) => {
+            eprintln!("longhaul: {error}");
+            return 2;
+        }
+    };
     let recorded = tokio::select! {
-        recorded = record(&args, image) => recorded,
+        recorded = record(&args, image, &folder) => recorded,
         name = interrupted() => Err(LabError::Interrupted { name }),
     };
+    // Whatever is left in it tells nothing.
+    let _ = std::fs::remove_dir_all(&folder);
     match recorded {
         Ok(bytes) => {
             eprintln!("lab: {} has {bytes} bytes of stream", args.out.display());
@@ -73,14 +82,7 @@ pub async fn run(args: RecordArgs) -> u8 {
     }
 }
 
-async fn record(args: &RecordArgs, image: Image) -> Result<u64, LabError> {
-    let folder = make_folder()?;
-    let recorded = record_in(args, image, &folder).await;
-    let _ = std::fs::remove_dir_all(&folder);
-    recorded
-}
-
-async fn record_in(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64, LabError> {
+async fn record(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64, LabError> {
     let files = GuestFiles::named(folder, "vm");
     let launch = Launch {
         qemu: args.qemu.clone(),
