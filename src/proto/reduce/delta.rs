@@ -37,7 +37,7 @@ pub(super) enum Delta<'a> {
 pub(super) struct DeltaEncoder {
     edits: Vec<u8>,
     coded: Vec<u8>,
-    /// Pages in a row for which the codec's output was of no use.
+    /// Pages since the codec's output was last of use.
     in_vain: u32,
 }
 
@@ -59,34 +59,23 @@ impl DeltaEncoder {
         page: &[u8; PAGE_SIZE],
         literal: usize,
     ) -> Option<Delta<'_>> {
-        let most = literal.min(PAGE_SIZE);
-        let edited = diff(previous, page, most, &mut self.edits).then_some(self.edits.len());
-        if edited.is_some_and(|edits| edits <= FEW_EDITS.min(literal)) {
-            return Some(Delta::Edits(&self.edits));
-        }
-        // It builds a table of the previous version for each page: guests for which that never pays are spared it.
-        if self.in_vain >= PATIENCE && !self.in_vain.is_multiple_of(TRIED_AGAIN_EVERY) {
-            self.in_vain = self.in_vain.wrapping_add(1);
-            return edited
-                .is_some_and(|edits| edits < literal)
-                .then_some(Delta::Edits(&self.edits));
-        }
-        let coded = compress_into_with_dict(page, &mut self.coded, previous)
-            .expect("the buffer has the codec's largest output for a page");
-        match edited {
-            Some(edits) if edits <= coded => {
-                self.in_vain = self.in_vain.wrapping_add(1);
-                (edits < literal).then_some(Delta::Edits(&self.edits))
-            }
-            _ if coded < literal => {
+        let less_than_literal = literal.saturating_sub(1).min(PAGE_SIZE);
+        let edited = diff(previous, page, less_than_literal, &mut self.edits).then_some(self.edits.len());
+        if edited.is_none_or(|edits| edits > FEW_EDITS) && self.tries_codec() {
+            let coded = compress_into_with_dict(page, &mut self.coded, previous)
+                .expect("the buffer has the codec's largest output for a page");
+            if coded < edited.unwrap_or(literal) {
                 self.in_vain = 0;
-                Some(Delta::Similar(&self.coded[..coded]))
-            }
-            _ => {
-                self.in_vain = self.in_vain.wrapping_add(1);
-                None
+                return Some(Delta::Similar(&self.coded[..coded]));
             }
         }
+        edited.is_some().then_some(Delta::Edits(&self.edits))
+    }
+
+    /// The codec builds a table of the previous version for each page: guests for which that never pays are spared it.
+    fn tries_codec(&mut self) -> bool {
+        self.in_vain = self.in_vain.wrapping_add(1);
+        self.in_vain <= PATIENCE || self.in_vain.is_multiple_of(TRIED_AGAIN_EVERY)
     }
 }
 

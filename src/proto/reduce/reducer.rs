@@ -167,6 +167,7 @@ impl Reducer {
                     stats.pages.delta += 1;
                     self.dictionary.insert(record.at, digest, previous, content);
                 } else {
+                    // First, so that its region is known where incompressible ones are remembered.
                     self.dictionary.insert(record.at, digest, previous, content);
                     self.encode_literal(record, content, stats);
                 }
