@@ -34,6 +34,8 @@ use longhaul::transport::{
     read_lane, send_lane,
 };
 
+#[path = "../../tests/common/anyone.rs"]
+mod anyone;
 mod raw;
 
 fn main() {
