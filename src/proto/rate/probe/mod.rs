@@ -8,7 +8,7 @@
 //! start-up  2.77 x B   doubles each round, until it is congested, or a round stays below 1.25 x the best one and a queue stands,
 //!                      or three rounds do
 //! drain     0.5 x B    until no more is in flight than the path holds, four rounds at most
-//! cruise    0.99 x B   (0.95 after it was congested) for 1.5 to 2.25 s, at least 8 and at most 63 rounds
+//! cruise    0.99 x B   (0.98 after it was congested) for 1.5 to 2.25 s, at least 8 and at most 63 rounds
 //! up        (1+s) x B  one round: is there more?
 //! down      (1-s) x B  one round, in which the answer comes. B grew and no queue did: up again, with 2 s. Otherwise cruise, with s / 2.
 //! listen    0.5 x B    two rounds, if nothing came near the least RTT for 10 s ([`path`]): others keep a queue, or the path is longer
@@ -18,7 +18,7 @@
 //! congested            more than 2 % of a round lost, and more than chance would take (three standard deviations), or an ECN mark:
 //!                      B = max(0.7 x B, the rate that arrived), s = s / 2, 0.75 x B for a round
 //! overflowing          a queue stands in a whole round of the cruise and packets are lost, however few, or it is congested then:
-//!                      the same with 0.9 of the rate that arrived
+//!                      the same with 0.8 of the rate that arrived
 //! persistent congestion (RFC 9002, 7.6)  start-up again
 //! ```
 //!
@@ -428,7 +428,7 @@ const HEADERS: u64 = 42;
 const FLOOR_PACKETS: u64 = 32;
 
 const LOSS_TOLERANCE: f64 = 0.02;
-const LEFT_TO_OTHERS: f64 = 0.9;
+const LEFT_TO_OTHERS: f64 = 0.8;
 const LEAST_KEPT: f64 = 0.7;
 
 /// Longer than acknowledgements are delayed (5 ms).
@@ -440,7 +440,7 @@ const FULL_ROUNDS: u32 = 3;
 const START_UP_QUEUE: Duration = Duration::from_millis(10);
 const MAX_DRAIN_ROUNDS: u32 = 4;
 const CRUISE: f64 = 0.99;
-const CAREFUL_CRUISE: f64 = 0.95;
+const CAREFUL_CRUISE: f64 = 0.98;
 const PROBE_EVERY: Duration = Duration::from_millis(1500);
 const MIN_CRUISE_ROUNDS: u32 = 8;
 const MAX_CRUISE_ROUNDS: u32 = 63;
