@@ -17,7 +17,6 @@ use crate::config::{AfterSuccess, Disks, Vm};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
 use crate::gateway::forecasting::{Forecasting, Sample};
-use crate::gateway::launches;
 use crate::gateway::links::Link;
 use crate::gateway::memory::Need;
 use crate::gateway::registry::{Entry, ResolveOrder};
@@ -25,6 +24,7 @@ use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
+use crate::gateway::{keeping, launches};
 use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
 use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
@@ -32,7 +32,7 @@ use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
 use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
-use crate::proto::wire::message::{Offer, Reply};
+use crate::proto::wire::message::{KnownImage, Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage, hello};
 use crate::transport::tuning::UNSENT;
 
@@ -213,12 +213,23 @@ async fn agree(
         .memory
         .reserve(Need::at_source(window_bytes, dictionary, deltas))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
+    let images = match agreement.version >= hello::IMAGES {
+        true => keeping::candidates(core, &entry.vm).await,
+        false => Vec::new(),
+    };
+    let images = images.iter().map(|head| KnownImage {
+        id: head.id,
+        digest: head.digest,
+    });
+    let images = images.collect();
     let offered = async {
-        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer)).await;
+        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer, images)).await;
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
     };
     let sample = checked.begin_sample().await;
-    let channel = offered.await?;
+    let (channel, image) = offered.await?;
+    let prepared = keeping::prepare(core, &entry.vm, dictionary, image).await?;
+    core.metrics.add_known_pages(prepared.known_pages());
     let forecasting = checked.forecasting(sample);
     let Checked {
         mut vm,
@@ -240,6 +251,7 @@ async fn agree(
         deadline: deadline.map(|deadline| now + deadline),
         share: Arc::clone(&entry.share),
         dictionary: Some(dictionary),
+        prepared,
         memory,
         forecasting,
         memory_bytes,
@@ -264,9 +276,19 @@ async fn agree(
     })
 }
 
-async fn open_session(link: &Link, offer: Offer) -> Result<Channel, String> {
+/// The channel of the session, and the image with which both sites begin it.
+async fn open_session(
+    link: &Link,
+    offer: Offer,
+    images: Vec<KnownImage>,
+) -> Result<(Channel, Option<MigrationId>), String> {
+    let named: Vec<MigrationId> = images.iter().map(|image| image.id).collect();
+    let request = match images.is_empty() {
+        true => Request::Open(offer),
+        false => Request::OpenKnowing { offer, images },
+    };
     let opened = async {
-        let mut channel = Channel::open(link.control(), &Request::Open(offer)).await?;
+        let mut channel = Channel::open(link.control(), &request).await?;
         let answer = channel
             .receiver
             .receive::<SessionMessage>()
@@ -275,7 +297,10 @@ async fn open_session(link: &Link, offer: Offer) -> Result<Channel, String> {
         Ok::<_, ChannelError>((channel, answer))
     };
     match opened.await {
-        Ok((channel, SessionMessage::Accepted { .. })) => Ok(channel),
+        Ok((channel, SessionMessage::Accepted { .. })) => Ok((channel, None)),
+        Ok((channel, SessionMessage::AcceptedKnowing { image })) if named.contains(&image) => {
+            Ok((channel, Some(image)))
+        }
         Ok((_, SessionMessage::Refused { reason } | SessionMessage::Failed { reason })) => Err(reason),
         Ok(_) => Err("the peer answered the offer with something else".to_owned()),
         Err(error) => Err(error.to_string()),
@@ -549,6 +574,7 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
             report.vmm_bytes = copying.totals().vmm_bytes;
             report.reduction_ratio = copying.reduction_ratio();
             report.pages = copying.pages();
+            report.known_pages = copying.known_pages();
             copying.ended(now, outcome);
         }
         None => core.metrics.migration(api::Role::Source).ended(now, outcome),

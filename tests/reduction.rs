@@ -2,8 +2,8 @@
 
 use longhaul::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 use longhaul::proto::reduce::{
-    BatchStats, DictionaryLimits, Effort, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf,
-    PayloadError, Reducer, RestoreError, Restorer, ShelfError, batches,
+    BatchStats, DictionaryLimits, Effort, KeptPages, KnownContent, KnownPages, MAX_BATCH_BYTES, MAX_BATCH_RECORDS,
+    MAX_PAYLOAD_BYTES, PageCounts, PageShelf, PayloadError, Reducer, RestoreError, Restorer, ShelfError, batches,
 };
 use longhaul::proto::vmm_stream::{PageRecord, Record};
 use longhaul::store::spill::SpillShelf;
@@ -291,8 +291,151 @@ fn record_len(record: &Record) -> usize {
     }
 }
 
+/// The pages of a session that has ended, as the next one knows them: contents in the order of the pages that have them.
+fn known<S: PageShelf>(mut kept: KeptPages<S>) -> (KnownPages, Pages) {
+    let (mut contents, mut slots) = (Pages::default(), Vec::new());
+    let places = kept.places.iter().map(|&(at, slot)| {
+        let number = slots.iter().position(|&other| other == slot).unwrap_or_else(|| {
+            let mut page = [0; PAGE_SIZE];
+            kept.shelf.get(slot, &mut page).expect("what was kept is there");
+            contents.0.push(page);
+            slots.push(slot);
+            slots.len() - 1
+        });
+        (at, number as u32)
+    });
+    let places = places.collect();
+    let digests = contents.0.iter().map(|page| PageDigest::of(page)).collect();
+    let pages = KnownPages::new(digests, places).expect("each place was given a number");
+    (pages, contents)
+}
+
+/// Contents of an earlier session at the source, some of which cannot be had.
+struct Contents {
+    pages: Vec<[u8; PAGE_SIZE]>,
+    missing: u32,
+}
+
+impl KnownContent for Contents {
+    fn read(&mut self, number: u32, page: &mut [u8; PAGE_SIZE]) -> bool {
+        *page = self.pages[number as usize];
+        number % 8 >= self.missing
+    }
+}
+
+/// Sends `stream` through a new session, which knows what an earlier one left; what both ends keep of it is the same.
+#[track_caller]
+fn carry_knowing(
+    slots: u32,
+    stream: &Stream,
+    before: Option<(&KnownPages, &Pages)>,
+    missing: u32,
+) -> (BatchStats, KnownPages, Pages) {
+    let (mut reducer, mut shelf) = (Reducer::new(limits(slots), slots / 2), Pages::default());
+    let mut kept_at_source = Pages::default();
+    if let Some((known, contents)) = before {
+        let content = Contents {
+            pages: contents.0.clone(),
+            missing,
+        };
+        reducer.know(known, Box::new(content));
+        shelf.0 = contents.0[..known.slots(slots) as usize].to_vec();
+        kept_at_source.0.clone_from(&shelf.0);
+    }
+    reducer.keep_on(Box::new(kept_at_source));
+    let mut restorer = Restorer::new(limits(slots), shelf);
+    if let Some((known, _)) = before {
+        restorer.know(known);
+    }
+    let (payloads, sent) = encode(&mut reducer, stream);
+    let (restored, received) = restore(&mut restorer, &payloads);
+    assert!(restored == stream.bytes, "the restored stream differs");
+    assert_eq!(sent, received, "both ends count alike");
+    let (at_source, _) = known(reducer.into_kept().expect("the shelf did not fail"));
+    let (at_destination, contents) = known(restorer.into_kept());
+    assert_eq!(at_source.digest(), at_destination.digest());
+    assert_eq!(at_source, at_destination);
+    (sent, at_destination, contents)
+}
+
+/// A guest's memory: every page is text or noise of its own.
+fn memory(pages: u64) -> Stream {
+    let mut stream = Stream::default();
+    for page in 0..pages {
+        let content = if page % 2 == 0 {
+            text(page)
+        } else {
+            noise(page, PAGE_SIZE)
+        };
+        stream.page(at(0, page, page > 0), &content);
+    }
+    stream
+}
+
+#[test]
+fn a_guest_that_comes_back_unchanged_costs_next_to_nothing() {
+    let stream = memory(4000);
+    let (first, known, contents) = carry_knowing(5000, &stream, None, 0);
+    let (second, again, _) = carry_knowing(5000, &stream, Some((&known, &contents)), 0);
+    assert_eq!(second.pages.same, 4000);
+    assert!(
+        second.bytes_out * 1000 < first.bytes_out,
+        "{} of {}",
+        second.bytes_out,
+        first.bytes_out
+    );
+    assert_eq!(known, again);
+}
+
+#[test]
+fn what_has_changed_in_a_guest_that_comes_back_goes_as_what_changed() {
+    let (first, known, contents) = carry_knowing(5000, &memory(4000), None, 0);
+    let mut changed = memory(4000);
+    for page in 0..4000 {
+        // Behind the header: 15 bytes for the first page, which has the block's name, 8 for the others.
+        let start = 15 + page * (8 + PAGE_SIZE);
+        changed.bytes[start + page % 4000..][..64].fill(page as u8);
+    }
+    let (second, ..) = carry_knowing(5000, &changed, Some((&known, &contents)), 0);
+    assert!(second.pages.delta > 3900, "{:?}", second.pages);
+    assert!(
+        second.bytes_out * 20 < first.bytes_out,
+        "{} of {}",
+        second.bytes_out,
+        first.bytes_out
+    );
+}
+
+#[test]
+fn a_guest_of_the_same_image_at_other_addresses_goes_as_references() {
+    let (_, known, contents) = carry_knowing(5000, &memory(1000), None, 0);
+    let mut other = Stream::default();
+    for page in 0..1000 {
+        let of = 999 - page;
+        let content = if of % 2 == 0 { text(of) } else { noise(of, PAGE_SIZE) };
+        other.page(at(1, page, page > 0), &content);
+    }
+    let (sent, ..) = carry_knowing(5000, &other, Some((&known, &contents)), 0);
+    assert_eq!(sent.pages.reference, 1000);
+    assert!(sent.bytes_out < 6000, "{}", sent.bytes_out);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn sessions_that_begin_with_what_others_left_carry_any_stream(
+        streams in prop::collection::vec(stream(), 2..5),
+        slots in prop_oneof![Just(1_u32), Just(2), Just(7), Just(30), Just(10_000)],
+        missing in 0_u32..8,
+    ) {
+        let mut before = None;
+        for stream in &streams {
+            let known = before.as_ref().map(|(known, contents): &(KnownPages, Pages)| (known, contents));
+            let (_, known, contents) = carry_knowing(slots, stream, known, missing);
+            before = Some((known, contents));
+        }
+    }
 
     #[test]
     fn a_stream_survives_any_slicing_and_any_dictionary(

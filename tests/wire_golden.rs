@@ -16,10 +16,12 @@ use longhaul::gateway::pairing::code::Secret;
 use longhaul::gateway::pairing::exchange::{Binding, Joining, Reason, refuse};
 use longhaul::proto::ownership::{AbortReason, Claim, Doubt, Message, Permit, Resolution, StreamSum};
 use longhaul::proto::page::{JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
-use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
+use longhaul::proto::reduce::{
+    DictionaryLimits, Effort, KnownDigest, PageShelf, Reducer, Restorer, ShelfError, batches,
+};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
-use longhaul::proto::wire::message::{Held, Reply, decode, encode};
+use longhaul::proto::wire::message::{Held, KnownImage, Reply, decode, encode};
 use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{
     Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
@@ -45,6 +47,7 @@ impl Goldens {
             include_str!("data/wire-v2.txt"),
             include_str!("data/wire-v3.txt"),
             include_str!("data/wire-v4.txt"),
+            include_str!("data/wire-v5.txt"),
         ];
         let lines = files
             .into_iter()
@@ -150,6 +153,13 @@ fn requests_have_these_bytes() {
         Request::Ping(u64::MAX),
         Request::Drives { migration: MIGRATION },
         Request::Test { test: MIGRATION },
+        Request::OpenKnowing {
+            offer: offer(),
+            images: vec![KnownImage {
+                id: MIGRATION,
+                digest: KnownDigest([0xc3; 32]),
+            }],
+        },
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -162,6 +172,7 @@ fn requests_have_these_bytes() {
             Request::Ping(_) => "request/ping",
             Request::Drives { .. } => "request/drives",
             Request::Test { .. } => "request/test",
+            Request::OpenKnowing { .. } => "request/open-knowing",
         };
         goldens.message(name, request);
     }
@@ -237,6 +248,7 @@ fn session_messages_of_version_1_have_these_bytes() {
         },
         SessionMessage::Ownership(Message::Cancel),
         SessionMessage::Loaded,
+        SessionMessage::AcceptedKnowing { image: MIGRATION },
     ];
     for message in &messages {
         let name = match message {
@@ -247,6 +259,7 @@ fn session_messages_of_version_1_have_these_bytes() {
             SessionMessage::Cancel { .. } => "session/cancel",
             SessionMessage::Ownership(_) => "session/ownership",
             SessionMessage::Loaded => "session/loaded",
+            SessionMessage::AcceptedKnowing { .. } => "session/accepted-knowing",
         };
         goldens.message(name, message);
     }

@@ -390,6 +390,9 @@ pub struct Report {
     pub reduction_ratio: f64,
     /// Pages by how they were sent, also where it did not arrive.
     pub pages: Pages,
+    /// Pages that an earlier migration had left at both sites, and this one began with.
+    #[serde(default)]
+    pub known_pages: u64,
     /// BLAKE3 of the vmm stream, hexadecimal, equal at both ends; `None` where it did not end.
     pub stream_digest: Option<String>,
     /// What was expected at the start; `None` where it ended before.
@@ -420,6 +423,7 @@ impl Report {
             resent_bytes: 0,
             reduction_ratio: 1.0,
             pages: Pages::default(),
+            known_pages: 0,
             stream_digest: None,
             forecast: None,
         }

@@ -22,6 +22,7 @@ mod report;
 mod resolve;
 mod settings;
 mod status;
+mod store;
 mod unpair;
 mod watch;
 
@@ -63,6 +64,8 @@ enum Verb {
     LinkTest(link_test::Args),
     Unpair(unpair::Args),
     Fingerprint(fingerprint::Args),
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     WanEmulator(EmulatorArgs),
     #[command(subcommand)]
     Lab(LabCommand),
@@ -85,6 +88,7 @@ impl Verb {
             Self::LinkTest(args) => ask(link_test::run(args)),
             Self::Unpair(args) => ask(unpair::run(args)),
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
+            Self::Store(command) => store::run(&command).map(ExitCode::from),
             Self::WanEmulator(args) => crate::wan::run(args).map_err(|error| Failure::no(with_causes(&error))),
             Self::Lab(lab) => run_lab(lab),
         }

@@ -50,6 +50,8 @@ pub struct Config {
     pub link: Link,
     /// Where metrics are served.
     pub metrics: Metrics,
+    /// What is kept of VMs that have moved.
+    pub store: Store,
     /// How migrations run when the command does not say.
     pub migration: Migration,
     /// Gateways of other sites, in the order of the file.
@@ -76,6 +78,15 @@ pub struct Link {
 pub struct Metrics {
     /// TCP address; `None` (`"off"` in the file) serves none.
     pub listen: Option<SocketAddr>,
+}
+
+/// What is kept of VMs that have moved, for the next time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Store {
+    /// The most that it may take on the disk. Absent: nothing is kept.
+    pub size: Option<u64>,
+    /// Where it is. Absent: `store` in `state_dir`.
+    pub dir: Option<PathBuf>,
 }
 
 /// How migrations run when the command does not say.
@@ -125,6 +136,8 @@ pub struct Vm {
     pub disks: Disks,
     /// For this VM instead of `migration.after_success`.
     pub after_success: Option<AfterSuccess>,
+    /// Whose it is: what is kept of it serves VMs of the same tenant only. Empty: of nobody in particular.
+    pub tenant: String,
 }
 
 /// What becomes of the source's VM process once the VM runs at the destination.
@@ -208,6 +221,7 @@ impl Config {
             metrics: Metrics {
                 listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9646))),
             },
+            store: Store::default(),
             migration: Migration {
                 downtime_limit: Duration::from_millis(500),
                 after_success: AfterSuccess::Quit,
@@ -250,6 +264,12 @@ impl Config {
     #[must_use]
     pub fn control_socket(&self) -> PathBuf {
         control_socket_in(&self.state_dir)
+    }
+
+    /// Where the page store is.
+    #[must_use]
+    pub fn store_dir(&self) -> PathBuf {
+        self.store.dir.clone().unwrap_or_else(|| self.state_dir.join("store"))
     }
 
     /// UDP address of bulk data: the port after `listen`.
@@ -326,6 +346,14 @@ impl Config {
         );
         metrics.finish();
 
+        let mut store = top.section("store");
+        config.store.size = store.value("size", parse_size);
+        config.store.dir = store.value("dir", parse_absolute);
+        if config.store.dir.is_some() && config.store.size.is_none() {
+            store.mistake("dir", "without a size nothing is kept: state store.size".to_owned());
+        }
+        store.finish();
+
         let mut migration = top.section("migration");
         set(
             &mut config.migration.downtime_limit,
@@ -382,6 +410,7 @@ impl Config {
                 command: None,
                 disks: section.value("disks", Disks::from_str).unwrap_or(Disks::None),
                 after_success: section.value("after_success", AfterSuccess::from_str),
+                tenant: section.value("tenant", parse_name).unwrap_or_default(),
             };
             if !vm.name.is_empty() && config.vm(&vm.name).is_some() {
                 section.mistake("name", format!("the VM {:?} is there already", vm.name));

@@ -115,7 +115,11 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             reply(channel, Reply::Checked(against)).await
         }
         Request::Open(offered) => {
-            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+            offer::open(Arc::clone(core), peer.to_owned(), known, offered, Vec::new(), channel).await;
+            Ok(())
+        }
+        Request::OpenKnowing { offer, images } => {
+            offer::open(Arc::clone(core), peer.to_owned(), known, offer, images, channel).await;
             Ok(())
         }
         Request::Test { test } => sink::serve(core, peer, test, channel).await,

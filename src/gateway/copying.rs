@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::forecasting::{Forecasting, Sample as DirtySample};
+use super::keeping::Prepared;
 use super::links::Link;
 use super::memory::Reservation;
 use super::outbound::{Outbound, UNKNOWN_RATE};
@@ -45,6 +46,8 @@ pub(crate) struct Copying {
     rounds: Rounds,
     share: Arc<Share>,
     dictionary: Option<DictionaryLimits>,
+    prepared: Prepared,
+    known_pages: u64,
     /// Held until the migration is over.
     memory: Reservation,
     forecasting: Forecasting,
@@ -68,6 +71,8 @@ pub(crate) struct CopyingStart {
     pub(crate) deadline: Option<Instant>,
     pub(crate) share: Arc<Share>,
     pub(crate) dictionary: Option<DictionaryLimits>,
+    /// What it begins with of the page store, and keeps for it.
+    pub(crate) prepared: Prepared,
     /// What this gateway needs for it.
     pub(crate) memory: Reservation,
     pub(crate) forecasting: Forecasting,
@@ -99,6 +104,8 @@ impl Copying {
             rounds: Rounds::new(start.now),
             share: start.share,
             dictionary: start.dictionary,
+            known_pages: start.prepared.known_pages(),
+            prepared: start.prepared,
             memory: start.memory,
             forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
@@ -113,13 +120,15 @@ impl Copying {
     }
 
     /// What reduces the stream for a peer that speaks this version of the wire format; `None` where it goes as it is.
-    pub(crate) fn reducer(&self, version: u16) -> Option<Reducer> {
+    pub(crate) fn reducer(&mut self, version: u16) -> Option<Reducer> {
         self.dictionary.map(|limits| {
-            if version >= hello::DELTAS {
+            let mut reducer = if version >= hello::DELTAS {
                 Reducer::new(limits, self.memory.pages())
             } else {
                 Reducer::without_deltas(limits)
-            }
+            };
+            std::mem::take(&mut self.prepared).equip(&mut reducer);
+            reducer
         })
     }
 
@@ -320,6 +329,11 @@ impl Copying {
 
     pub(crate) fn forecast(&self) -> api::Forecast {
         self.forecasting.forecast()
+    }
+
+    /// Pages that both sites had before the first was sent.
+    pub(crate) fn known_pages(&self) -> u64 {
+        self.known_pages
     }
 
     pub(crate) fn pages(&self) -> Pages {

@@ -11,6 +11,7 @@ use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
 use super::inbound::{Inbound, Progress, Shelf};
+use super::keeping;
 use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
@@ -21,7 +22,7 @@ use crate::proto::ownership::{
     AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
     StreamSum, Verdict,
 };
-use crate::proto::page::JournalId;
+use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::session::Decoder;
 use crate::proto::wire::SessionMessage;
 use crate::proto::wire::message::Held;
@@ -69,6 +70,7 @@ pub(crate) struct DestinationDriver {
     inbound: Option<Arc<Inbound>>,
     progress: Option<watch::Receiver<Progress>>,
     decoder: Option<Decoder<Shelf>>,
+    image: Option<MigrationId>,
     window_bytes: u64,
     last_contact: Instant,
     looked: Instant,
@@ -100,6 +102,8 @@ pub(crate) struct DestinationStart {
     pub(crate) source_journal: JournalId,
     /// Where a stream is expected.
     pub(crate) decoder: Option<Decoder<Shelf>>,
+    /// What the decoder begins with, where both sites have it.
+    pub(crate) image: Option<MigrationId>,
     pub(crate) window_bytes: u64,
 }
 
@@ -133,6 +137,7 @@ impl DestinationDriver {
             inbound: None,
             progress: None,
             decoder: start.decoder,
+            image: start.image,
             window_bytes: start.window_bytes,
             last_contact: super::clock::now(),
             looked: super::clock::now(),
@@ -208,6 +213,11 @@ impl DestinationDriver {
             && let Some(vmm) = &mut self.vmm
         {
             vmm.settle().await;
+            let kept = self.inbound.as_ref().and_then(|inbound| inbound.take_kept());
+            keeping::keep(&self.core, self.entry.migration, &self.entry.vm, kept);
+        }
+        if let Some(image) = self.image.filter(|_| verdict != Verdict::Running) {
+            keeping::look_again(&self.core, image);
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
@@ -324,9 +334,11 @@ impl DestinationDriver {
             .insert(self.entry.migration, &self.entry.peer, Arc::clone(&inbound));
         self.inbound = Some(inbound);
         self.entry.set_phase(Phase::Precopy);
-        self.contact
-            .send(&SessionMessage::Accepted { held: Held::default() })
-            .await;
+        let accepted = match self.image {
+            Some(image) => SessionMessage::AcceptedKnowing { image },
+            None => SessionMessage::Accepted { held: Held::default() },
+        };
+        self.contact.send(&accepted).await;
         Ok(())
     }
 

@@ -12,13 +12,15 @@ use bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::keeping::Kept;
 use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
 use crate::metrics::{Stage, Waiting};
-use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
+use crate::proto::reduce::{KeptPages, PageCounts, PageShelf, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
+use crate::store::pages::KnownShelf;
 use crate::store::spill::SpillShelf;
 
 /// Restored frames between decoder and writer.
@@ -27,7 +29,7 @@ const RESTORED_AHEAD: usize = 4;
 /// A shelf and the memory that is reserved for it.
 #[derive(Debug)]
 pub(crate) struct Shelf {
-    pub(crate) shelf: SpillShelf,
+    pub(crate) shelf: KnownShelf<SpillShelf>,
     pub(crate) _memory: Reservation,
 }
 
@@ -72,6 +74,8 @@ struct Shared {
     frame_bytes: AtomicU64,
     /// Bytes of the frames that are restored and not yet given to the vmm.
     writing_bytes: AtomicU64,
+    /// What the stream leaves for the next one, once all of it is restored.
+    kept: Mutex<Option<Kept>>,
 }
 
 #[derive(Debug)]
@@ -99,6 +103,7 @@ impl Inbound {
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
             writing_bytes: AtomicU64::new(0),
+            kept: Mutex::default(),
         });
         let (progress, outcome) = watch::channel(Progress::default());
         let (release, released) = oneshot::channel();
@@ -219,6 +224,11 @@ impl Inbound {
         self.shared.arrived.notify_all();
     }
 
+    /// What the stream left for the next one, where all of it was restored.
+    pub(crate) fn take_kept(&self) -> Option<Kept> {
+        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Bytes that the vmm has taken.
     pub(crate) fn vmm_bytes(&self) -> u64 {
         self.shared.vmm_bytes.load(Ordering::Relaxed)
@@ -268,7 +278,7 @@ struct Restored {
 }
 
 /// The decoder's thread. The summary, where the stream was restored to its end.
-fn decode<S: PageShelf>(
+fn decode<S: PageShelf + Send + 'static>(
     shared: &Shared,
     mut decoder: Decoder<S>,
     restored: &mpsc::Sender<Restored>,
@@ -290,7 +300,13 @@ fn decode<S: PageShelf>(
         shared.receiving().decoded = frame.header.sequence + 1;
         shared.acknowledge.notify_one();
         if frame.header.last {
-            return Ok(Some((decoder.summary(), decoder.pages())));
+            let ended = (decoder.summary(), decoder.pages());
+            let kept = decoder.into_kept().map(|kept| KeptPages::<Box<dyn PageShelf + Send>> {
+                shelf: Box::new(kept.shelf),
+                places: kept.places,
+            });
+            *shared.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
+            return Ok(Some(ended));
         }
     }
     Ok(None)

@@ -25,6 +25,7 @@ pub(crate) mod forecasting;
 pub(crate) mod history;
 mod inbound;
 mod journal;
+pub(crate) mod keeping;
 mod lanes;
 pub(crate) mod launches;
 mod link_test;
@@ -68,6 +69,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::proto::page::MigrationId;
 use crate::store::journal::{Journal, JournalError};
+use crate::store::pages::{PageStore, StoreError};
 use crate::store::trust::{TrustError, TrustStore};
 use crate::transport::{
     BindError, CloseCode, ConnectionKind, Identity, IdentityError, Transport, TransportSettings, TrustAnchors,
@@ -100,6 +102,8 @@ pub(crate) struct Core {
     tests: Directory<Arc<Sink>>,
     pub(crate) bulk: BulkConnections,
     pub(crate) memory: MemoryBudget,
+    /// Where migrations leave what the next ones begin with, if anywhere.
+    pub(crate) store: Option<Arc<PageStore>>,
     pub(crate) metrics: Arc<Metrics>,
     draining: CancellationToken,
 }
@@ -125,6 +129,7 @@ pub async fn run(
     let journal = JournalHandle::spawn(journal, Arc::clone(&metrics));
     remove_left_over_sockets(&config);
 
+    let store = keeping::open(&config).await?;
     let identity = Identity::load_or_create(&config.state_dir, clock::wall())?;
     let trust = TrustStore::load(&config.state_dir)?;
     let anchors = Arc::new(TrustAnchors::default());
@@ -169,6 +174,7 @@ pub async fn run(
         tests: Directory::default(),
         bulk: BulkConnections::default(),
         memory,
+        store,
         metrics,
         draining: drain.clone(),
     });
@@ -180,6 +186,7 @@ pub async fn run(
     }
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
+    keeping::scrub(&core);
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),
@@ -286,6 +293,9 @@ pub enum GatewayError {
     /// The ownership journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The page store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The site's key.
     #[error(transparent)]
     Identity(#[from] IdentityError),

@@ -10,6 +10,7 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::inbound::Shelf;
+use super::keeping::{self, Found};
 use super::launches;
 use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
@@ -17,10 +18,12 @@ use crate::config::Vm;
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
 use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
+use crate::proto::page::MigrationId;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
-use crate::proto::wire::message::Offer;
+use crate::proto::wire::message::{KnownImage, Offer};
 use crate::proto::wire::{Limits, SessionMessage};
+use crate::store::pages::{KnownShelf, MOST_OFFERED};
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
@@ -28,7 +31,7 @@ pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer
     let tried = async {
         let (vm, source) = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
-        dictionary(core, offer, agreed).await?;
+        dictionary(core, offer, agreed, None).await?;
         let started = start_vm(core, vm, offer, &source).await;
         let found = match started {
             Ok(vmm) => {
@@ -81,8 +84,15 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: Offer, mut channel: Channel) {
-    let refusal = match accept(&core, &peer, known, &offer).await {
+pub(crate) async fn open(
+    core: Arc<Core>,
+    peer: String,
+    known: &Known,
+    offer: Offer,
+    images: Vec<KnownImage>,
+    mut channel: Channel,
+) {
+    let refusal = match accept(&core, &peer, known, &offer, images).await {
         Ok((driver, vm, _memory)) => {
             let mut driver = driver;
             driver.adopt(channel);
@@ -106,6 +116,7 @@ async fn accept(
     peer: &str,
     known: &Known,
     offer: &Offer,
+    mut images: Vec<KnownImage>,
 ) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
     let (vm, source) = look(core, offer)?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
@@ -113,7 +124,9 @@ async fn accept(
         return Err(format!("migration {} has been here before", offer.migration));
     }
     let agreed = known.agreement.limits;
-    let (dictionary, memory) = dictionary(core, offer, agreed).await?;
+    images.truncate(MOST_OFFERED);
+    let found = keeping::find(core, &offer.vm, images).await;
+    let (decoder, image, memory) = dictionary(core, offer, agreed, found).await?;
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
@@ -152,7 +165,8 @@ async fn accept(
             effects: Vec::new(),
             vmm: Some(vmm),
             source_journal: known.journal,
-            decoder: Some(Decoder::new(dictionary)),
+            decoder: Some(decoder),
+            image,
             window_bytes: agreed.window_bytes,
         },
     );
@@ -161,7 +175,12 @@ async fn accept(
 
 /// What a stream is restored with, and the memory of the migration: held with the dictionary for as long as something is restored,
 /// without one for as long as the migration is driven.
-async fn dictionary(core: &Core, offer: &Offer, agreed: Limits) -> Result<(Restoring, Option<Reservation>), String> {
+async fn dictionary(
+    core: &Core,
+    offer: &Offer,
+    agreed: Limits,
+    found: Option<Found>,
+) -> Result<(Decoder<Shelf>, Option<MigrationId>, Option<Reservation>), String> {
     let slots = offer.dictionary_pages.min(agreed.dictionary_pages);
     let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
     let memory = core
@@ -169,18 +188,26 @@ async fn dictionary(core: &Core, offer: &Offer, agreed: Limits) -> Result<(Resto
         .reserve(Need::at_destination(agreed.window_bytes, limits))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
     if !offer.reduce {
-        return Ok((None, Some(memory)));
+        return Ok((Decoder::new(None), None, Some(memory)));
     }
     let (dir, pages) = (core.config.state_dir.clone(), memory.pages());
-    let shelf = tokio::task::spawn_blocking(move || SpillShelf::new(&dir, slots, pages))
+    let taken = found.as_ref().map_or(0, |found| found.pages.slots(slots));
+    let spill = tokio::task::spawn_blocking(move || SpillShelf::after(&dir, slots, pages, taken))
         .await
         .expect("making a spill file does not panic")
         .map_err(|error| format!("{}: {error}", core.config.site))?;
-    Ok((Some((limits, Shelf { shelf, _memory: memory })), None))
+    let image = found.as_ref().map(|found| Arc::clone(&found.image));
+    let shelf = Shelf {
+        shelf: KnownShelf::new(image, slots, spill),
+        _memory: memory,
+    };
+    let mut decoder = Decoder::new(Some((limits, shelf)));
+    let image = found.map(|found| {
+        decoder.know(&found.pages);
+        found.image.head().id
+    });
+    Ok((decoder, image, None))
 }
-
-/// What a decoder restores with.
-type Restoring = Option<(DictionaryLimits, Shelf)>;
 
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
 async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {

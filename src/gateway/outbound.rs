@@ -14,6 +14,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::clock;
+use super::keeping::Kept;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
@@ -79,6 +80,8 @@ struct Shared {
     /// What the peer may have on the way; it never states more as queued.
     window_bytes: u64,
     pages: Mutex<PageCounts>,
+    /// What the stream leaves for the next one, once it has ended.
+    kept: Mutex<Option<Kept>>,
     queued_at_peer: AtomicU64,
 }
 
@@ -111,6 +114,7 @@ impl Outbound {
             frame_bytes: AtomicU64::new(0),
             window_bytes,
             pages: Mutex::default(),
+            kept: Mutex::default(),
             queued_at_peer: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
@@ -300,6 +304,11 @@ impl Outbound {
         *self.shared.pages()
     }
 
+    /// What the stream left for the next one, where it ended and something was kept.
+    pub(crate) fn take_kept(&self) -> Option<Kept> {
+        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Bytes so far.
     pub(crate) fn totals(&self) -> Totals {
         Totals {
@@ -411,9 +420,10 @@ fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encod
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
         shared.to_read.notify_one();
     }
-    let (summary, pages) = encoder.finish(&mut frames);
+    let (summary, pages, kept) = encoder.finish_and_keep(&mut frames);
     *shared.pages() = pages;
     shared.push(&mut frames, true);
+    *shared.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
     summary
 }
 

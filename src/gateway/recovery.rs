@@ -88,6 +88,7 @@ pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
                     vmm,
                     source_journal: first.peer_journal,
                     decoder: None,
+                    image: None,
                     window_bytes: 0,
                 };
                 start_destination(core, migration, &first.peer, &first.vm, start);
@@ -178,6 +179,7 @@ async fn destination(
             vmm,
             source_journal: first.peer_journal,
             decoder: None,
+            image: None,
             window_bytes: 0,
         },
     );
@@ -218,6 +220,7 @@ pub(crate) async fn answer_for(
             vmm: None,
             source_journal: attachment.peer_journal,
             decoder: None,
+            image: None,
             window_bytes: 0,
         },
     );

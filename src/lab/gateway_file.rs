@@ -14,6 +14,9 @@ use crate::wan::Profile;
 pub(super) struct LinkSection {
     pub(super) rate: String,
     pub(super) rtt: String,
+    /// Gateways on it keep what VMs leave.
+    #[serde(skip)]
+    pub(super) keeps_pages: bool,
 }
 
 impl LinkSection {
@@ -22,6 +25,7 @@ impl LinkSection {
         Self {
             rate: "10gbit".to_owned(),
             rtt: "1ms".to_owned(),
+            keeps_pages: false,
         }
     }
 
@@ -30,6 +34,7 @@ impl LinkSection {
         Self {
             rate: profile.rate.to_string(),
             rtt: show_duration(profile.rtt),
+            keeps_pages: false,
         }
     }
 }
@@ -57,6 +62,7 @@ impl GatewayFile<'_> {
             listen: self.listen,
             link: self.link,
             metrics: Metrics { listen: "off" },
+            store: self.link.keeps_pages.then_some(Store { size: "8gib" }),
             log: self.log_level.map(|level| Log { level }),
             peer: [Peer {
                 name: self.peer.0,
@@ -80,6 +86,8 @@ struct Gateway<'a> {
     link: &'a LinkSection,
     metrics: Metrics,
     #[serde(skip_serializing_if = "Option::is_none")]
+    store: Option<Store>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     log: Option<Log>,
     peer: [Peer<'a>; 1],
     vm: Vec<Vm<'a>>,
@@ -88,6 +96,11 @@ struct Gateway<'a> {
 #[derive(Serialize)]
 struct Metrics {
     listen: &'static str,
+}
+
+#[derive(Serialize)]
+struct Store {
+    size: &'static str,
 }
 
 #[derive(Serialize)]

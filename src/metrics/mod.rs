@@ -50,6 +50,9 @@ pub struct Metrics {
     active: [Gauge; 2],
     in_doubt: Gauge,
     phases: [Seconds; 7],
+    store_bytes: Level,
+    store_images: Gauge,
+    known_pages: Counter,
     journal_errors: Counter,
     peers: PeerFamilies,
     moving: Mutex<Moving>,
@@ -120,6 +123,9 @@ impl Metrics {
             active: closed(&mut registry, &series::ACTIVE),
             in_doubt: register(&mut registry, &series::IN_DOUBT),
             phases: closed(&mut registry, &series::PHASE_SECONDS),
+            store_bytes: register(&mut registry, &series::STORE_BYTES),
+            store_images: register(&mut registry, &series::STORE_IMAGES),
+            known_pages: register(&mut registry, &series::KNOWN_PAGES),
             journal_errors: register(&mut registry, &series::JOURNAL_ERRORS),
             peers,
             moving: Mutex::default(),
@@ -136,6 +142,17 @@ impl Metrics {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
+    }
+
+    /// What the page store has now.
+    pub fn set_store(&self, images: u64, bytes: u64) {
+        self.store_images.set(i64::try_from(images).unwrap_or(i64::MAX));
+        self.store_bytes.set(bytes as f64);
+    }
+
+    /// A migration begins with so many pages that both sites have.
+    pub fn add_known_pages(&self, pages: u64) {
+        self.known_pages.inc_by(pages);
     }
 
     /// Adds bytes of a vmm stream.

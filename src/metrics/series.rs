@@ -202,6 +202,17 @@ pub(super) const PHASE_SECONDS: Series = counter(
     )],
     "Time that migrations spent in a phase, on the side of the source",
 );
+pub(super) const STORE_BYTES: Series = gauge("longhaul_store_bytes", &[], "What the page store takes on the disk");
+pub(super) const STORE_IMAGES: Series = gauge(
+    "longhaul_store_images",
+    &[],
+    "VMs whose memory is kept in the page store, for the next time they move",
+);
+pub(super) const KNOWN_PAGES: Series = counter(
+    "longhaul_known_pages_total",
+    &[],
+    "Pages that both sites had when a migration began, at the source",
+);
 pub(super) const JOURNAL_ERRORS: Series = counter(
     "longhaul_journal_errors_total",
     &[],
@@ -235,6 +246,9 @@ pub const SERIES: &[Series] = &[
     ACTIVE,
     IN_DOUBT,
     PHASE_SECONDS,
+    STORE_BYTES,
+    STORE_IMAGES,
+    KNOWN_PAGES,
     JOURNAL_ERRORS,
 ];
 

@@ -2,5 +2,6 @@
 
 pub mod fingerprint;
 pub mod journal;
+pub mod pages;
 pub mod spill;
 pub mod trust;

@@ -23,8 +23,10 @@ use crate::proto::reduce::{PageShelf, ShelfError, digest_many};
 #[derive(Debug)]
 pub struct SpillShelf {
     slots: u64,
-    /// Pages put so far; the slot of put `n` is `n % slots`.
+    /// Pages put so far, those that are elsewhere among them; the slot of put `n` is `n % slots`.
     puts: u64,
+    /// Puts before this one are elsewhere.
+    taken: u64,
     /// The first put that is still in memory; all before it are in the file, or overwritten.
     in_memory_from: u64,
     /// The frame of put `n` is `n % frame_count`.
@@ -50,14 +52,24 @@ impl SpillShelf {
     /// # Errors
     /// [`SpillError`] where the file cannot be made, or the disk has no room for it.
     pub fn new(dir: &Path, slots: u32, pages_in_memory: u32) -> Result<Self, SpillError> {
+        Self::after(dir, slots, pages_in_memory, 0)
+    }
+
+    /// The same where the first `taken` slots hold pages that are elsewhere: it is put to from the slot behind them on, and has theirs once others
+    /// have taken their place.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn after(dir: &Path, slots: u32, pages_in_memory: u32, taken: u32) -> Result<Self, SpillError> {
         let frame_count = u64::from(pages_in_memory.clamp(1, slots.max(1)));
         let spill = (frame_count < u64::from(slots))
-            .then(|| Spill::create(dir, slots))
+            .then(|| Spill::create(dir, slots, taken.min(slots)))
             .transpose()?;
         Ok(Self {
             slots: slots.into(),
-            puts: 0,
-            in_memory_from: 0,
+            puts: taken.min(slots).into(),
+            in_memory_from: taken.min(slots).into(),
+            taken: taken.min(slots).into(),
             frames: vec![0; frame_count as usize * PAGE_SIZE],
             frame_count,
             spill,
@@ -82,7 +94,7 @@ impl SpillShelf {
         }
         let last = self.puts - 1;
         let age = (last % self.slots + self.slots - slot) % self.slots;
-        Some(last - age)
+        last.checked_sub(age).filter(|&put| put >= self.taken)
     }
 
     fn frame(&self, put: u64) -> usize {
@@ -140,7 +152,7 @@ impl PageShelf for SpillShelf {
 }
 
 impl Spill {
-    fn create(dir: &Path, slots: u32) -> Result<Self, SpillError> {
+    fn create(dir: &Path, slots: u32, taken: u32) -> Result<Self, SpillError> {
         let cannot_create = |source| SpillError::Create {
             dir: dir.to_owned(),
             source,
@@ -167,10 +179,9 @@ impl Spill {
             bytes,
             source,
         })?;
-        Ok(Self {
-            file,
-            digests: Vec::with_capacity(slots as usize),
-        })
+        let mut digests = Vec::with_capacity(slots as usize);
+        digests.resize(taken as usize, PageDigest([0; 16]));
+        Ok(Self { file, digests })
     }
 
     /// Writes adjacent `pages` from slot `first` on.

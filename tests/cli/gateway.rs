@@ -194,6 +194,7 @@ pub(crate) fn report(outcome: Outcome) -> Event {
         wire_bytes: 91_200_000,
         resent_bytes: 0,
         reduction_ratio: 11.2,
+        known_pages: 0,
         pages: Pages {
             zero: 1,
             same: 2,

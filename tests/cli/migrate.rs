@@ -104,7 +104,7 @@ fn the_exit_code_says_where_the_vm_is() {
 }
 
 /// What every report has, whatever came of the migration.
-const REPORT: [&str; 14] = [
+const REPORT: [&str; 15] = [
     "vm",
     "peer",
     "outcome",
@@ -117,6 +117,7 @@ const REPORT: [&str; 14] = [
     "resent_bytes",
     "reduction_ratio",
     "pages",
+    "known_pages",
     "stream_digest",
     "forecast",
 ];

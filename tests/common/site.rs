@@ -320,13 +320,14 @@ impl Site {
 }
 
 /// What stays in a state directory.
-const DURABLE: [&str; 6] = [
+const DURABLE: [&str; 7] = [
     "control.sock",
     "control.sock.lock",
     "identity.key",
     "identity.crt",
     "trust.json",
     "journal",
+    "store",
 ];
 
 /// A port that is free together with the next one, over UDP and TCP on loopback.

@@ -98,7 +98,10 @@ impl SourceDriver {
             }
             // Heard by the stream itself.
             SessionMessage::Ack { .. } | SessionMessage::Loaded => {}
-            SessionMessage::Accepted { .. } | SessionMessage::Refused { .. } | SessionMessage::Cancel { .. } => {
+            SessionMessage::Accepted { .. }
+            | SessionMessage::AcceptedKnowing { .. }
+            | SessionMessage::Refused { .. }
+            | SessionMessage::Cancel { .. } => {
                 tracing::debug!(migration = %self.entry.migration, "the peer said what only opens or ends a session");
             }
         }

@@ -17,6 +17,7 @@ use super::Core;
 use super::clock;
 use super::contact::{Contact, ContactEvent};
 use super::copying::Copying;
+use super::keeping;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
@@ -172,6 +173,13 @@ impl SourceDriver {
         }
         if outcome != Outcome::RunsAtDestination {
             self.vmm.restore_settings().await;
+        } else if let Some(stream) = &self.stream {
+            keeping::keep(
+                &self.core,
+                self.entry.migration,
+                &self.entry.vm,
+                stream.outbound.take_kept(),
+            );
         }
         let downtime = match (self.stopped_at, self.resumed_at) {
             (Some(stopped), Some(resumed)) if outcome == Outcome::RunsAtDestination => {

@@ -45,6 +45,9 @@ pub struct DemoArgs {
     /// Where the report goes as JSON, beside the tables on standard output.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// The gateways keep what the guest leaves (`[store]`): from the second leg on only what has changed goes.
+    #[arg(long)]
+    pub store: bool,
     /// Leave out the moves by plain QEMU.
     #[arg(long)]
     pub no_baselines: bool,
@@ -123,7 +126,8 @@ async fn prepare(args: &DemoArgs) -> Result<(Tools, LinkSection, Stage), LabErro
     if !rustix::process::geteuid().is_root() {
         return Err(LabError::NotRoot);
     }
-    let link = LinkSection::of(&Profile::find(&args.profiles, &args.profile)?);
+    let mut link = LinkSection::of(&Profile::find(&args.profiles, &args.profile)?);
+    link.keeps_pages = args.store;
     let image = Image::open(&std::path::absolute(&args.image).unwrap_or_else(|_| args.image.clone()))?;
     let longhaul = args
         .longhaul

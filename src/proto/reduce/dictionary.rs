@@ -7,6 +7,7 @@ use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 
 use super::copies::Copies;
 use super::index::ContentIndex;
+use super::known::{KnownContent, KnownPages};
 use super::sent::SentPages;
 
 /// How much both ends remember. It is part of the format: both ends of a session must have the same limits.
@@ -69,6 +70,7 @@ pub(super) struct SlotRing {
     capacity: u32,
     filled: u32,
     next: u32,
+    taken: u64,
 }
 
 impl SlotRing {
@@ -77,6 +79,7 @@ impl SlotRing {
             capacity,
             filled: 0,
             next: 0,
+            taken: 0,
         }
     }
 
@@ -88,7 +91,22 @@ impl SlotRing {
         let slot = self.next;
         self.next = (slot + 1) % self.capacity;
         self.filled = self.filled.max(slot + 1);
+        self.taken += 1;
         Some(slot)
+    }
+
+    /// Takes the first `count` slots of a ring of which none has been taken; how many there are for them.
+    pub(super) fn take_first(&mut self, count: usize) -> u32 {
+        let taken = u32::try_from(count).unwrap_or(u32::MAX).min(self.capacity);
+        self.filled = taken;
+        self.next = if taken == self.capacity { 0 } else { taken };
+        self.taken = taken.into();
+        taken
+    }
+
+    /// Whether `slot` still holds what it held first.
+    pub(super) fn is_on_first_lap(&self, slot: u32) -> bool {
+        self.holds(slot) && self.taken <= u64::from(self.capacity) + u64::from(slot)
     }
 
     /// Whether `slot` holds a page.
@@ -98,13 +116,20 @@ impl SlotRing {
 }
 
 /// The source's side: a digest per slot, where to find a content, and copies of some.
-#[derive(Debug)]
 pub(super) struct SourceDictionary {
     ring: SlotRing,
     digests: Vec<PageDigest>,
     index: ContentIndex,
     copies: Copies,
+    known: Option<Known>,
     pub(super) sent: SentPages,
+}
+
+/// The bytes of the first slots, as long as they hold what they held first.
+struct Known {
+    count: u32,
+    content: Box<dyn KnownContent>,
+    page: Box<[u8; PAGE_SIZE]>,
 }
 
 impl SourceDictionary {
@@ -116,6 +141,7 @@ impl SourceDictionary {
             digests: Vec::with_capacity(limits.slots as usize),
             index: ContentIndex::new(limits.slots),
             copies: Copies::new(copies.min(limits.slots), limits.slots),
+            known: None,
             sent: SentPages::new(limits.regions),
         }
     }
@@ -132,20 +158,45 @@ impl SourceDictionary {
         self.index.find(digest, |slot| self.digests[slot as usize] == digest)
     }
 
-    /// The bytes in `slot`, where they are held here too.
-    pub(super) fn copy(&self, slot: u32) -> Option<&[u8; PAGE_SIZE]> {
-        self.copies.get(slot)
+    /// Fills the dictionary, of which nothing has been used, with what both ends know.
+    pub(super) fn know(&mut self, pages: &KnownPages, content: Box<dyn KnownContent>) {
+        let count = self.ring.take_first(pages.digests().len());
+        for (slot, &digest) in (0..count).zip(pages.digests()) {
+            self.digests.push(digest);
+            self.index.insert(digest, slot);
+        }
+        self.sent.know(pages, count);
+        self.known = Some(Known {
+            count,
+            content,
+            page: Box::new([0; PAGE_SIZE]),
+        });
     }
 
-    /// Gives the next slot, in place of what it held, to a new `content` of the page `at`, which was last sent from slot `previous`.
+    /// The bytes in `slot`, where they can be had here.
+    pub(super) fn copy(&mut self, slot: u32) -> Option<&[u8; PAGE_SIZE]> {
+        if self.copies.get(slot).is_some() {
+            return self.copies.get(slot);
+        }
+        let known = self.known.as_mut().filter(|known| slot < known.count)?;
+        (self.ring.is_on_first_lap(slot) && known.content.read(slot, &mut known.page)).then_some(&*known.page)
+    }
+
+    /// Whether `slot` holds a page.
+    pub(super) fn holds(&self, slot: u32) -> bool {
+        self.ring.holds(slot)
+    }
+
+    /// Gives the next slot, in place of what it held, to a new `content` of the page `at`, which was last sent from slot `previous`; which slot
+    /// that is.
     pub(super) fn insert(
         &mut self,
         at: PageAddress,
         digest: PageDigest,
         previous: Option<u32>,
         content: &[u8; PAGE_SIZE],
-    ) {
-        let Some(slot) = self.ring.take() else { return };
+    ) -> Option<u32> {
+        let slot = self.ring.take()?;
         self.copies.put(slot, at, previous, content);
         match self.digests.get_mut(slot as usize) {
             Some(held) => {
@@ -156,6 +207,7 @@ impl SourceDictionary {
         }
         self.index.insert(digest, slot);
         self.sent.set(at, slot);
+        Some(slot)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

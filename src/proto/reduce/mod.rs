@@ -11,6 +11,8 @@
 //! dictionary. Nothing is asked of the peer and nothing can be missed: what the dictionary holds, and what it evicts, is a
 //! function of the payload sequence alone, so both ends compute it and neither tells the other.
 //!
+//! A session may begin with what both ends kept of an earlier one ([`KnownPages`]).
+//!
 //! The source keeps a digest of each page, and of as many as it may the bytes too, to send what changed in them; the destination keeps the bytes
 //! of all, on a [`PageShelf`].
 //!
@@ -26,6 +28,7 @@ mod digest;
 mod effort;
 mod group;
 mod index;
+mod known;
 mod ops;
 mod packing;
 mod payload;
@@ -40,6 +43,7 @@ pub use self::batch::{Batch, Batches, batches};
 pub use self::dictionary::{DictionaryLimits, DictionaryTooLarge};
 pub use self::digest::digest_many;
 pub use self::effort::{Effort, EffortControl};
+pub use self::known::{KeptPages, KnownContent, KnownDigest, KnownPages, NoSuchContent};
 pub use self::payload::PayloadError;
 pub use self::reducer::Reducer;
 pub use self::restorer::{RestoreError, Restorer};

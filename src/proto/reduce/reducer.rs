@@ -11,9 +11,11 @@ use super::classify::{Class, classify};
 use super::delta::{Delta, DeltaEncoder};
 use super::dictionary::{DictionaryLimits, SourceDictionary};
 use super::effort::Effort;
+use super::known::{KeptPages, KnownContent, KnownPages};
 use super::ops::{OpWriter, PageOp};
 use super::packing::{Origin, Packer};
 use super::payload::Head;
+use super::shelf::PageShelf;
 use super::stats::BatchStats;
 use super::varint;
 
@@ -33,6 +35,8 @@ pub struct Reducer {
     deltas: DeltaEncoder,
     /// Bytes that are carried as they are beside the groups.
     plain: Vec<u8>,
+    /// Where contents are kept for the next session.
+    kept: Option<Box<dyn PageShelf + Send>>,
 }
 
 impl Reducer {
@@ -48,6 +52,7 @@ impl Reducer {
             packer: Packer::new(),
             deltas: DeltaEncoder::default(),
             plain: Vec::new(),
+            kept: None,
         }
     }
 
@@ -58,6 +63,25 @@ impl Reducer {
             plainly: true,
             ..Self::new(limits, 0)
         }
+    }
+
+    /// Begins with what both ends hold of an earlier session. Before the first batch, as the [`Restorer`](super::Restorer) does.
+    pub fn know(&mut self, pages: &KnownPages, content: Box<dyn KnownContent>) {
+        self.dictionary.know(pages, content);
+    }
+
+    /// Puts every content on `shelf` too, with slots as they are at the destination. It is given up where it fails: the session does not need it.
+    pub fn keep_on(&mut self, shelf: Box<dyn PageShelf + Send>) {
+        self.kept = Some(shelf);
+    }
+
+    /// What is left for the next session, once the last batch is encoded; `None` where nothing was kept, or not all of it.
+    #[must_use]
+    pub fn into_kept(self) -> Option<KeptPages<Box<dyn PageShelf + Send>>> {
+        let shelf = self.kept?;
+        let mut places = self.dictionary.sent.places();
+        places.retain(|&(_, slot)| self.dictionary.holds(slot));
+        Some(KeptPages { shelf, places })
     }
 
     /// How hard to compress from the next batch on.
@@ -165,13 +189,22 @@ impl Reducer {
             Class::New { previous } => {
                 if self.encode_delta(record, previous, content) {
                     stats.pages.delta += 1;
-                    self.dictionary.insert(record.at, digest, previous, content);
+                    self.insert(record, digest, previous, content);
                 } else {
                     // First, so that its region is known where incompressible ones are remembered.
-                    self.dictionary.insert(record.at, digest, previous, content);
+                    self.insert(record, digest, previous, content);
                     self.encode_literal(record, content, stats);
                 }
             }
+        }
+    }
+
+    fn insert(&mut self, record: PageRecord, digest: PageDigest, previous: Option<u32>, content: &[u8; PAGE_SIZE]) {
+        let slot = self.dictionary.insert(record.at, digest, previous, content);
+        if let (Some(slot), Some(shelf)) = (slot, &mut self.kept)
+            && shelf.put(slot, content).is_err()
+        {
+            self.kept = None;
         }
     }
 

@@ -9,6 +9,7 @@ use crate::proto::vmm_stream::{PageKind, PageRecord, write_page_header};
 use super::delta;
 use super::dictionary::{DictionaryLimits, SlotRing};
 use super::group::{Decoder, GROUP_BYTES, GroupError};
+use super::known::{KeptPages, KnownPages};
 use super::ops::{Op, OpReader, PageOp, Run};
 use super::payload::{Head, PayloadError};
 use super::sent::SentPages;
@@ -42,6 +43,23 @@ impl<S: PageShelf> Restorer<S> {
             packed: Vec::new(),
             paid: Vec::new(),
             groups: Decoder::new(),
+        }
+    }
+
+    /// Begins with what both ends hold of an earlier session, of which the shelf has content n in slot n. Before the first payload, as the
+    /// [`Reducer`](super::Reducer) does.
+    pub fn know(&mut self, pages: &KnownPages) {
+        let count = self.ring.take_first(pages.digests().len());
+        self.sent.know(pages, count);
+    }
+
+    /// What is left for the next session, once the last payload is restored.
+    pub fn into_kept(self) -> KeptPages<S> {
+        let mut places = self.sent.places();
+        places.retain(|&(_, slot)| self.ring.holds(slot));
+        KeptPages {
+            shelf: self.shelf,
+            places,
         }
     }
 

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use crate::proto::page::PageAddress;
 
+use super::known::KnownPages;
+
 /// Pages of one region: 4 MiB of guest memory, 4 KiB of table.
 pub(super) const REGION_PAGES: usize = 1024;
 
@@ -67,6 +69,27 @@ impl SentPages {
         let region = *self.regions.get(&key)?;
         self.last = Some((key, region));
         Some(region)
+    }
+
+    /// Every page that both ends know was last sent from the slot of its content's number, of which there are `slots`.
+    pub(super) fn know(&mut self, pages: &KnownPages, slots: u32) {
+        for &(at, number) in pages.places().iter().filter(|(_, number)| *number < slots) {
+            self.set(at, number);
+        }
+    }
+
+    /// The slot of each page, in the order of addresses.
+    pub(super) fn places(&self) -> Vec<(PageAddress, u32)> {
+        let mut regions: Vec<_> = self.regions.iter().map(|(&key, &region)| (key, region)).collect();
+        regions.sort_unstable();
+        let mut places = Vec::new();
+        for ((block, number), region) in regions {
+            let first = number * REGION_PAGES as u64;
+            let slots = &self.slots[region as usize][..];
+            let pages = (first..).zip(slots).filter(|&(_, &slot)| slot != NEVER);
+            places.extend(pages.map(|(page, &slot)| (PageAddress { block, page }, slot)));
+        }
+        places
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

@@ -20,6 +20,16 @@ pub trait PageShelf {
     fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError>;
 }
 
+impl<S: PageShelf + ?Sized> PageShelf for Box<S> {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        (**self).put(slot, page)
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        (**self).get(slot, page)
+    }
+}
+
 /// A shelf cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ShelfError {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::encoder::StreamSummary;
 use crate::proto::page::StreamDigest;
-use crate::proto::reduce::{DictionaryLimits, PageCounts, PageShelf, RestoreError, Restorer};
+use crate::proto::reduce::{DictionaryLimits, KeptPages, KnownPages, PageCounts, PageShelf, RestoreError, Restorer};
 use crate::proto::wire::{Frame, FrameKind};
 
 /// Restores one migration's stream, with pages that a dictionary names on the shelf `S`.
@@ -27,6 +27,19 @@ impl<S: PageShelf> Decoder<S> {
             restorer,
             pages: PageCounts::default(),
         }
+    }
+
+    /// Begins with what both ends hold of an earlier session, of which the shelf has content n in slot n.
+    pub fn know(&mut self, pages: &KnownPages) {
+        if let Some(restorer) = &mut self.restorer {
+            restorer.know(pages);
+        }
+    }
+
+    /// What is left for the next session, once the last frame is restored.
+    #[must_use]
+    pub fn into_kept(self) -> Option<KeptPages<S>> {
+        self.restorer.map(Restorer::into_kept)
     }
 
     /// The stream bytes that the next frame in sequence stands for.

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 
 use crate::proto::page::StreamDigest;
-use crate::proto::reduce::{Effort, PageCounts, Reducer, batches};
+use crate::proto::reduce::{Effort, KeptPages, PageCounts, PageShelf, Reducer, batches};
 use crate::proto::vmm_stream::qemu::QemuParser;
 use crate::proto::vmm_stream::{Record, StreamEvent};
 use crate::proto::wire::FrameKind;
@@ -109,7 +109,16 @@ impl Encoder {
     }
 
     /// The stream has ended: appends what was still pending, at least one frame, and sums up.
-    pub fn finish(mut self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
+    pub fn finish(self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
+        let (summary, pages, _) = self.finish_and_keep(frames);
+        (summary, pages)
+    }
+
+    /// The same, and what is left for the next session.
+    pub fn finish_and_keep(
+        mut self,
+        frames: &mut Vec<EncodedFrame>,
+    ) -> (StreamSummary, PageCounts, Option<KeptPages<Box<dyn PageShelf + Send>>>) {
         if let Some(reduction) = &mut self.reduction {
             reduction.feed(&[], true, &mut self.held, frames);
         }
@@ -121,9 +130,11 @@ impl Encoder {
             digest: StreamDigest(*self.hasher.finalize().as_bytes()),
             bytes: self.bytes,
         };
+        let pages = self.pages();
         (
             summary,
-            self.reduction.map(|reduction| reduction.pages).unwrap_or_default(),
+            pages,
+            self.reduction.and_then(|reduction| reduction.reducer.into_kept()),
         )
     }
 }

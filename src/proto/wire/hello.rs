@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::page::JournalId;
 
 /// Newest version of the wire format that this gateway speaks.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// First version in which a stream's end is protected by [`super::repair`]s.
 pub const REPAIRS: u16 = 2;
@@ -15,6 +15,9 @@ pub const LINK_TESTS: u16 = 3;
 
 /// First version in which payloads may have deltas and zstd.
 pub const DELTAS: u16 = 4;
+
+/// First version in which a session may begin with what an earlier migration left at both sites.
+pub const IMAGES: u16 = 5;
 
 /// Oldest version that this gateway still speaks.
 pub const OLDEST_VERSION: u16 = 1;

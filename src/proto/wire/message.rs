@@ -5,7 +5,7 @@
 //!           Request ─────────────────────────────▶             one request opens a channel
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
-//!           Open(Offer) | Attach                    ─▶ SessionMessage::Accepted | Refused, then both ways until closed
+//!           Open(Offer) | OpenKnowing | Attach      ─▶ SessionMessage::Accepted… | Refused, then both ways until closed
 //!           Test                                    ─▶ TestMessage, ten times a second until closed
 //! channel:  destination                              source
 //!           Drives                                  ─▶ Reply::Drives
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::hello::Hello;
 use crate::proto::ownership;
 use crate::proto::page::MigrationId;
+use crate::proto::reduce::KnownDigest;
 
 /// Most bytes of one message. The largest is an offer with its inventory.
 pub const MAX_MESSAGE: usize = 512 << 10;
@@ -54,6 +55,22 @@ pub enum Request {
         /// In the place of a migration in the lanes' frames.
         test: MigrationId,
     },
+    /// As `Open`; and the session may begin with an image that the destination has too. Since version 5.
+    OpenKnowing {
+        /// The migration.
+        offer: Offer,
+        /// Images at the source, the best first. At most [`MOST_OFFERED`](crate::store::pages::MOST_OFFERED) are looked for.
+        images: Vec<KnownImage>,
+    },
+}
+
+/// The memory of a VM, as an earlier migration left it at both sites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownImage {
+    /// The migration that left it.
+    pub id: MigrationId,
+    /// Of what is in it.
+    pub digest: KnownDigest,
 }
 
 /// Answer to a request that opens no session.
@@ -143,6 +160,11 @@ pub enum SessionMessage {
     Ownership(ownership::Message),
     /// Destination: the vmm has loaded the whole stream.
     Loaded,
+    /// Destination: as `Accepted` at the beginning; and both begin with the pages of this image, one of those that were offered. Since version 5.
+    AcceptedKnowing {
+        /// The image.
+        image: MigrationId,
+    },
 }
 
 /// What a destination holds of a migration's frames: all before `next`, and some after it.

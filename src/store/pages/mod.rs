@@ -1,0 +1,350 @@
+//! The page store of a site: what migrations leave for the ones after them.
+//!
+//! ```text
+//! state_dir/store/key            32 random bytes; without them nothing of the rest can be read
+//!                 <id>.pages     one image: the memory of a VM as migration <id> left it
+//!                 .<id>.part     one that is being written
+//! ```
+//!
+//! Both gateways of a migration keep the same image, because both see the same pages in the same order. When a VM moves again, the source names
+//! the images that it has, the destination answers which of them it has too, and both begin the session with its pages ([`KnownPages`]).
+//!
+//! An image is written once, under another name until it is whole and synced, and never changed. So a crash leaves a whole image or none.
+//! Every page is sealed (AES-256-GCM) under a key of its image, which is derived from the store's: a page that was damaged is not read as
+//! another. An image is offered only after all of it was read and found whole by this process, and whoever has it open keeps it, whatever
+//! becomes of its name: a session is never refused a page that it was promised, unless the disk fails under it. Then the migration fails and
+//! the VM stays at the source.
+//!
+//! Calls block on the disk: keep them off the reactor's threads.
+//!
+//! [`KnownPages`]: crate::proto::reduce::KnownPages
+
+mod format;
+mod image;
+mod key;
+mod shelf;
+mod writer;
+
+use std::collections::HashSet;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+pub use self::format::Head;
+pub use self::image::{Image, SharedImage};
+use self::key::StoreKey;
+pub use self::shelf::KnownShelf;
+use crate::proto::page::MigrationId;
+use crate::proto::reduce::{KeptPages, PageShelf};
+
+/// What an image is called in the store's directory.
+const EXTENSION: &str = "pages";
+
+/// Most images that a source names in an offer, and a destination looks for.
+pub const MOST_OFFERED: usize = 16;
+
+/// Images of a site, in one directory.
+#[derive(Debug)]
+pub struct PageStore {
+    dir: PathBuf,
+    most_bytes: u64,
+    /// Images that this process has seen to be whole.
+    whole: Mutex<HashSet<MigrationId>>,
+}
+
+/// An image as it lies in the store.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// What it says of itself.
+    pub head: Head,
+    /// Bytes that it takes.
+    pub bytes: u64,
+    /// When it was written or last used.
+    pub used: SystemTime,
+}
+
+/// What a look through a store found.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// Images, the one that was used last first.
+    pub images: Vec<Listed>,
+    /// Files that are no images of this store, with the reason.
+    pub damaged: Vec<(PathBuf, String)>,
+}
+
+impl PageStore {
+    /// The store in `dir`, which is made where it is missing. It never takes more than `most_bytes`.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the directory cannot be had.
+    pub fn open(dir: &Path, most_bytes: u64) -> Result<Self, StoreError> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|error| StoreError::io(dir, error))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            most_bytes,
+            whole: Mutex::default(),
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The most that it may take.
+    #[must_use]
+    pub fn most_bytes(&self) -> u64 {
+        self.most_bytes
+    }
+
+    /// Looks at every file.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the directory or the key cannot be read.
+    pub fn contents(&self) -> Result<Contents, StoreError> {
+        let mut contents = Contents::default();
+        let key = StoreKey::load(&self.dir)?;
+        for path in self.files(|name| name.ends_with(".pages"))? {
+            let listed = match &key {
+                Some(key) => Image::open(&path, key).and_then(|image| image.listed()),
+                None => Err(StoreError::Erased { dir: self.dir.clone() }),
+            };
+            match listed {
+                Ok(listed) => contents.images.push(listed),
+                Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => contents.damaged.push((path, error.to_string())),
+            }
+        }
+        contents.images.sort_by_key(|listed| std::cmp::Reverse(listed.used));
+        Ok(contents)
+    }
+
+    /// Reads every image that this process has not seen whole yet, and removes what is damaged or was left half written: how many images are
+    /// whole, and what was removed.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the directory or the key cannot be read.
+    pub fn scrub(&self) -> Result<(usize, Vec<(PathBuf, String)>), StoreError> {
+        for part in self.files(|name| name.starts_with('.') && name.ends_with(".part"))? {
+            self.remove(&part)?;
+        }
+        let Contents { images, mut damaged } = self.contents()?;
+        for listed in &images {
+            let id = listed.head.id;
+            if self.whole().contains(&id) {
+                continue;
+            }
+            match self.open_image(id).and_then(|image| image.verify()) {
+                Ok(()) => _ = self.whole().insert(id),
+                Err(error) => damaged.push((self.path_of(id), error.to_string())),
+            }
+        }
+        for (path, _) in &damaged {
+            self.remove(path)?;
+        }
+        let whole = self.whole().len();
+        Ok((whole, damaged))
+    }
+
+    /// Images that may be offered for a VM: its own, the newest first, then those of others of the same tenant.
+    #[must_use]
+    pub fn candidates(&self, vm: &str, tenant: &str) -> Vec<Head> {
+        let mut heads: Vec<Head> = self.contents().map_or_else(
+            |_| Vec::new(),
+            |contents| contents.images.into_iter().map(|listed| listed.head).collect(),
+        );
+        heads.retain(|head| head.tenant == tenant && self.whole().contains(&head.id));
+        heads.sort_by_key(|head| (head.vm != vm, std::cmp::Reverse(head.unix_ms)));
+        heads.truncate(MOST_OFFERED);
+        heads
+    }
+
+    /// The image of that name, if it is here, whole and of this tenant. It counts as used `now`.
+    #[must_use]
+    pub fn image(&self, id: MigrationId, tenant: &str, now: SystemTime) -> Option<Image> {
+        if !self.whole().contains(&id) {
+            return None;
+        }
+        let image = self.open_image(id).ok()?;
+        // Which one is thrown out first is a matter of economy: where this fails it is merely not the best choice.
+        let _ = image.touch(now);
+        (image.head().tenant == tenant).then_some(image)
+    }
+
+    /// An image turned out to be damaged: it is not offered again.
+    pub fn discard(&self, id: MigrationId) {
+        self.whole().remove(&id);
+        let _ = self.remove(&self.path_of(id));
+    }
+
+    /// Keeps what a session has left, in the place of the image that the VM had, and throws out what was not used for longest where there is no
+    /// room. `None` where the image alone is more than the store may take.
+    ///
+    /// # Errors
+    /// [`StoreError`] where it cannot be written; nothing of it is left then.
+    pub fn keep<S: PageShelf>(
+        &self,
+        id: MigrationId,
+        vm: &str,
+        tenant: &str,
+        unix_ms: u64,
+        kept: &mut KeptPages<S>,
+    ) -> Result<Option<Head>, StoreError> {
+        if format::most_bytes(kept.places.len()) > self.most_bytes {
+            return Ok(None);
+        }
+        let key = StoreKey::load_or_create(&self.dir)?;
+        let names = writer::Names {
+            id,
+            vm,
+            tenant,
+            unix_ms,
+        };
+        let head = writer::write(&self.dir, &self.path_of(id), &key, names, kept)?;
+        self.whole().insert(id);
+        for older in self.contents()?.images {
+            if older.head.vm == vm && older.head.tenant == tenant && older.head.id != id {
+                self.discard(older.head.id);
+            }
+        }
+        self.make_room(self.most_bytes, Some(id))?;
+        Ok(Some(head))
+    }
+
+    /// Throws out images, those that were not used for longest first, until the others take no more than `most_bytes`. `but` stays.
+    ///
+    /// # Errors
+    /// [`StoreError`] where a file cannot be removed.
+    pub fn make_room(&self, most_bytes: u64, but: Option<MigrationId>) -> Result<usize, StoreError> {
+        let mut images = self.contents()?.images;
+        let mut bytes: u64 = images.iter().map(|listed| listed.bytes).sum();
+        let mut removed = 0;
+        while bytes > most_bytes
+            && let Some(at) = images.iter().rposition(|listed| Some(listed.head.id) != but)
+        {
+            let oldest = images.remove(at);
+            bytes -= oldest.bytes;
+            self.whole().remove(&oldest.head.id);
+            self.remove(&self.path_of(oldest.head.id))?;
+            removed += 1;
+        }
+        Ok(removed)
+    }
+
+    /// Makes everything in it unreadable, then removes it: first the key, without which the rest is noise. Sessions that have an image open
+    /// keep it until they end.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the key or a file cannot be removed.
+    pub fn erase(&self) -> Result<(), StoreError> {
+        StoreKey::erase(&self.dir)?;
+        self.whole().clear();
+        for path in self.files(|name| name.ends_with(".pages") || name.ends_with(".part"))? {
+            self.remove(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Reads all of an image.
+    ///
+    /// # Errors
+    /// [`StoreError`] where it is not what was written.
+    pub fn verify(&self, id: MigrationId) -> Result<(), StoreError> {
+        self.open_image(id)?.verify()
+    }
+
+    /// The file of the image of that name.
+    #[must_use]
+    pub fn path_of(&self, id: MigrationId) -> PathBuf {
+        self.dir.join(format!("{id}.{EXTENSION}"))
+    }
+
+    fn open_image(&self, id: MigrationId) -> Result<Image, StoreError> {
+        let key = StoreKey::load(&self.dir)?.ok_or_else(|| StoreError::Erased { dir: self.dir.clone() })?;
+        Image::open(&self.path_of(id), &key)
+    }
+
+    fn files(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>, StoreError> {
+        let failed = |error| StoreError::io(&self.dir, error);
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name().to_str().is_some_and(&wanted) {
+                files.push(entry.path());
+            }
+        }
+        Ok(files)
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), StoreError> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io(path, error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn whole(&self) -> MutexGuard<'_, HashSet<MigrationId>> {
+        // Names only: always consistent.
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The directory's entries are on the disk.
+fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.map_err(|error| StoreError::io(dir, error))
+}
+
+/// The store cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A file cannot be read or written.
+    #[error("{} of the page store: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is not what this program wrote.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The key is gone, and with it everything that it sealed.
+    #[error("the page store {} has no key: what is in it was erased", dir.display())]
+    Erased {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// A page of a session that was to be kept cannot be had.
+    #[error("a page of the session cannot be read back")]
+    Shelf(#[from] crate::proto::reduce::ShelfError),
+}
+
+impl StoreError {
+    fn io(path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    fn damaged(path: &Path, reason: &'static str) -> Self {
+        Self::Damaged {
+            path: path.to_owned(),
+            reason,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

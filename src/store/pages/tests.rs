@@ -1,0 +1,299 @@
+use std::os::unix::fs::FileExt as _;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::proto::page::{PAGE_SIZE, PageAddress};
+use crate::proto::reduce::ShelfError;
+
+/// Pages in memory, by slot.
+struct Slots(Vec<[u8; PAGE_SIZE]>);
+
+impl PageShelf for Slots {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        assert_eq!(slot as usize, self.0.len());
+        self.0.push(page.try_into().unwrap());
+        Ok(())
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        page.copy_from_slice(self.0.get(slot as usize).ok_or(ShelfError::NoSuchSlot { slot })?);
+        Ok(())
+    }
+}
+
+fn page(seed: u32) -> [u8; PAGE_SIZE] {
+    let mut page = [0; PAGE_SIZE];
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut page);
+    page
+}
+
+/// After anything that these tests write.
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1 << 34)
+}
+
+fn id(number: u8) -> MigrationId {
+    MigrationId([number; 16])
+}
+
+/// What a session leaves: `pages` pages, of which every third has the content of the one before it.
+fn kept(pages: u32) -> KeptPages<Slots> {
+    let contents = (0..pages).map(page).collect();
+    let places = (0..pages).map(|number| {
+        let at = PageAddress {
+            block: 1,
+            page: number.into(),
+        };
+        (at, if number % 3 == 2 { number - 1 } else { number })
+    });
+    KeptPages {
+        shelf: Slots(contents),
+        places: places.collect(),
+    }
+}
+
+fn store(dir: &Path) -> PageStore {
+    PageStore::open(&dir.join("store"), 1 << 30).unwrap()
+}
+
+#[test]
+fn an_image_holds_what_the_session_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let mut left = kept(1000);
+    let head = store.keep(id(1), "db-1", "", 7, &mut left).unwrap().unwrap();
+    assert_eq!((head.places, head.contents), (1000, 667));
+    let image = store.image(id(1), "", now()).unwrap();
+    let known = image.pages().unwrap();
+    assert_eq!(known.digest(), head.digest);
+    for (&(at, number), &(expected_at, slot)) in known.places().iter().zip(&left.places) {
+        let mut found = [0; PAGE_SIZE];
+        image.read(number, &mut found).unwrap();
+        assert_eq!((at, found), (expected_at, page(slot)));
+    }
+    assert!(image.verify().is_ok());
+    assert!(image.read(667, &mut [0; PAGE_SIZE]).is_err());
+}
+
+#[test]
+fn sites_that_were_left_the_same_know_the_same() {
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let heads = [&one, &other].map(|dir| {
+        store(dir.path())
+            .keep(id(1), "db-1", "", 7, &mut kept(100))
+            .unwrap()
+            .unwrap()
+    });
+    assert_eq!(heads[0].digest, heads[1].digest);
+    let mut changed = kept(100);
+    changed.shelf.0[51][9] ^= 1;
+    let changed = store(one.path())
+        .keep(id(2), "db-1", "", 7, &mut changed)
+        .unwrap()
+        .unwrap();
+    assert_ne!(changed.digest, heads[0].digest);
+}
+
+#[test]
+fn only_what_this_process_has_read_whole_is_offered() {
+    let dir = tempfile::tempdir().unwrap();
+    store(dir.path()).keep(id(1), "db-1", "", 7, &mut kept(10)).unwrap();
+    let after_restart = store(dir.path());
+    assert!(after_restart.candidates("db-1", "").is_empty());
+    assert!(after_restart.image(id(1), "", now()).is_none());
+    assert_eq!(after_restart.scrub().unwrap().0, 1);
+    assert_eq!(after_restart.candidates("db-1", "").len(), 1);
+    assert!(after_restart.image(id(1), "", now()).is_some());
+}
+
+#[test]
+fn a_bit_that_flips_anywhere_is_found_and_never_read_as_a_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let clean = store(dir.path());
+    clean.keep(id(1), "db-1", "", 7, &mut kept(64)).unwrap();
+    let path = clean.path_of(id(1));
+    let whole = std::fs::read(&path).unwrap();
+    for flip in 0..100 {
+        let at = flip * whole.len() / 100 + flip % 7;
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1 << (flip % 8);
+        std::fs::write(&path, &damaged).unwrap();
+        if let Ok(key) = StoreKey::load(clean.dir())
+            && let Ok(image) = Image::open(&path, &key.unwrap())
+        {
+            let known = image.pages();
+            for number in 0..image.head().contents {
+                let mut found = [0; PAGE_SIZE];
+                if let (Ok(known), Ok(())) = (&known, image.read(number, &mut found)) {
+                    let digest = crate::proto::page::PageDigest::of(&found);
+                    assert_eq!(digest, known.digests()[number as usize], "bit {flip}");
+                }
+            }
+        }
+        let restarted = store(dir.path());
+        let (images, removed) = restarted.scrub().unwrap();
+        assert_eq!((images, removed.len()), (0, 1), "bit {flip} of byte {at}");
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_torn_image_is_removed_and_the_others_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = store(dir.path());
+    before.keep(id(1), "db-1", "", 7, &mut kept(64)).unwrap();
+    before.keep(id(2), "db-2", "", 8, &mut kept(64)).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(before.path_of(id(1)))
+        .unwrap();
+    file.set_len(100_000).unwrap();
+    std::fs::write(before.dir().join(".0123.part"), b"half").unwrap();
+    let restarted = store(dir.path());
+    let (whole, removed) = restarted.scrub().unwrap();
+    assert_eq!((whole, removed.len()), (1, 1));
+    assert!(removed[0].1.contains("length"), "{removed:?}");
+    assert!(!before.dir().join(".0123.part").exists());
+}
+
+#[test]
+fn tenants_share_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), "db-1", "acme", 7, &mut kept(10)).unwrap();
+    assert!(store.candidates("db-1", "").is_empty());
+    assert!(store.image(id(1), "other", now()).is_none());
+    assert!(store.image(id(1), "acme", now()).is_some());
+}
+
+#[test]
+fn a_vm_has_one_image_and_its_own_is_offered_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
+    store.keep(id(2), "db-2", "", 2, &mut kept(10)).unwrap();
+    store.keep(id(3), "db-3", "", 3, &mut kept(10)).unwrap();
+    store.keep(id(4), "db-1", "", 4, &mut kept(10)).unwrap();
+    let offered: Vec<_> = store.candidates("db-2", "").iter().map(|head| head.id).collect();
+    assert_eq!(offered, [id(2), id(4), id(3)]);
+}
+
+#[test]
+fn what_was_not_used_for_longest_makes_room_and_open_images_stay_readable() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = PageStore::open(&dir.path().join("store"), 100_000).unwrap();
+    store.keep(id(1), "db-1", "", 1, &mut kept(12)).unwrap();
+    store.keep(id(2), "db-2", "", 2, &mut kept(12)).unwrap();
+    let long_ago = SystemTime::UNIX_EPOCH;
+    for number in [1, 2] {
+        store.open_image(id(number)).unwrap().touch(long_ago).unwrap();
+    }
+    let open = store.image(id(1), "", now()).unwrap();
+    store.keep(id(3), "db-3", "", 3, &mut kept(12)).unwrap();
+    let mut left: Vec<_> = store
+        .contents()
+        .unwrap()
+        .images
+        .iter()
+        .map(|listed| listed.head.id)
+        .collect();
+    left.sort_unstable();
+    assert_eq!(left, [id(1), id(3)]);
+    store.make_room(0, None).unwrap();
+    assert!(store.contents().unwrap().images.is_empty());
+    assert!(open.verify().is_ok());
+    assert!(
+        store.keep(id(4), "db-4", "", 4, &mut kept(24)).unwrap().is_none(),
+        "it alone is too large"
+    );
+}
+
+#[test]
+fn an_erased_store_cannot_be_read_even_where_its_files_were_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
+    let copy = std::fs::read(store.path_of(id(1))).unwrap();
+    assert!(!copy.windows(32).any(|window| window == &page(0)[..32]));
+    store.erase().unwrap();
+    assert_eq!(std::fs::read_dir(store.dir()).unwrap().count(), 0);
+    std::fs::write(store.path_of(id(1)), copy).unwrap();
+    assert!(matches!(store.open_image(id(1)), Err(StoreError::Erased { .. })));
+    store.keep(id(2), "db-2", "", 1, &mut kept(10)).unwrap();
+    assert!(matches!(store.open_image(id(1)), Err(StoreError::Damaged { .. })));
+    assert!(store.open_image(id(2)).is_ok());
+}
+
+#[test]
+fn a_session_whose_pages_cannot_be_read_back_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let mut left = kept(10);
+    left.shelf.0.truncate(5);
+    assert!(matches!(
+        store.keep(id(1), "db-1", "", 1, &mut left),
+        Err(StoreError::Shelf(_))
+    ));
+    let names: Vec<_> = std::fs::read_dir(store.dir())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["key"]);
+}
+
+#[test]
+fn a_page_that_is_damaged_after_it_was_offered_fails_and_is_not_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
+    let image = store.image(id(1), "", now()).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(store.path_of(id(1)))
+        .unwrap();
+    file.write_all_at(&[0; 64], 4096 + 3 * 4112).unwrap();
+    let mut found = [0; PAGE_SIZE];
+    assert!(matches!(image.read(3, &mut found), Err(StoreError::Damaged { .. })));
+    assert_eq!(found, [0; PAGE_SIZE]);
+    image.read(4, &mut found).unwrap();
+    assert_eq!(found, page(6), "every third content is left out");
+}
+
+proptest! {
+    /// A session that begins with an image has its pages in the first slots until the ring comes around.
+    #[test]
+    fn a_shelf_over_an_image_has_each_page_until_its_slot_is_taken(slots in 1_u32..40, contents in 1_u32..30, puts in 0_u32..100) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let mut left = kept(contents);
+        left.places.retain(|(at, _)| at.page % 3 != 2);
+        store.keep(id(1), "db-1", "", 1, &mut left).unwrap();
+        let image = std::sync::Arc::new(store.image(id(1), "", now()).unwrap());
+        let known = image.pages().unwrap().slots(slots);
+        let mut expected: Vec<Option<[u8; PAGE_SIZE]>> = vec![None; slots as usize];
+        for number in 0..known {
+            expected[number as usize] = Some(page(left.places[number as usize].1));
+        }
+        let spill = crate::store::spill::SpillShelf::after(dir.path(), slots, 3, known).unwrap();
+        let mut shelf = KnownShelf::new(Some(image), slots, spill);
+        for put in 0..puts {
+            let slot = (known + put) % slots;
+            shelf.put(slot, &page(1000 + put)).unwrap();
+            expected[slot as usize] = Some(page(1000 + put));
+        }
+        for (slot, expected) in (0..).zip(expected) {
+            let mut found = [0; PAGE_SIZE];
+            match expected {
+                Some(expected) => {
+                    shelf.get(slot, &mut found).unwrap();
+                    prop_assert_eq!(found, expected);
+                }
+                None => prop_assert!(shelf.get(slot, &mut found).is_err()),
+            }
+        }
+    }
+}
