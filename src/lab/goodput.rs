@@ -252,6 +252,7 @@ async fn by_gateways(longhaul: &str, sites: &[Site; 2], link: &Asked, time: Dura
     let section = LinkSection {
         rate: link.rate.to_string(),
         rtt: show_duration(link.rtt),
+        keeps_pages: false,
     };
     let [a, b] = sites;
     let gateways = [
