@@ -217,18 +217,19 @@ async fn agree(
         true => keeping::candidates(core, &entry.vm).await,
         false => Vec::new(),
     };
-    let images = images.iter().map(|head| KnownImage {
-        id: head.id,
-        digest: head.digest,
+    let offered_images = images.iter().map(|image| KnownImage {
+        id: image.head().id,
+        digest: image.head().digest,
     });
-    let images = images.collect();
+    let offered_images = offered_images.collect();
     let offered = async {
-        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer, images)).await;
+        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer, offered_images)).await;
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
     };
     let sample = checked.begin_sample().await;
     let (channel, image) = offered.await?;
-    let prepared = keeping::prepare(core, &entry.vm, dictionary, image).await?;
+    let image = images.into_iter().find(|held| Some(held.head().id) == image);
+    let prepared = keeping::prepare(core, dictionary, image).await?;
     core.metrics.add_known_pages(prepared.known_pages());
     let forecasting = checked.forecasting(sample);
     let Checked {

@@ -83,9 +83,11 @@ impl Contact {
                 let event = match receiver.receive::<SessionMessage>().await {
                     Ok(Some(SessionMessage::Ack { held, queued_bytes, .. })) => {
                         let Some(outbound) = stream.get() else { continue };
-                        outbound.set_queued_at_peer(queued_bytes);
                         match outbound.on_ack(&held) {
-                            Ok(()) => continue,
+                            Ok(()) => {
+                                outbound.set_queued_at_peer(queued_bytes);
+                                continue;
+                            }
                             Err(error) => ContactEvent::Impossible {
                                 reason: error.to_string(),
                             },

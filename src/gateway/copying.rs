@@ -169,7 +169,7 @@ impl Copying {
             outbound.encoder_rate(),
             self.rounds.re_send_rate(),
         );
-        outbound.set_backlog(Backlog::at(goodput, reduction_ratio));
+        outbound.set_backlog(Backlog::at(goodput, reduction_ratio), goodput);
         link.ask(now, entry.migration, goodput);
         let unsent_in_quic = self.unsent_in_quic(outbound, link);
         let backlog_bytes = outbound.backlog_bytes() + unsent_in_quic;

@@ -14,7 +14,7 @@ use super::{Core, clock};
 use crate::proto::page::MigrationId;
 use crate::proto::reduce::{DictionaryLimits, KeptPages, KnownPages, PageShelf, Reducer};
 use crate::proto::wire::message::KnownImage;
-use crate::store::pages::{Head, Image, KnownShelf, PageStore, SharedImage, StoreError};
+use crate::store::pages::{Image, KnownShelf, PageStore, SharedImage, StoreError};
 use crate::store::spill::SpillShelf;
 
 /// What a session leaves, wherever it kept it.
@@ -37,13 +37,20 @@ pub(crate) struct Found {
     pub(crate) pages: KnownPages,
 }
 
-/// What this site could begin a migration of the VM with.
-pub(crate) async fn candidates(core: &Core, vm: &str) -> Vec<Head> {
+/// What this site could begin a migration of the VM with. Open from now on: the destination's answer may come after they were thrown out.
+pub(crate) async fn candidates(core: &Core, vm: &str) -> Vec<Image> {
     let Some(store) = core.store.clone() else {
         return Vec::new();
     };
     let (vm, tenant) = (vm.to_owned(), tenant_of(core, vm));
-    blocking(move || store.candidates(&vm, &tenant)).await
+    blocking(move || {
+        let heads = store.candidates(&vm, &tenant);
+        let images = heads
+            .iter()
+            .filter_map(|head| store.image(head.id, &tenant, clock::wall()));
+        images.collect()
+    })
+    .await
 }
 
 /// The first of the peer's images that this site has too.
@@ -78,24 +85,16 @@ fn read(store: &PageStore, image: Image) -> Option<Found> {
 ///
 /// # Errors
 /// The image cannot be read any more: the destination counts on it.
-pub(crate) async fn prepare(
-    core: &Core,
-    vm: &str,
-    limits: DictionaryLimits,
-    image: Option<MigrationId>,
-) -> Result<Prepared, String> {
+pub(crate) async fn prepare(core: &Core, limits: DictionaryLimits, image: Option<Image>) -> Result<Prepared, String> {
     let Some(store) = core.store.clone() else {
         return Ok(Prepared::default());
     };
-    let tenant = tenant_of(core, vm);
     let dir = core.config.state_dir.clone();
     blocking(move || {
         let known = match image {
-            Some(id) => {
-                let found = store
-                    .image(id, &tenant, clock::wall())
-                    .and_then(|image| read(&store, image));
-                Some(found.ok_or("the page store lost the image that both sites were to begin with: try again")?)
+            Some(image) => {
+                let found = read(&store, image);
+                Some(found.ok_or("the page store's image of the VM is damaged, and thrown out now: try again")?)
             }
             None => None,
         };

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
@@ -18,7 +19,7 @@ use super::keeping::Kept;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::precopy::{Backlog, EncoderMeter};
+use crate::proto::precopy::{Backlog, EncoderMeter, Restoring};
 use crate::proto::reduce::{Effort, EffortControl, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary, connection_of};
@@ -28,6 +29,9 @@ use crate::transport::{Bulk, LaneError, send_lane};
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
 const CHUNKS_AHEAD: usize = 2;
+
+/// Waits are not shorter: the timer's step.
+const PACING_STEP: Duration = Duration::from_millis(1);
 
 /// Assumed until a rate is measured or configured.
 pub(crate) const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
@@ -83,6 +87,9 @@ struct Shared {
     /// What the stream leaves for the next one, once it has ended.
     kept: Mutex<Option<Kept>>,
     queued_at_peer: AtomicU64,
+    restoring: Mutex<Restoring>,
+    /// Frame bytes a second that the path takes.
+    goodput: AtomicU64,
 }
 
 impl Outbound {
@@ -116,6 +123,8 @@ impl Outbound {
             pages: Mutex::default(),
             kept: Mutex::default(),
             queued_at_peer: AtomicU64::new(0),
+            restoring: Mutex::default(),
+            goodput: AtomicU64::new(UNKNOWN_RATE.0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
@@ -239,17 +248,31 @@ impl Outbound {
     }
 
     /// What may wait before the vmm is made to wait.
-    pub(crate) fn set_backlog(&self, backlog: Backlog) {
+    pub(crate) fn set_backlog(&self, backlog: Backlog, goodput: ByteRate) {
+        self.shared.goodput.store(goodput.0, Ordering::Relaxed);
         self.shared.backlog_limit.store(backlog.limit_bytes, Ordering::Relaxed);
         self.shared.read_bytes.store(backlog.read_bytes, Ordering::Relaxed);
         self.shared.ratio.store(backlog.ratio, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
-    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there. Where that takes longer
+    /// than to carry as many bytes, it counts as what would be carried meanwhile.
     pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
         let bytes = bytes.min(self.shared.window_bytes);
-        self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
+        let (decoded, queued) = {
+            let session = self.shared.session();
+            (session.decoded_bytes(), session.stream_bytes_of(bytes))
+        };
+        let waits = {
+            let mut restoring = self.shared.restoring();
+            restoring.observe(clock::now(), decoded, queued);
+            restoring.queue()
+        };
+        let as_frames = ByteRate(self.shared.goodput.load(Ordering::Relaxed)).bytes_in(waits);
+        self.shared
+            .queued_at_peer
+            .store(bytes.max(as_frames), Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -335,6 +358,11 @@ impl Shared {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn restoring(&self) -> MutexGuard<'_, Restoring> {
+        // Plain numbers, always consistent.
+        self.restoring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn pages(&self) -> MutexGuard<'_, PageCounts> {
         // Plain numbers, always consistent.
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
@@ -351,6 +379,7 @@ impl Shared {
 /// Reads until the vmm ends its stream (`true`) or the migration is stopped (`false`).
 async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>) -> std::io::Result<bool> {
     let mut buffer = BytesMut::new();
+    let mut next = clock::now();
     loop {
         loop {
             let notified = shared.to_read.notified();
@@ -391,10 +420,18 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
         }
         let chunk = buffer.split().freeze();
         let len = chunk.len() as u64;
+        let now = clock::now();
+        // A destination that does not keep up is given what it takes, rather than a queue.
+        if let Some(rate) = shared.restoring().rate(now) {
+            next = next.max(now) + rate.time_for(len);
+        }
         shared.encoding_bytes.fetch_add(len, Ordering::Relaxed);
         shared.vmm_bytes.fetch_add(len, Ordering::Relaxed);
         if chunks.send(chunk).await.is_err() {
             return Ok(false);
+        }
+        if next > now + PACING_STEP {
+            tokio::time::sleep_until(next.into()).await;
         }
     }
 }
@@ -490,7 +527,7 @@ mod tests {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
         let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
         let backlog = Backlog::at(ByteRate(5_000_000), 1.0);
-        outbound.set_backlog(backlog);
+        outbound.set_backlog(backlog, ByteRate(5_000_000));
         let most = backlog.limit_bytes + backlog.read_bytes;
         let feeding = tokio::spawn(async move { vmm.write_all(&[1; 4 << 20]).await });
         let full = async {

@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod forecast;
 pub mod outlook;
 pub mod policy;
+pub mod restoring;
 pub mod rounds;
 
 pub use budget::{Backlog, Budget, BudgetError, FixedCosts};
@@ -17,4 +18,5 @@ pub use estimate::{EncoderMeter, GoodputMeter, PathMeter, RatioMeter, usable_rat
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};
 pub use policy::{Decision, Policy, Sample};
+pub use restoring::Restoring;
 pub use rounds::{Round, Rounds};

@@ -27,6 +27,8 @@ pub struct SourceSession {
     /// Index into `kept` from which `poll_transmit` looks for something to send.
     cursor: usize,
     stream_offset: u64,
+    /// Stream bytes that the decoder has.
+    decoded_bytes: u64,
     unsent_bytes: u64,
     outstanding_bytes: u64,
     outstanding: usize,
@@ -62,6 +64,7 @@ impl SourceSession {
             left: 0,
             cursor: 0,
             stream_offset: 0,
+            decoded_bytes: 0,
             unsent_bytes: 0,
             outstanding_bytes: 0,
             outstanding: 0,
@@ -187,6 +190,7 @@ impl SourceSession {
         while self.acknowledged < held.next {
             let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
             let bytes = kept.frame.lane_bytes();
+            self.decoded_bytes += u64::from(kept.frame.header.stream_bytes);
             match kept.sent {
                 Sent::Now => {
                     self.outstanding_bytes -= bytes;
@@ -251,6 +255,23 @@ impl SourceSession {
     #[must_use]
     pub fn outstanding_bytes(&self) -> u64 {
         self.outstanding_bytes
+    }
+
+    /// Stream bytes that the decoder has restored.
+    #[must_use]
+    pub fn decoded_bytes(&self) -> u64 {
+        self.decoded_bytes
+    }
+
+    /// Stream bytes that the next `lane_bytes` of frames for the decoder stand for.
+    #[must_use]
+    pub fn stream_bytes_of(&self, lane_bytes: u64) -> u64 {
+        let mut left = lane_bytes;
+        let frames = self.kept.iter().map_while(|kept| {
+            left = left.checked_sub(kept.frame.lane_bytes())?;
+            Some(u64::from(kept.frame.header.stream_bytes))
+        });
+        frames.sum()
     }
 
     /// Bytes of frames that were sent again after cuts.
