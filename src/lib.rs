@@ -25,7 +25,7 @@
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
 //! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |
 //! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit |
-//! | [`store`] | edge | ownership journal, trust, spilled dictionary pages, on disk |
+//! | [`store`] | edge | ownership journal, trust, spilled dictionary pages, what VMs leave for their next move, on disk |
 //! | [`config`] | edge | TOML, flags and environment, validated once |
 //! | [`api`] | edge | the control socket: types, server, client |
 //! | [`cli`] | edge | one file per verb |

@@ -211,10 +211,10 @@ async fn agree(
     let deltas = agreement.version >= hello::DELTAS;
     let memory = core
         .memory
-        .reserve(Need::at_source(window_bytes, dictionary, deltas))
+        .reserve(Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
     let images = match agreement.version >= hello::IMAGES {
-        true => keeping::candidates(core, &entry.vm).await,
+        true => keeping::candidates(core, &entry.vm, &entry.peer, dictionary.slots()).await,
         false => Vec::new(),
     };
     let offered_images = images.iter().map(|image| KnownImage {
@@ -227,9 +227,19 @@ async fn agree(
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
     };
     let sample = checked.begin_sample().await;
-    let (channel, image) = offered.await?;
+    let (mut channel, image) = offered.await?;
     let image = images.into_iter().find(|held| Some(held.head().id) == image);
-    let prepared = keeping::prepare(core, dictionary, image).await?;
+    let memory_bytes = memory_of(&checked.inventory);
+    let prepared = match keeping::prepare(core, dictionary, memory_bytes, image).await {
+        Ok(prepared) => prepared,
+        Err(reason) => {
+            let cancel = SessionMessage::Cancel { reason: reason.clone() };
+            // Where it does not arrive, the destination asks after a while.
+            let _ = channel.sender.send(&cancel).await;
+            channel.sender.finish();
+            return Err(reason);
+        }
+    };
     core.metrics.add_known_pages(prepared.known_pages());
     let forecasting = checked.forecasting(sample);
     let Checked {
@@ -239,11 +249,9 @@ async fn agree(
         costs,
         vm_config,
         deadline,
-        inventory,
         ..
     } = checked;
     let now = clock::now();
-    let memory_bytes = memory_of(&inventory);
     let mut copying = Copying::new(CopyingStart {
         metrics: Arc::clone(metrics),
         now,

@@ -15,7 +15,7 @@ use common::process::Ended;
 use common::{Rig, Site, need, qemu, until};
 use longhaul::proto::page::{MigrationId, PAGE_SIZE, PageAddress, PageDigest};
 use longhaul::proto::reduce::{KeptPages, PageShelf, ShelfError};
-use longhaul::store::pages::PageStore;
+use longhaul::store::pages::{PageStore, Whose};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -208,6 +208,14 @@ fn made(seed: u64) -> KeptPages<Made> {
     }
 }
 
+fn whose(vm: &str) -> Whose {
+    Whose {
+        vm: vm.to_owned(),
+        tenant: String::new(),
+        peer: "tokyo".to_owned(),
+    }
+}
+
 fn id_of(seed: u64) -> MigrationId {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&seed.to_le_bytes());
@@ -229,7 +237,7 @@ fn child_that_writes_images() {
     for seed in from.parse::<u64>().unwrap().. {
         let vm = format!("vm-{}", seed % 5);
         store
-            .keep(id_of(seed), &vm, "", seed, &mut made(seed))
+            .keep(id_of(seed), &whose(&vm), seed, &mut made(seed))
             .unwrap()
             .unwrap();
     }
@@ -281,8 +289,8 @@ fn a_store_whose_writer_is_killed_fifty_times_has_whole_images_only() {
         let (whole, removed) = store.scrub().unwrap();
         assert!(removed.is_empty(), "only names of whole images are given: {removed:?}");
         most = most.max(whole);
-        for head in store.candidates("vm-0", "") {
-            let image = store.image(head.id, "", SystemTime::UNIX_EPOCH).unwrap();
+        for head in store.candidates(&whose("vm-0")) {
+            let image = store.image(head.id, &head.whose, SystemTime::UNIX_EPOCH).unwrap();
             let known = image.pages().unwrap();
             for number in [0, PAGES / 2, PAGES - 1] {
                 let (mut found, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);

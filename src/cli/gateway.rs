@@ -41,8 +41,14 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::no(format!("cannot start the threads of the gateway: {error}")))?;
-    runtime.block_on(serve(Arc::new(config)))
+    let served = runtime.block_on(serve(Arc::new(config)));
+    // What is still written to the page store is written again after the VM's next move.
+    runtime.shutdown_timeout(LONGEST_GOODBYE);
+    served
 }
+
+/// How long work in the background may take once everything else has ended.
+const LONGEST_GOODBYE: Duration = Duration::from_secs(10);
 
 /// Opens everything that the gateway listens on locally, runs it, and closes in the opposite order.
 async fn serve(config: Arc<Config>) -> Result<u8, Failure> {

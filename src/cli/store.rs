@@ -65,6 +65,7 @@ struct ShownImage {
     migration: String,
     vm: String,
     tenant: String,
+    peer: String,
     pages: u32,
     bytes: u64,
     written: String,
@@ -100,7 +101,7 @@ pub(super) fn run(command: &StoreCommand) -> Result<u8, Failure> {
             let most = gc.size.unwrap_or(store.most_bytes());
             let collected = Collected {
                 removed_damaged: damaged.len(),
-                removed_for_room: store.make_room(most, None).map_err(failed)?,
+                removed_for_room: store.make_room(most).map_err(failed)?,
             };
             gc.args.output.result(&collected, |collected| {
                 format!(
@@ -143,8 +144,9 @@ fn show(store: &PageStore, args: &Args, check: impl Fn(&Listed) -> Result<(), St
         }
         shown.images.push(ShownImage {
             migration: listed.head.id.to_string(),
-            vm: listed.head.vm.clone(),
-            tenant: listed.head.tenant.clone(),
+            vm: listed.head.whose.vm.clone(),
+            tenant: listed.head.whose.tenant.clone(),
+            peer: listed.head.whose.peer.clone(),
             pages: listed.head.contents,
             bytes: listed.bytes,
             written: i64::try_from(listed.head.unix_ms)
@@ -174,6 +176,7 @@ fn text(shown: &Shown) -> String {
                 [
                     image.vm.clone(),
                     image.tenant.clone(),
+                    image.peer.clone(),
                     bytes(image.bytes),
                     image.pages.to_string(),
                     image.used.clone(),
@@ -181,7 +184,10 @@ fn text(shown: &Shown) -> String {
                 ]
             })
             .collect();
-        text.push_str(&table(["VM", "TENANT", "SIZE", "PAGES", "USED", "MIGRATION"], &rows));
+        text.push_str(&table(
+            ["VM", "TENANT", "PEER", "SIZE", "PAGES", "USED", "MIGRATION"],
+            &rows,
+        ));
     }
     for damage in &shown.damaged {
         text.push_str(&format!("damaged: {}\n", damage.reason));
@@ -201,13 +207,15 @@ fn time(at: SystemTime) -> String {
 
 fn store(args: &Args) -> Result<PageStore, Failure> {
     let config = Config::load(&args.config, &Overrides::default()).map_err(|error| Failure::no(error.to_string()))?;
-    let Some(size) = config.store.size else {
+    let dir = config.store_dir();
+    // What was kept once may be there although nothing is kept any more.
+    if config.store.size.is_none() && !dir.exists() {
         return Err(Failure::no(format!(
             "{} keeps nothing of VMs that have moved: state `size` in a [store] section to change that",
             args.config.display()
         )));
-    };
-    PageStore::open(&config.store_dir(), size).map_err(failed)
+    }
+    PageStore::open(&dir, config.store.size.unwrap_or_default()).map_err(failed)
 }
 
 fn failed(error: StoreError) -> Failure {

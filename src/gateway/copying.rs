@@ -48,8 +48,8 @@ pub(crate) struct Copying {
     dictionary: Option<DictionaryLimits>,
     prepared: Prepared,
     known_pages: u64,
-    /// Held until the migration is over.
-    memory: Reservation,
+    /// Held until the migration is over, and what it left is kept.
+    memory: Option<Reservation>,
     forecasting: Forecasting,
     memory_bytes: u64,
     believes: bool,
@@ -106,7 +106,7 @@ impl Copying {
             dictionary: start.dictionary,
             known_pages: start.prepared.known_pages(),
             prepared: start.prepared,
-            memory: start.memory,
+            memory: Some(start.memory),
             forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
             believes: false,
@@ -123,7 +123,7 @@ impl Copying {
     pub(crate) fn reducer(&mut self, version: u16) -> Option<Reducer> {
         self.dictionary.map(|limits| {
             let mut reducer = if version >= hello::DELTAS {
-                Reducer::new(limits, self.memory.pages())
+                Reducer::new(limits, self.memory.as_ref().map_or(0, Reservation::pages))
             } else {
                 Reducer::without_deltas(limits)
             };
@@ -329,6 +329,11 @@ impl Copying {
 
     pub(crate) fn forecast(&self) -> api::Forecast {
         self.forecasting.forecast()
+    }
+
+    /// The memory that was reserved, for whoever goes on with what it holds.
+    pub(crate) fn take_memory(&mut self) -> Option<Reservation> {
+        self.memory.take()
     }
 
     /// Pages that both sites had before the first was sent.

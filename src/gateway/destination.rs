@@ -213,11 +213,9 @@ impl DestinationDriver {
             && let Some(vmm) = &mut self.vmm
         {
             vmm.settle().await;
-            let kept = self.inbound.as_ref().and_then(|inbound| inbound.take_kept());
-            keeping::keep(&self.core, self.entry.migration, &self.entry.vm, kept);
-        }
-        if let Some(image) = self.image.filter(|_| verdict != Verdict::Running) {
-            keeping::look_again(&self.core, image);
+            let leftover = self.inbound.as_ref().and_then(|inbound| inbound.take_leftover());
+            // The shelf has the memory that was reserved with it.
+            keeping::keep(&self.core, &self.entry, leftover, None);
         }
         self.stop_stream();
         self.core.inbound.remove(self.entry.migration);
@@ -327,7 +325,12 @@ impl DestinationDriver {
         };
         let path = self.core.stream_socket(self.entry.migration);
         let stream = vmm.receive(&path).await?;
-        let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder));
+        let inbound = Arc::new(Inbound::start(
+            stream,
+            self.window_bytes,
+            decoder,
+            self.core.store.is_some(),
+        ));
         self.progress = Some(inbound.progress());
         self.core
             .inbound
@@ -468,6 +471,9 @@ impl DestinationDriver {
         }
         if let Some(reason) = progress.failed {
             self.progress = None;
+            if let Some(image) = self.image {
+                keeping::suspect(&self.core, image);
+            }
             if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
                 self.fail("the destination's hypervisor died while it loaded the VM".to_owned())
                     .await;

@@ -12,11 +12,11 @@ use bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::keeping::Kept;
+use super::keeping::Leftover;
 use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
 use crate::metrics::{Stage, Waiting};
-use crate::proto::reduce::{KeptPages, PageCounts, PageShelf, ShelfError};
+use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
@@ -75,7 +75,7 @@ struct Shared {
     /// Bytes of the frames that are restored and not yet given to the vmm.
     writing_bytes: AtomicU64,
     /// What the stream leaves for the next one, once all of it is restored.
-    kept: Mutex<Option<Kept>>,
+    leftover: Mutex<Option<Leftover>>,
 }
 
 #[derive(Debug)]
@@ -86,11 +86,12 @@ struct Receiving {
 }
 
 impl Inbound {
-    /// Starts decoder and writer towards the vmm's socket.
+    /// Starts decoder and writer towards the vmm's socket. `keeps`: what the stream leaves is for the next one.
     pub(crate) fn start<S: PageShelf + Send + 'static>(
         vmm: UnixStream,
         window_bytes: u64,
         decoder: Decoder<S>,
+        keeps: bool,
     ) -> Self {
         let shared = Arc::new(Shared {
             session: Mutex::new(Receiving {
@@ -103,7 +104,7 @@ impl Inbound {
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
             writing_bytes: AtomicU64::new(0),
-            kept: Mutex::default(),
+            leftover: Mutex::default(),
         });
         let (progress, outcome) = watch::channel(Progress::default());
         let (release, released) = oneshot::channel();
@@ -114,7 +115,7 @@ impl Inbound {
         let report = Arc::clone(&progress);
         let decoder = {
             let shared = Arc::clone(&shared);
-            tokio::task::spawn_blocking(move || decode(&shared, decoder, &restored))
+            tokio::task::spawn_blocking(move || decode(&shared, decoder, &restored, keeps))
         };
         tokio::spawn(async move {
             let failed = match decoder.await {
@@ -225,8 +226,12 @@ impl Inbound {
     }
 
     /// What the stream left for the next one, where all of it was restored.
-    pub(crate) fn take_kept(&self) -> Option<Kept> {
-        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    pub(crate) fn take_leftover(&self) -> Option<Leftover> {
+        self.shared
+            .leftover
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// Bytes that the vmm has taken.
@@ -282,6 +287,7 @@ fn decode<S: PageShelf + Send + 'static>(
     shared: &Shared,
     mut decoder: Decoder<S>,
     restored: &mpsc::Sender<Restored>,
+    keeps: bool,
 ) -> Result<Option<(StreamSummary, PageCounts)>, InboundError> {
     while let Some(frame) = shared.next_frame()? {
         let bytes = decoder.restore(&frame)?;
@@ -301,11 +307,10 @@ fn decode<S: PageShelf + Send + 'static>(
         shared.acknowledge.notify_one();
         if frame.header.last {
             let ended = (decoder.summary(), decoder.pages());
-            let kept = decoder.into_kept().map(|kept| KeptPages::<Box<dyn PageShelf + Send>> {
-                shelf: Box::new(kept.shelf),
-                places: kept.places,
-            });
-            *shared.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
+            if keeps {
+                let leftover = Leftover::of_decoder(decoder);
+                *shared.leftover.lock().unwrap_or_else(PoisonError::into_inner) = Some(leftover);
+            }
             return Ok(Some(ended));
         }
     }
@@ -394,7 +399,7 @@ mod tests {
     async fn a_decoder_that_panics_fails_its_migration() {
         let limits = DictionaryLimits::new(16, 4).unwrap();
         let (vmm, _other) = UnixStream::pair().unwrap();
-        let inbound = Inbound::start(vmm, 1 << 20, Decoder::new(Some((limits, Broken))));
+        let inbound = Inbound::start(vmm, 1 << 20, Decoder::new(Some((limits, Broken))), false);
         let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
         for frame in frames() {
             source.push(frame, false);

@@ -10,15 +10,45 @@
 
 use std::sync::Arc;
 
+use super::memory::Reservation;
+use super::registry::Entry;
 use super::{Core, clock};
-use crate::proto::page::MigrationId;
+use crate::proto::page::{MigrationId, PAGE_SIZE};
 use crate::proto::reduce::{DictionaryLimits, KeptPages, KnownPages, PageShelf, Reducer};
+use crate::proto::session::Decoder;
 use crate::proto::wire::message::KnownImage;
-use crate::store::pages::{Image, KnownShelf, PageStore, SharedImage, StoreError};
-use crate::store::spill::SpillShelf;
+use crate::store::pages::{Head, Image, KnownShelf, MOST_OFFERED, PageStore, SharedImage, StoreError, Whose};
+use crate::store::spill::{self, SpillShelf};
 
 /// What a session leaves, wherever it kept it.
-pub(crate) type Kept = KeptPages<Box<dyn PageShelf + Send>>;
+type Kept = KeptPages<Box<dyn PageShelf + Send>>;
+
+/// A session that has ended. What it leaves is only put together when the VM runs: the guest stands still until then.
+pub(crate) struct Leftover(Box<dyn FnOnce() -> Option<Kept> + Send>);
+
+impl Leftover {
+    /// Of a source.
+    pub(crate) fn of_reducer(reducer: Reducer) -> Option<Self> {
+        reducer.keeps().then(|| Self(Box::new(move || reducer.into_kept())))
+    }
+
+    /// Of a destination.
+    pub(crate) fn of_decoder<S: PageShelf + Send + 'static>(decoder: Decoder<S>) -> Self {
+        Self(Box::new(move || {
+            let kept = decoder.into_kept()?;
+            Some(Kept {
+                shelf: Box::new(kept.shelf),
+                places: kept.places,
+            })
+        }))
+    }
+}
+
+impl std::fmt::Debug for Leftover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Leftover")
+    }
+}
 
 /// Pages that a source has in memory before they go to its spill file: 4 MiB.
 pub(crate) const PAGES_AT_SOURCE: u32 = 1 << 10;
@@ -37,33 +67,38 @@ pub(crate) struct Found {
     pub(crate) pages: KnownPages,
 }
 
-/// What this site could begin a migration of the VM with. Open from now on: the destination's answer may come after they were thrown out.
-pub(crate) async fn candidates(core: &Core, vm: &str) -> Vec<Image> {
+/// What this site could begin a migration of the VM with, where the dictionary has so many slots. Open from now on: the destination's answer may
+/// come after they were thrown out.
+pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: u32) -> Vec<Image> {
     let Some(store) = core.store.clone() else {
         return Vec::new();
     };
-    let (vm, tenant) = (vm.to_owned(), tenant_of(core, vm));
+    let whose = whose(core, vm, peer);
     blocking(move || {
-        let heads = store.candidates(&vm, &tenant);
-        let images = heads
-            .iter()
-            .filter_map(|head| store.image(head.id, &tenant, clock::wall()));
+        let heads = store.candidates(&whose).into_iter().filter(|head| fits(head, slots));
+        let images = heads.filter_map(|head| store.image(head.id, &whose, clock::wall()));
         images.collect()
     })
     .await
 }
 
 /// The first of the peer's images that this site has too.
-pub(crate) async fn find(core: &Core, vm: &str, offered: Vec<KnownImage>) -> Option<Found> {
+pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: u32, offered: Vec<KnownImage>) -> Option<Found> {
     let store = core.store.clone()?;
-    let tenant = tenant_of(core, vm);
+    let whose = whose(core, vm, peer);
     blocking(move || {
-        offered.iter().find_map(|offered| {
-            let image = store.image(offered.id, &tenant, clock::wall())?;
-            (image.head().digest == offered.digest).then(|| read(&store, image))?
+        offered.iter().take(MOST_OFFERED).find_map(|offered| {
+            let image = store.image(offered.id, &whose, clock::wall())?;
+            let head = image.head();
+            (head.digest == offered.digest && fits(head, slots)).then(|| read(&store, image))?
         })
     })
     .await
+}
+
+/// What is held of an image while a session begins is reserved for as many pages as the dictionary has.
+fn fits(head: &Head, slots: u32) -> bool {
+    head.contents <= slots && head.places <= slots
 }
 
 /// The pages of an image; one that turns out to be damaged is not used again.
@@ -81,15 +116,19 @@ fn read(store: &PageStore, image: Image) -> Option<Found> {
     }
 }
 
-/// What the source begins with, where the destination took `image`.
+/// What the source begins with, where the destination took `image`, and where it keeps pages of a guest with so much memory.
 ///
 /// # Errors
 /// The image cannot be read any more: the destination counts on it.
-pub(crate) async fn prepare(core: &Core, limits: DictionaryLimits, image: Option<Image>) -> Result<Prepared, String> {
+pub(crate) async fn prepare(
+    core: &Core,
+    limits: DictionaryLimits,
+    memory_bytes: u64,
+    image: Option<Image>,
+) -> Result<Prepared, String> {
     let Some(store) = core.store.clone() else {
         return Ok(Prepared::default());
     };
-    let dir = core.config.state_dir.clone();
     blocking(move || {
         let known = match image {
             Some(image) => {
@@ -100,17 +139,34 @@ pub(crate) async fn prepare(core: &Core, limits: DictionaryLimits, image: Option
         };
         let image = known.as_ref().map(|found| Arc::clone(&found.image));
         let taken = known.as_ref().map_or(0, |found| found.pages.slots(limits.slots()));
-        let spill = SpillShelf::after(&dir, limits.slots(), PAGES_AT_SOURCE, taken);
-        let shelf = spill
-            .inspect_err(|error| tracing::warn!("this migration leaves nothing in the page store: {error}"))
-            .ok()
-            .map(|spill| KnownShelf::new(image, limits.slots(), spill));
         Ok(Prepared {
             known: known.map(|found| (found.pages, found.image)),
-            shelf,
+            shelf: shelf(&store, limits, memory_bytes, taken)
+                .map(|spill| KnownShelf::new(image, limits.slots(), spill)),
         })
     })
     .await
+}
+
+/// Room for the pages that a source sends, until it is known whether they are kept.
+fn shelf(store: &PageStore, limits: DictionaryLimits, memory_bytes: u64, taken: u32) -> Option<SpillShelf> {
+    let pages = memory_bytes / PAGE_SIZE as u64;
+    if pages > u64::from(limits.slots()) {
+        tracing::info!(
+            "this migration leaves nothing in the page store: the guest has more pages than a dictionary holds"
+        );
+        return None;
+    }
+    if spill::pages_with_room(store.dir()).is_ok_and(|room| room < limits.slots().into()) {
+        tracing::warn!(
+            "this migration leaves nothing in the page store: its disk has no room for {pages} pages meanwhile"
+        );
+        return None;
+    }
+    let spill = SpillShelf::after(store.dir(), limits.slots(), PAGES_AT_SOURCE, taken);
+    spill
+        .inspect_err(|error| tracing::warn!("this migration leaves nothing in the page store: {error}"))
+        .ok()
 }
 
 impl Prepared {
@@ -130,32 +186,50 @@ impl Prepared {
     }
 }
 
-/// Writes what a migration left to the store, in the background: the VM runs, and nobody waits for it.
-pub(crate) fn keep(core: &Arc<Core>, migration: MigrationId, vm: &str, kept: Option<Kept>) {
-    let (Some(store), Some(mut kept)) = (core.store.clone(), kept) else {
+/// Writes what a migration left to the store, in the background: the VM runs, and nobody waits for it. `memory` covers what that takes.
+pub(crate) fn keep(core: &Arc<Core>, entry: &Entry, leftover: Option<Leftover>, memory: Option<Reservation>) {
+    let (Some(store), Some(leftover)) = (core.store.clone(), leftover) else {
         return;
     };
-    let (vm, tenant) = (vm.to_owned(), tenant_of(core, vm));
+    let (migration, vm) = (entry.migration, entry.vm.clone());
+    let whose = whose(core, &vm, &entry.peer);
     let core = Arc::clone(core);
     tokio::task::spawn_blocking(move || {
-        match store.keep(migration, &vm, &tenant, clock::unix_ms(), &mut kept) {
-            Ok(Some(head)) => tracing::info!(%migration, vm, pages = head.contents, "kept for the next migration"),
-            Ok(None) => tracing::warn!(%migration, vm, "store.size is too small to keep the memory of this VM"),
-            Err(error) => tracing::warn!(%migration, vm, "nothing is kept for the next migration: {error}"),
+        let _memory = memory;
+        let kept = (leftover.0)();
+        let kept = kept.map(|mut kept| store.keep(migration, &whose, clock::unix_ms(), &mut kept));
+        match kept {
+            Some(Ok(Some(head))) => {
+                tracing::info!(%migration, vm, pages = head.contents, "kept for the next migration")
+            }
+            Some(Ok(None)) => {
+                tracing::warn!(%migration, vm, "nothing is kept for the next migration: store.size, or the disk, has no room for it")
+            }
+            Some(Err(error)) => {
+                tracing::warn!(%migration, vm, "nothing is kept for the next migration: {error}");
+                if let StoreError::Shelf(_) = error {
+                    // Perhaps a page of the image that the session began with.
+                    for head in store.candidates(&whose) {
+                        look_again(&store, head.id);
+                    }
+                }
+            }
+            None => tracing::info!(%migration, vm, "nothing is kept for the next migration: not all of its pages were"),
         }
         measure(&core, &store);
     });
 }
 
-/// A migration that began with this image failed here: perhaps because of it.
-pub(crate) fn look_again(core: &Core, image: MigrationId) {
+/// A migration that began with this image could not be restored here: perhaps because of it.
+pub(crate) fn suspect(core: &Core, image: MigrationId) {
     let Some(store) = core.store.clone() else { return };
-    tokio::task::spawn_blocking(move || {
-        if let Err(error) = store.verify(image) {
-            tracing::warn!("removed from the page store: {error}");
-            store.discard(image);
-        }
-    });
+    tokio::task::spawn_blocking(move || look_again(&store, image));
+}
+
+fn look_again(store: &PageStore, image: MigrationId) {
+    if let Err(error) = store.look_again(image) {
+        tracing::warn!("not offered any more: {error}");
+    }
 }
 
 /// Looks through the store in the background; only what was found whole is offered.
@@ -165,7 +239,7 @@ pub(crate) fn scrub(core: &Arc<Core>) {
     tokio::task::spawn_blocking(move || {
         match store
             .scrub()
-            .and_then(|found| Ok((found, store.make_room(store.most_bytes(), None)?)))
+            .and_then(|found| Ok((found, store.make_room(store.most_bytes())?)))
         {
             Ok(((whole, removed), _)) => {
                 for (path, reason) in removed {
@@ -195,8 +269,12 @@ pub(super) async fn open(core: &crate::config::Config) -> Result<Option<Arc<Page
 }
 
 /// Whose the VM is. One that is not configured here any more shares with nobody that names a tenant.
-fn tenant_of(core: &Core, vm: &str) -> String {
-    core.config.vm(vm).map(|vm| vm.tenant.clone()).unwrap_or_default()
+fn whose(core: &Core, vm: &str, peer: &str) -> Whose {
+    Whose {
+        vm: vm.to_owned(),
+        tenant: core.config.vm(vm).map(|vm| vm.tenant.clone()).unwrap_or_default(),
+        peer: peer.to_owned(),
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {

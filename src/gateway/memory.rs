@@ -5,7 +5,7 @@
 //! destination:  window + regions x 4.2 KiB + slots x 16 B   + work + zstd + device state + pages of the dictionary
 //! ```
 //!
-//! Everything but the pages is what a migration may come to hold and is reserved in full. The destination's pages are a quarter of what is left
+//! With a page store each slot takes 86 B more, and 4 MiB. Everything but the pages is what a migration may come to hold and is reserved in full. The destination's pages are a quarter of what is left
 //! then, the others are in the spill file. The source's copies are half of it, and nothing that two more migrations of the same size would need: a page without a copy goes as a
 //! literal when it is sent again, and a migration without memory does not start. A migration that finds too little is refused before anything moves. Worked example at the
 //! default of 512 MiB and a window of 64 MiB (1 Gbit/s, 150 ms): [`tests`].
@@ -47,6 +47,13 @@ const ZSTD_AT_DESTINATION: u64 = 5 << 20;
 
 /// A page that is copied, and where it is.
 const COPY_BYTES: u64 = PAGE_SIZE as u64 + 40;
+
+/// A page of an image while a session begins with it: its digest, its place, and both as they lie in the file. At the source also the digest of a page
+/// in its spill file; when an image is written the window is free, and holds what that takes.
+const STORE_SLOT: u64 = 86;
+
+/// Pages at the source before they are spilled.
+const STORE_WORK: u64 = super::keeping::PAGES_AT_SOURCE as u64 * PAGE_SIZE as u64;
 
 /// Device state that the destination holds back until ownership has moved.
 const DEVICE_STATE: u64 = 32 << 20;
@@ -105,6 +112,14 @@ impl Need {
             spare: 0,
             page_bytes: PAGE_SIZE as u64,
         }
+    }
+
+    /// The same where the site has a page store.
+    pub(crate) fn with_store(mut self, has_store: bool, dictionary: DictionaryLimits) -> Self {
+        if has_store {
+            self.bytes += u64::from(dictionary.slots()) * STORE_SLOT + STORE_WORK;
+        }
+        self
     }
 
     /// Bytes, and pages or copies of the dictionary among them, with `left` of the budget; `None` where that is too little.

@@ -10,7 +10,7 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::inbound::Shelf;
-use super::keeping::{self, Found};
+use super::keeping;
 use super::launches;
 use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
@@ -23,7 +23,7 @@ use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
 use crate::proto::wire::message::{KnownImage, Offer};
 use crate::proto::wire::{Limits, SessionMessage};
-use crate::store::pages::{KnownShelf, MOST_OFFERED};
+use crate::store::pages::KnownShelf;
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
@@ -31,7 +31,7 @@ pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer
     let tried = async {
         let (vm, source) = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
-        dictionary(core, offer, agreed, None).await?;
+        dictionary(core, peer, offer, agreed, Vec::new()).await?;
         let started = start_vm(core, vm, offer, &source).await;
         let found = match started {
             Ok(vmm) => {
@@ -116,7 +116,7 @@ async fn accept(
     peer: &str,
     known: &Known,
     offer: &Offer,
-    mut images: Vec<KnownImage>,
+    images: Vec<KnownImage>,
 ) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
     let (vm, source) = look(core, offer)?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
@@ -124,9 +124,7 @@ async fn accept(
         return Err(format!("migration {} has been here before", offer.migration));
     }
     let agreed = known.agreement.limits;
-    images.truncate(MOST_OFFERED);
-    let found = keeping::find(core, &offer.vm, images).await;
-    let (decoder, image, memory) = dictionary(core, offer, agreed, found).await?;
+    let (decoder, image, memory) = dictionary(core, peer, offer, agreed, images).await?;
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
@@ -177,20 +175,23 @@ async fn accept(
 /// without one for as long as the migration is driven.
 async fn dictionary(
     core: &Core,
+    peer: &str,
     offer: &Offer,
     agreed: Limits,
-    found: Option<Found>,
+    images: Vec<KnownImage>,
 ) -> Result<(Decoder<Shelf>, Option<MigrationId>, Option<Reservation>), String> {
     let slots = offer.dictionary_pages.min(agreed.dictionary_pages);
     let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
     let memory = core
         .memory
-        .reserve(Need::at_destination(agreed.window_bytes, limits))
+        .reserve(Need::at_destination(agreed.window_bytes, limits).with_store(core.store.is_some(), limits))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
     if !offer.reduce {
         return Ok((Decoder::new(None), None, Some(memory)));
     }
     let (dir, pages) = (core.config.state_dir.clone(), memory.pages());
+    // With the memory for it: a peer may ask for as many as it likes.
+    let found = keeping::find(core, &offer.vm, peer, slots, images).await;
     let taken = found.as_ref().map_or(0, |found| found.pages.slots(slots));
     let spill = tokio::task::spawn_blocking(move || SpillShelf::after(&dir, slots, pages, taken))
         .await

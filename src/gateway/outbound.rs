@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::clock;
-use super::keeping::Kept;
+use super::keeping::Leftover;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
@@ -85,7 +85,7 @@ struct Shared {
     window_bytes: u64,
     pages: Mutex<PageCounts>,
     /// What the stream leaves for the next one, once it has ended.
-    kept: Mutex<Option<Kept>>,
+    leftover: Mutex<Option<Leftover>>,
     queued_at_peer: AtomicU64,
     restoring: Mutex<Restoring>,
     /// Frame bytes a second that the path takes.
@@ -121,7 +121,7 @@ impl Outbound {
             frame_bytes: AtomicU64::new(0),
             window_bytes,
             pages: Mutex::default(),
-            kept: Mutex::default(),
+            leftover: Mutex::default(),
             queued_at_peer: AtomicU64::new(0),
             restoring: Mutex::default(),
             goodput: AtomicU64::new(UNKNOWN_RATE.0),
@@ -328,8 +328,12 @@ impl Outbound {
     }
 
     /// What the stream left for the next one, where it ended and something was kept.
-    pub(crate) fn take_kept(&self) -> Option<Kept> {
-        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).take()
+    pub(crate) fn take_leftover(&self) -> Option<Leftover> {
+        self.shared
+            .leftover
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// Bytes so far.
@@ -457,10 +461,10 @@ fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encod
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
         shared.to_read.notify_one();
     }
-    let (summary, pages, kept) = encoder.finish_and_keep(&mut frames);
+    let (summary, pages, reducer) = encoder.finish_and_keep(&mut frames);
     *shared.pages() = pages;
     shared.push(&mut frames, true);
-    *shared.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
+    *shared.leftover.lock().unwrap_or_else(PoisonError::into_inner) = reducer.and_then(Leftover::of_reducer);
     summary
 }
 

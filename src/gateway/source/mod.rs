@@ -173,13 +173,9 @@ impl SourceDriver {
         }
         if outcome != Outcome::RunsAtDestination {
             self.vmm.restore_settings().await;
-        } else if let Some(stream) = &self.stream {
-            keeping::keep(
-                &self.core,
-                self.entry.migration,
-                &self.entry.vm,
-                stream.outbound.take_kept(),
-            );
+        } else if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
+            let leftover = stream.outbound.take_leftover();
+            keeping::keep(&self.core, &self.entry, leftover, copying.take_memory());
         }
         let downtime = match (self.stopped_at, self.resumed_at) {
             (Some(stopped), Some(resumed)) if outcome == Outcome::RunsAtDestination => {

@@ -109,6 +109,10 @@ impl SlotRing {
         self.holds(slot) && self.taken <= u64::from(self.capacity) + u64::from(slot)
     }
 
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
     /// Whether `slot` holds a page.
     pub(super) fn holds(&self, slot: u32) -> bool {
         slot < self.filled
@@ -182,9 +186,8 @@ impl SourceDictionary {
         (self.ring.is_on_first_lap(slot) && known.content.read(slot, &mut known.page)).then_some(&*known.page)
     }
 
-    /// Whether `slot` holds a page.
-    pub(super) fn holds(&self, slot: u32) -> bool {
-        self.ring.holds(slot)
+    pub(super) fn ring(&self) -> SlotRing {
+        self.ring
     }
 
     /// Gives the next slot, in place of what it held, to a new `content` of the page `at`, which was last sent from slot `previous`; which slot

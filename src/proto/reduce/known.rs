@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use super::dictionary::SlotRing;
 use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest, hex};
 
 /// Contents, numbered from 0 on, and which of them each page had.
@@ -83,6 +84,18 @@ impl KnownPages {
 impl fmt::Debug for KnownDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex(&self.0))
+    }
+}
+
+impl<S> KeptPages<S> {
+    /// Of `places` those whose content the ring still has. `None` where there are more of them than the dictionary has slots: the next session
+    /// would throw out each page just before it is sent.
+    pub(super) fn of(shelf: S, mut places: Vec<(PageAddress, u32)>, ring: SlotRing) -> Option<Self> {
+        if places.len() > ring.capacity() as usize {
+            return None;
+        }
+        places.retain(|&(_, slot)| ring.holds(slot));
+        Some(Self { shelf, places })
     }
 }
 

@@ -75,13 +75,18 @@ impl Reducer {
         self.kept = Some(shelf);
     }
 
-    /// What is left for the next session, once the last batch is encoded; `None` where nothing was kept, or not all of it.
+    /// Whether contents are kept for the next session.
+    #[must_use]
+    pub fn keeps(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// What is left for the next session, once the last batch is encoded; `None` where nothing was kept, or not all of it, or the guest has more
+    /// pages than the dictionary. Takes a moment for each GiB of the guest.
     #[must_use]
     pub fn into_kept(self) -> Option<KeptPages<Box<dyn PageShelf + Send>>> {
-        let shelf = self.kept?;
-        let mut places = self.dictionary.sent.places();
-        places.retain(|&(_, slot)| self.dictionary.holds(slot));
-        Some(KeptPages { shelf, places })
+        let (shelf, dictionary) = (self.kept?, self.dictionary);
+        KeptPages::of(shelf, dictionary.sent.places(), dictionary.ring())
     }
 
     /// How hard to compress from the next batch on.

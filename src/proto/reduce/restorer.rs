@@ -53,14 +53,10 @@ impl<S: PageShelf> Restorer<S> {
         self.sent.know(pages, count);
     }
 
-    /// What is left for the next session, once the last payload is restored.
-    pub fn into_kept(self) -> KeptPages<S> {
-        let mut places = self.sent.places();
-        places.retain(|&(_, slot)| self.ring.holds(slot));
-        KeptPages {
-            shelf: self.shelf,
-            places,
-        }
+    /// What is left for the next session, once the last payload is restored; `None` where the guest has more pages than the dictionary. Takes a
+    /// moment for each GiB of the guest.
+    pub fn into_kept(self) -> Option<KeptPages<S>> {
+        KeptPages::of(self.shelf, self.sent.places(), self.ring)
     }
 
     /// Appends the bytes that `payload` carries to `out`: at most [`MAX_BATCH_BYTES`](super::MAX_BATCH_BYTES).

@@ -39,7 +39,7 @@ impl<S: PageShelf> Decoder<S> {
     /// What is left for the next session, once the last frame is restored.
     #[must_use]
     pub fn into_kept(self) -> Option<KeptPages<S>> {
-        self.restorer.map(Restorer::into_kept)
+        self.restorer.and_then(Restorer::into_kept)
     }
 
     /// The stream bytes that the next frame in sequence stands for.

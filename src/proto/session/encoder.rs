@@ -5,7 +5,7 @@
 use bytes::Bytes;
 
 use crate::proto::page::StreamDigest;
-use crate::proto::reduce::{Effort, KeptPages, PageCounts, PageShelf, Reducer, batches};
+use crate::proto::reduce::{Effort, PageCounts, Reducer, batches};
 use crate::proto::vmm_stream::qemu::QemuParser;
 use crate::proto::vmm_stream::{Record, StreamEvent};
 use crate::proto::wire::FrameKind;
@@ -114,11 +114,8 @@ impl Encoder {
         (summary, pages)
     }
 
-    /// The same, and what is left for the next session.
-    pub fn finish_and_keep(
-        mut self,
-        frames: &mut Vec<EncodedFrame>,
-    ) -> (StreamSummary, PageCounts, Option<KeptPages<Box<dyn PageShelf + Send>>>) {
+    /// The same, and the reducer, which knows what is left for the next session.
+    pub fn finish_and_keep(mut self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts, Option<Reducer>) {
         if let Some(reduction) = &mut self.reduction {
             reduction.feed(&[], true, &mut self.held, frames);
         }
@@ -131,11 +128,7 @@ impl Encoder {
             bytes: self.bytes,
         };
         let pages = self.pages();
-        (
-            summary,
-            pages,
-            self.reduction.and_then(|reduction| reduction.reducer.into_kept()),
-        )
+        (summary, pages, self.reduction.map(|reduction| reduction.reducer))
     }
 }
 

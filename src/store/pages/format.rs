@@ -36,15 +36,33 @@ const PLACE: usize = 14;
 /// An image of 4 TiB.
 const MOST_CONTENTS: u32 = 1 << 30;
 
+/// The VM that moved, and between whom: images are shared by VMs of one tenant that move between the same two sites. So a peer is only ever told of,
+/// and can only ever name, what it has itself sent or received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whose {
+    /// The VM.
+    pub vm: String,
+    /// Its tenant.
+    pub tenant: String,
+    /// The other site.
+    pub peer: String,
+}
+
+impl Whose {
+    /// Whether an image of `self` may serve `other`.
+    #[must_use]
+    pub fn shares_with(&self, other: &Self) -> bool {
+        self.tenant == other.tenant && self.peer == other.peer
+    }
+}
+
 /// What an image says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
     /// The migration that left it.
     pub id: MigrationId,
-    /// The VM that moved.
-    pub vm: String,
-    /// Whose VM it is: only VMs of one tenant share images.
-    pub tenant: String,
+    /// Whose memory it is.
+    pub whose: Whose,
     /// When it was written, in milliseconds since 1970 UTC.
     pub unix_ms: u64,
     /// Pages in it.
@@ -90,9 +108,9 @@ impl Head {
     }
 }
 
-/// The most that the image of so many places may take.
-pub(super) fn most_bytes(places: usize) -> u64 {
-    (PAGES_AT + TAG_LEN) as u64 + places as u64 * (SEALED_PAGE + DIGEST + PLACE) as u64
+/// What the image of so many contents and places takes.
+pub(super) fn bytes_of(contents: usize, places: usize) -> u64 {
+    (PAGES_AT + TAG_LEN) as u64 + contents as u64 * (SEALED_PAGE + DIGEST) as u64 + places as u64 * PLACE as u64
 }
 
 /// The index as it is sealed, with room for the tag.

@@ -36,6 +36,8 @@ impl StoreKey {
         let mut key = [0; KEY_LEN];
         let read = file.read_exact(&mut key);
         match read {
+            // Of an erasure that was cut short: nothing may ever be sealed with it.
+            Ok(()) if key == [0; KEY_LEN] => Ok(None),
             Ok(()) => Ok(Some(Self(key))),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Err(StoreError::damaged(&path, "it is shorter than a key: erase the store"))
@@ -69,19 +71,21 @@ impl StoreKey {
         Ok(key)
     }
 
-    /// Overwrites and removes the key in `dir`.
+    /// Overwrites and removes the key in `dir`, which first loses its name: what is overwritten in part is no key.
     pub(super) fn erase(dir: &Path) -> Result<(), StoreError> {
-        let path = dir.join(FILE_NAME);
+        let (path, beside) = (dir.join(FILE_NAME), dir.join(".key.erased.part"));
+        match std::fs::rename(&path, &beside) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            renamed => renamed.map_err(|error| StoreError::io(&path, error))?,
+        }
+        sync_dir(dir)?;
         let erased = || {
-            let file = match OpenOptions::new().write(true).open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-                opened => opened?,
-            };
+            let file = OpenOptions::new().write(true).open(&beside)?;
             file.write_all_at(&[0; KEY_LEN], 0)?;
             file.sync_all()?;
-            std::fs::remove_file(&path)
+            std::fs::remove_file(&beside)
         };
-        erased().map_err(|error| StoreError::io(&path, error))?;
+        erased().map_err(|error| StoreError::io(&beside, error))?;
         sync_dir(dir)
     }
 

@@ -33,11 +33,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-pub use self::format::Head;
+use rustix::fs::FlockOperation;
+
+pub use self::format::{Head, Whose};
 pub use self::image::{Image, SharedImage};
 use self::key::StoreKey;
 pub use self::shelf::KnownShelf;
-use crate::proto::page::MigrationId;
+use super::spill;
+use crate::proto::page::{MigrationId, PAGE_SIZE};
 use crate::proto::reduce::{KeptPages, PageShelf};
 
 /// What an image is called in the store's directory.
@@ -125,13 +128,17 @@ impl PageStore {
     }
 
     /// Reads every image that this process has not seen whole yet, and removes what is damaged or was left half written: how many images are
-    /// whole, and what was removed.
+    /// whole, and what was removed. What cannot be read for another reason stays, and is not offered.
     ///
     /// # Errors
     /// [`StoreError`] where the directory or the key cannot be read.
     pub fn scrub(&self) -> Result<(usize, Vec<(PathBuf, String)>), StoreError> {
-        for part in self.files(|name| name.starts_with('.') && name.ends_with(".part"))? {
-            self.remove(&part)?;
+        {
+            // Whoever writes holds the lock until its file has its name.
+            let _lock = self.lock()?;
+            for part in self.files(|name| name.starts_with('.') && name.ends_with(".part"))? {
+                self.remove(&part)?;
+            }
         }
         let Contents { images, mut damaged } = self.contents()?;
         for listed in &images {
@@ -139,11 +146,13 @@ impl PageStore {
             if self.whole().contains(&id) {
                 continue;
             }
-            match self.open_image(id).and_then(|image| image.verify()) {
+            match self.verify(id) {
                 Ok(()) => _ = self.whole().insert(id),
-                Err(error) => damaged.push((self.path_of(id), error.to_string())),
+                Err(StoreError::Damaged { path, reason }) => damaged.push((path, reason.to_owned())),
+                Err(error) => tracing::warn!("not offered: {error}"),
             }
         }
+        let _lock = self.lock()?;
         for (path, _) in &damaged {
             self.remove(path)?;
         }
@@ -151,83 +160,125 @@ impl PageStore {
         Ok((whole, damaged))
     }
 
-    /// Images that may be offered for a VM: its own, the newest first, then those of others of the same tenant.
+    /// Images that may be offered for a VM: its own, the newest first, then those of others that share with it.
     #[must_use]
-    pub fn candidates(&self, vm: &str, tenant: &str) -> Vec<Head> {
+    pub fn candidates(&self, whose: &Whose) -> Vec<Head> {
         let mut heads: Vec<Head> = self.contents().map_or_else(
             |_| Vec::new(),
             |contents| contents.images.into_iter().map(|listed| listed.head).collect(),
         );
-        heads.retain(|head| head.tenant == tenant && self.whole().contains(&head.id));
-        heads.sort_by_key(|head| (head.vm != vm, std::cmp::Reverse(head.unix_ms)));
+        heads.retain(|head| head.whose.shares_with(whose) && self.whole().contains(&head.id));
+        heads.sort_by_key(|head| (head.whose.vm != whose.vm, std::cmp::Reverse(head.unix_ms)));
         heads.truncate(MOST_OFFERED);
         heads
     }
 
-    /// The image of that name, if it is here, whole and of this tenant. It counts as used `now`.
+    /// The image of that name, if it is here and whole, and shares with this VM. It counts as used `now`.
     #[must_use]
-    pub fn image(&self, id: MigrationId, tenant: &str, now: SystemTime) -> Option<Image> {
+    pub fn image(&self, id: MigrationId, whose: &Whose, now: SystemTime) -> Option<Image> {
         if !self.whole().contains(&id) {
             return None;
         }
         let image = self.open_image(id).ok()?;
+        if !image.head().whose.shares_with(whose) {
+            return None;
+        }
         // Which one is thrown out first is a matter of economy: where this fails it is merely not the best choice.
         let _ = image.touch(now);
-        (image.head().tenant == tenant).then_some(image)
+        Some(image)
     }
 
-    /// An image turned out to be damaged: it is not offered again.
+    /// An image is perhaps damaged: it is read again before it is offered again, and removed where it is.
+    ///
+    /// # Errors
+    /// [`StoreError`] where it is.
+    pub fn look_again(&self, id: MigrationId) -> Result<(), StoreError> {
+        if !self.whole().remove(&id) {
+            return Ok(());
+        }
+        match self.verify(id) {
+            Err(error @ StoreError::Damaged { .. }) => {
+                self.discard(id);
+                Err(error)
+            }
+            Err(error) => Err(error),
+            Ok(()) => {
+                self.whole().insert(id);
+                Ok(())
+            }
+        }
+    }
+
+    /// It is not offered again.
     pub fn discard(&self, id: MigrationId) {
         self.whole().remove(&id);
         let _ = self.remove(&self.path_of(id));
     }
 
-    /// Keeps what a session has left, in the place of the image that the VM had, and throws out what was not used for longest where there is no
-    /// room. `None` where the image alone is more than the store may take.
+    /// Keeps what a session has left, in the place of what an older one had left of the VM; what was not used for longest makes room. `None`
+    /// where the disk or the store has no room for it.
     ///
     /// # Errors
     /// [`StoreError`] where it cannot be written; nothing of it is left then.
     pub fn keep<S: PageShelf>(
         &self,
         id: MigrationId,
-        vm: &str,
-        tenant: &str,
+        whose: &Whose,
         unix_ms: u64,
         kept: &mut KeptPages<S>,
     ) -> Result<Option<Head>, StoreError> {
-        if format::most_bytes(kept.places.len()) > self.most_bytes {
+        let slots: HashSet<u32> = kept.places.iter().map(|&(_, slot)| slot).collect();
+        let bytes = format::bytes_of(slots.len(), kept.places.len());
+        drop(slots);
+        let _lock = self.lock()?;
+        let Some(room) = self.most_bytes.checked_sub(bytes) else {
             return Ok(None);
-        }
-        let key = StoreKey::load_or_create(&self.dir)?;
-        let names = writer::Names {
-            id,
-            vm,
-            tenant,
-            unix_ms,
         };
-        let head = writer::write(&self.dir, &self.path_of(id), &key, names, kept)?;
-        self.whole().insert(id);
-        for older in self.contents()?.images {
-            if older.head.vm == vm && older.head.tenant == tenant && older.head.id != id {
-                self.discard(older.head.id);
+        let images = self.contents()?.images;
+        let used: u64 = images.iter().map(|listed| listed.bytes).sum();
+        let older: Vec<MigrationId> = images
+            .iter()
+            .map(|listed| &listed.head)
+            .filter(|head| head.whose == *whose && head.unix_ms <= unix_ms)
+            .map(|head| head.id)
+            .collect();
+        // Until the new one is whole the next migration may begin with the old one, where there is room for both.
+        if used > room || !self.has_room(bytes)? {
+            older.iter().for_each(|&id| self.discard(id));
+            self.make_room_locked(room)?;
+            if !self.has_room(bytes)? {
+                return Ok(None);
             }
         }
-        self.make_room(self.most_bytes, Some(id))?;
+        let key = StoreKey::load_or_create(&self.dir)?;
+        let head = writer::write(&self.dir, &self.path_of(id), &key, (id, whose, unix_ms), kept)?;
+        self.whole().insert(id);
+        older.iter().for_each(|&id| self.discard(id));
         Ok(Some(head))
     }
 
-    /// Throws out images, those that were not used for longest first, until the others take no more than `most_bytes`. `but` stays.
+    /// Whether the disk has room for so much more, with some left to others.
+    fn has_room(&self, bytes: u64) -> Result<bool, StoreError> {
+        let pages = spill::pages_with_room(&self.dir).map_err(|error| StoreError::io(&self.dir, error))?;
+        Ok(pages.saturating_mul(PAGE_SIZE as u64) >= bytes)
+    }
+
+    /// Throws out images, those that were not used for longest first, until the others take no more than `most_bytes`: how many.
     ///
     /// # Errors
     /// [`StoreError`] where a file cannot be removed.
-    pub fn make_room(&self, most_bytes: u64, but: Option<MigrationId>) -> Result<usize, StoreError> {
+    pub fn make_room(&self, most_bytes: u64) -> Result<usize, StoreError> {
+        let _lock = self.lock()?;
+        self.make_room_locked(most_bytes)
+    }
+
+    fn make_room_locked(&self, most_bytes: u64) -> Result<usize, StoreError> {
         let mut images = self.contents()?.images;
         let mut bytes: u64 = images.iter().map(|listed| listed.bytes).sum();
         let mut removed = 0;
         while bytes > most_bytes
-            && let Some(at) = images.iter().rposition(|listed| Some(listed.head.id) != but)
+            && let Some(oldest) = images.pop()
         {
-            let oldest = images.remove(at);
             bytes -= oldest.bytes;
             self.whole().remove(&oldest.head.id);
             self.remove(&self.path_of(oldest.head.id))?;
@@ -242,6 +293,7 @@ impl PageStore {
     /// # Errors
     /// [`StoreError`] where the key or a file cannot be removed.
     pub fn erase(&self) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
         StoreKey::erase(&self.dir)?;
         self.whole().clear();
         for path in self.files(|name| name.ends_with(".pages") || name.ends_with(".part"))? {
@@ -262,6 +314,15 @@ impl PageStore {
     #[must_use]
     pub fn path_of(&self, id: MigrationId) -> PathBuf {
         self.dir.join(format!("{id}.{EXTENSION}"))
+    }
+
+    /// Held by whoever writes or removes, in this process and others. Who only reads needs none: files appear whole, and stay readable.
+    fn lock(&self) -> Result<File, StoreError> {
+        let locked = File::open(&self.dir).and_then(|dir| {
+            rustix::fs::flock(&dir, FlockOperation::LockExclusive)?;
+            Ok(dir)
+        });
+        locked.map_err(|error| StoreError::io(&self.dir, error))
     }
 
     fn open_image(&self, id: MigrationId) -> Result<Image, StoreError> {

@@ -36,6 +36,14 @@ fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1 << 34)
 }
 
+fn whose(vm: &str, tenant: &str) -> Whose {
+    Whose {
+        vm: vm.to_owned(),
+        tenant: tenant.to_owned(),
+        peer: "tokyo".to_owned(),
+    }
+}
+
 fn id(number: u8) -> MigrationId {
     MigrationId([number; 16])
 }
@@ -65,9 +73,9 @@ fn an_image_holds_what_the_session_left() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     let mut left = kept(1000);
-    let head = store.keep(id(1), "db-1", "", 7, &mut left).unwrap().unwrap();
+    let head = store.keep(id(1), &whose("db-1", ""), 7, &mut left).unwrap().unwrap();
     assert_eq!((head.places, head.contents), (1000, 667));
-    let image = store.image(id(1), "", now()).unwrap();
+    let image = store.image(id(1), &whose("db-1", ""), now()).unwrap();
     let known = image.pages().unwrap();
     assert_eq!(known.digest(), head.digest);
     for (&(at, number), &(expected_at, slot)) in known.places().iter().zip(&left.places) {
@@ -84,7 +92,7 @@ fn sites_that_were_left_the_same_know_the_same() {
     let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let heads = [&one, &other].map(|dir| {
         store(dir.path())
-            .keep(id(1), "db-1", "", 7, &mut kept(100))
+            .keep(id(1), &whose("db-1", ""), 7, &mut kept(100))
             .unwrap()
             .unwrap()
     });
@@ -92,7 +100,7 @@ fn sites_that_were_left_the_same_know_the_same() {
     let mut changed = kept(100);
     changed.shelf.0[51][9] ^= 1;
     let changed = store(one.path())
-        .keep(id(2), "db-1", "", 7, &mut changed)
+        .keep(id(2), &whose("db-1", ""), 7, &mut changed)
         .unwrap()
         .unwrap();
     assert_ne!(changed.digest, heads[0].digest);
@@ -101,20 +109,22 @@ fn sites_that_were_left_the_same_know_the_same() {
 #[test]
 fn only_what_this_process_has_read_whole_is_offered() {
     let dir = tempfile::tempdir().unwrap();
-    store(dir.path()).keep(id(1), "db-1", "", 7, &mut kept(10)).unwrap();
+    store(dir.path())
+        .keep(id(1), &whose("db-1", ""), 7, &mut kept(10))
+        .unwrap();
     let after_restart = store(dir.path());
-    assert!(after_restart.candidates("db-1", "").is_empty());
-    assert!(after_restart.image(id(1), "", now()).is_none());
+    assert!(after_restart.candidates(&whose("db-1", "")).is_empty());
+    assert!(after_restart.image(id(1), &whose("db-1", ""), now()).is_none());
     assert_eq!(after_restart.scrub().unwrap().0, 1);
-    assert_eq!(after_restart.candidates("db-1", "").len(), 1);
-    assert!(after_restart.image(id(1), "", now()).is_some());
+    assert_eq!(after_restart.candidates(&whose("db-1", "")).len(), 1);
+    assert!(after_restart.image(id(1), &whose("db-1", ""), now()).is_some());
 }
 
 #[test]
 fn a_bit_that_flips_anywhere_is_found_and_never_read_as_a_page() {
     let dir = tempfile::tempdir().unwrap();
     let clean = store(dir.path());
-    clean.keep(id(1), "db-1", "", 7, &mut kept(64)).unwrap();
+    clean.keep(id(1), &whose("db-1", ""), 7, &mut kept(64)).unwrap();
     let path = clean.path_of(id(1));
     let whole = std::fs::read(&path).unwrap();
     for flip in 0..100 {
@@ -145,8 +155,8 @@ fn a_bit_that_flips_anywhere_is_found_and_never_read_as_a_page() {
 fn a_torn_image_is_removed_and_the_others_stay() {
     let dir = tempfile::tempdir().unwrap();
     let before = store(dir.path());
-    before.keep(id(1), "db-1", "", 7, &mut kept(64)).unwrap();
-    before.keep(id(2), "db-2", "", 8, &mut kept(64)).unwrap();
+    before.keep(id(1), &whose("db-1", ""), 7, &mut kept(64)).unwrap();
+    before.keep(id(2), &whose("db-2", ""), 8, &mut kept(64)).unwrap();
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(before.path_of(id(1)))
@@ -164,21 +174,78 @@ fn a_torn_image_is_removed_and_the_others_stay() {
 fn tenants_share_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
-    store.keep(id(1), "db-1", "acme", 7, &mut kept(10)).unwrap();
-    assert!(store.candidates("db-1", "").is_empty());
-    assert!(store.image(id(1), "other", now()).is_none());
-    assert!(store.image(id(1), "acme", now()).is_some());
+    store.keep(id(1), &whose("db-1", "acme"), 7, &mut kept(10)).unwrap();
+    assert!(store.candidates(&whose("db-1", "")).is_empty());
+    assert!(store.image(id(1), &whose("db-1", "other"), now()).is_none());
+    assert!(store.image(id(1), &whose("db-1", "acme"), now()).is_some());
+}
+
+#[test]
+fn a_peer_is_not_told_of_what_went_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    let elsewhere = Whose {
+        peer: "paris".to_owned(),
+        ..whose("db-1", "")
+    };
+    assert!(store.candidates(&elsewhere).is_empty());
+    assert!(store.image(id(1), &elsewhere, now()).is_none());
+    // The VM's image with one peer is not in the place of that with another.
+    store.keep(id(2), &elsewhere, 8, &mut kept(10)).unwrap();
+    assert_eq!(store.contents().unwrap().images.len(), 2);
+}
+
+#[test]
+fn an_erasure_that_was_cut_short_leaves_nothing_that_is_taken_for_a_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    std::fs::write(store.dir().join("key"), [0; 32]).unwrap();
+    assert!(matches!(store.open_image(id(1)), Err(StoreError::Erased { .. })));
+    store.keep(id(2), &whose("db-2", ""), 7, &mut kept(10)).unwrap();
+    assert_ne!(std::fs::read(store.dir().join("key")).unwrap(), [0; 32]);
+    assert!(store.open_image(id(2)).is_ok());
+}
+
+#[test]
+fn an_older_session_that_is_written_late_does_not_take_the_place_of_a_newer_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(2), &whose("db-1", ""), 8, &mut kept(10)).unwrap();
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    assert_eq!(store.candidates(&whose("db-1", ""))[0].id, id(2));
+}
+
+#[test]
+fn a_suspect_is_offered_again_only_where_it_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    store.look_again(id(1)).unwrap();
+    assert_eq!(store.candidates(&whose("db-1", "")).len(), 1);
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(store.path_of(id(1)))
+        .unwrap();
+    file.write_all_at(&[0; 64], 5000).unwrap();
+    assert!(store.look_again(id(1)).is_err());
+    assert!(store.candidates(&whose("db-1", "")).is_empty() && !store.path_of(id(1)).exists());
 }
 
 #[test]
 fn a_vm_has_one_image_and_its_own_is_offered_first() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
-    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
-    store.keep(id(2), "db-2", "", 2, &mut kept(10)).unwrap();
-    store.keep(id(3), "db-3", "", 3, &mut kept(10)).unwrap();
-    store.keep(id(4), "db-1", "", 4, &mut kept(10)).unwrap();
-    let offered: Vec<_> = store.candidates("db-2", "").iter().map(|head| head.id).collect();
+    store.keep(id(1), &whose("db-1", ""), 1, &mut kept(10)).unwrap();
+    store.keep(id(2), &whose("db-2", ""), 2, &mut kept(10)).unwrap();
+    store.keep(id(3), &whose("db-3", ""), 3, &mut kept(10)).unwrap();
+    store.keep(id(4), &whose("db-1", ""), 4, &mut kept(10)).unwrap();
+    let offered: Vec<_> = store
+        .candidates(&whose("db-2", ""))
+        .iter()
+        .map(|head| head.id)
+        .collect();
     assert_eq!(offered, [id(2), id(4), id(3)]);
 }
 
@@ -186,14 +253,14 @@ fn a_vm_has_one_image_and_its_own_is_offered_first() {
 fn what_was_not_used_for_longest_makes_room_and_open_images_stay_readable() {
     let dir = tempfile::tempdir().unwrap();
     let store = PageStore::open(&dir.path().join("store"), 100_000).unwrap();
-    store.keep(id(1), "db-1", "", 1, &mut kept(12)).unwrap();
-    store.keep(id(2), "db-2", "", 2, &mut kept(12)).unwrap();
+    store.keep(id(1), &whose("db-1", ""), 1, &mut kept(12)).unwrap();
+    store.keep(id(2), &whose("db-2", ""), 2, &mut kept(12)).unwrap();
     let long_ago = SystemTime::UNIX_EPOCH;
     for number in [1, 2] {
         store.open_image(id(number)).unwrap().touch(long_ago).unwrap();
     }
-    let open = store.image(id(1), "", now()).unwrap();
-    store.keep(id(3), "db-3", "", 3, &mut kept(12)).unwrap();
+    let open = store.image(id(1), &whose("db-1", ""), now()).unwrap();
+    store.keep(id(3), &whose("db-3", ""), 3, &mut kept(12)).unwrap();
     let mut left: Vec<_> = store
         .contents()
         .unwrap()
@@ -203,11 +270,14 @@ fn what_was_not_used_for_longest_makes_room_and_open_images_stay_readable() {
         .collect();
     left.sort_unstable();
     assert_eq!(left, [id(1), id(3)]);
-    store.make_room(0, None).unwrap();
+    store.make_room(0).unwrap();
     assert!(store.contents().unwrap().images.is_empty());
     assert!(open.verify().is_ok());
     assert!(
-        store.keep(id(4), "db-4", "", 4, &mut kept(24)).unwrap().is_none(),
+        store
+            .keep(id(4), &whose("db-4", ""), 4, &mut kept(60))
+            .unwrap()
+            .is_none(),
         "it alone is too large"
     );
 }
@@ -216,14 +286,14 @@ fn what_was_not_used_for_longest_makes_room_and_open_images_stay_readable() {
 fn an_erased_store_cannot_be_read_even_where_its_files_were_copied() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
-    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
+    store.keep(id(1), &whose("db-1", ""), 1, &mut kept(10)).unwrap();
     let copy = std::fs::read(store.path_of(id(1))).unwrap();
     assert!(!copy.windows(32).any(|window| window == &page(0)[..32]));
     store.erase().unwrap();
     assert_eq!(std::fs::read_dir(store.dir()).unwrap().count(), 0);
     std::fs::write(store.path_of(id(1)), copy).unwrap();
     assert!(matches!(store.open_image(id(1)), Err(StoreError::Erased { .. })));
-    store.keep(id(2), "db-2", "", 1, &mut kept(10)).unwrap();
+    store.keep(id(2), &whose("db-2", ""), 1, &mut kept(10)).unwrap();
     assert!(matches!(store.open_image(id(1)), Err(StoreError::Damaged { .. })));
     assert!(store.open_image(id(2)).is_ok());
 }
@@ -235,7 +305,7 @@ fn a_session_whose_pages_cannot_be_read_back_leaves_nothing() {
     let mut left = kept(10);
     left.shelf.0.truncate(5);
     assert!(matches!(
-        store.keep(id(1), "db-1", "", 1, &mut left),
+        store.keep(id(1), &whose("db-1", ""), 1, &mut left),
         Err(StoreError::Shelf(_))
     ));
     let names: Vec<_> = std::fs::read_dir(store.dir())
@@ -249,8 +319,8 @@ fn a_session_whose_pages_cannot_be_read_back_leaves_nothing() {
 fn a_page_that_is_damaged_after_it_was_offered_fails_and_is_not_another() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
-    store.keep(id(1), "db-1", "", 1, &mut kept(10)).unwrap();
-    let image = store.image(id(1), "", now()).unwrap();
+    store.keep(id(1), &whose("db-1", ""), 1, &mut kept(10)).unwrap();
+    let image = store.image(id(1), &whose("db-1", ""), now()).unwrap();
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(store.path_of(id(1)))
@@ -271,14 +341,14 @@ proptest! {
         let store = store(dir.path());
         let mut left = kept(contents);
         left.places.retain(|(at, _)| at.page % 3 != 2);
-        store.keep(id(1), "db-1", "", 1, &mut left).unwrap();
-        let image = std::sync::Arc::new(store.image(id(1), "", now()).unwrap());
+        store.keep(id(1), &whose("db-1", ""), 1, &mut left).unwrap();
+        let image = std::sync::Arc::new(store.image(id(1), &whose("db-1", ""), now()).unwrap());
         let known = image.pages().unwrap().slots(slots);
         let mut expected: Vec<Option<[u8; PAGE_SIZE]>> = vec![None; slots as usize];
         for number in 0..known {
             expected[number as usize] = Some(page(left.places[number as usize].1));
         }
-        let spill = crate::store::spill::SpillShelf::after(dir.path(), slots, 3, known).unwrap();
+        let spill = spill::SpillShelf::after(dir.path(), slots, 3, known).unwrap();
         let mut shelf = KnownShelf::new(Some(image), slots, spill);
         for put in 0..puts {
             let slot = (known + put) % slots;

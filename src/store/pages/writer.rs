@@ -6,22 +6,17 @@ use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use super::format::{self, HEAD_AT, HEAD_NUMBER, Head, INDEX_NUMBER, MAGIC, PAGES_AT, SALT_LEN, SEALED_PAGE};
+use super::format::{self, HEAD_AT, HEAD_NUMBER, Head, INDEX_NUMBER, MAGIC, PAGES_AT, SALT_LEN, SEALED_PAGE, Whose};
 use super::key::{ImageKey, StoreKey};
 use super::{StoreError, sync_dir};
 use crate::proto::page::{MigrationId, PAGE_SIZE, PageDigest};
 use crate::proto::reduce::{KeptPages, KnownPages, PageShelf, digest_many};
 
-/// What an image is called.
-pub(super) struct Names<'a> {
-    pub(super) id: MigrationId,
-    pub(super) vm: &'a str,
-    pub(super) tenant: &'a str,
-    pub(super) unix_ms: u64,
-}
-
 /// Pages that are hashed and sealed at a time.
 const AT_A_TIME: usize = 256;
+
+/// Pages between two syncs: the ownership journal's own, on the same disk, waits for no more than 32 MiB of these.
+const SYNC_EVERY: u64 = 8192;
 
 /// Writes the image of `kept` to `path` in `dir`. Contents are numbered in the order of the pages that have them, so that two sites whose
 /// sessions ended alike write the same.
@@ -29,11 +24,11 @@ pub(super) fn write<S: PageShelf>(
     dir: &Path,
     path: &Path,
     key: &StoreKey,
-    names: Names<'_>,
+    (id, whose, unix_ms): (MigrationId, &Whose, u64),
     kept: &mut KeptPages<S>,
 ) -> Result<Head, StoreError> {
-    let beside = dir.join(format!(".{}.part", names.id));
-    let written = write_beside(&beside, key, names, kept).and_then(|head| {
+    let beside = dir.join(format!(".{id}.part"));
+    let written = write_beside(&beside, key, (id, whose, unix_ms), kept).and_then(|head| {
         std::fs::rename(&beside, path).map_err(|error| StoreError::io(path, error))?;
         sync_dir(dir)?;
         Ok(head)
@@ -47,7 +42,7 @@ pub(super) fn write<S: PageShelf>(
 fn write_beside<S: PageShelf>(
     beside: &Path,
     key: &StoreKey,
-    names: Names<'_>,
+    (id, whose, unix_ms): (MigrationId, &Whose, u64),
     kept: &mut KeptPages<S>,
 ) -> Result<Head, StoreError> {
     let failed = |error| StoreError::io(beside, error);
@@ -77,10 +72,9 @@ fn write_beside<S: PageShelf>(
     out.write_all(&index).map_err(failed)?;
 
     let head = Head {
-        id: names.id,
-        vm: names.vm.to_owned(),
-        tenant: names.tenant.to_owned(),
-        unix_ms: names.unix_ms,
+        id,
+        whose: whose.clone(),
+        unix_ms,
         contents: slots.len() as u32,
         places: pages.places().len() as u32,
         digest: pages.digest(),
@@ -111,13 +105,17 @@ fn write_pages<S: PageShelf>(
     let mut digests = Vec::with_capacity(slots.len());
     let mut pages = vec![[0; PAGE_SIZE]; AT_A_TIME.min(slots.len())];
     let mut sealed = [0; SEALED_PAGE];
-    let mut number = 0;
+    let mut number: u64 = 0;
     for slots in slots.chunks(AT_A_TIME) {
         for (page, &slot) in pages.iter_mut().zip(slots) {
             shelf.get(slot, page)?;
         }
         let pages = &pages[..slots.len()];
         digest_many(&pages.iter().collect::<Vec<_>>(), &mut digests);
+        if number > 0 && number.is_multiple_of(SYNC_EVERY) {
+            let synced = out.flush().and_then(|()| out.get_ref().sync_data());
+            synced.map_err(|error| StoreError::io(beside, error))?;
+        }
         for page in pages {
             sealed[..PAGE_SIZE].copy_from_slice(page);
             key.seal(number, &mut sealed);
