@@ -15,10 +15,8 @@ use longhaul::gateway::pairing::InviteCode;
 use longhaul::gateway::pairing::code::Secret;
 use longhaul::gateway::pairing::exchange::{Binding, Joining, Reason, refuse};
 use longhaul::proto::ownership::{AbortReason, Claim, Doubt, Message, Permit, Resolution, StreamSum};
-use longhaul::proto::page::{JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
-use longhaul::proto::reduce::{
-    DictionaryLimits, Effort, KnownDigest, PageShelf, Reducer, Restorer, ShelfError, batches,
-};
+use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
+use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
 use longhaul::proto::wire::message::{Held, KnownImage, Reply, decode, encode};
@@ -157,7 +155,7 @@ fn requests_have_these_bytes() {
             offer: offer(),
             images: vec![KnownImage {
                 id: MIGRATION,
-                digest: KnownDigest([0xc3; 32]),
+                digest: ImageDigest([0xc3; 32]),
             }],
         },
     ];

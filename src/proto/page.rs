@@ -56,6 +56,16 @@ impl fmt::Debug for StreamDigest {
     }
 }
 
+/// BLAKE3 of what is known of a VM's memory, as one migration left it: both sites know the same where it is equal.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDigest(pub [u8; 32]);
+
+impl fmt::Debug for ImageDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
 /// Names one migration, for ever and at both ends: 128 random bits, shown as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct MigrationId(pub [u8; 16]);

@@ -7,7 +7,7 @@
 use std::fmt;
 
 use super::dictionary::SlotRing;
-use crate::proto::page::{PAGE_SIZE, PageAddress, PageDigest, hex};
+use crate::proto::page::{ImageDigest, PAGE_SIZE, PageAddress, PageDigest};
 
 /// Contents, numbered from 0 on, and which of them each page had.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,10 +15,6 @@ pub struct KnownPages {
     digests: Vec<PageDigest>,
     places: Vec<(PageAddress, u32)>,
 }
-
-/// BLAKE3 over the digests and places: both ends know the same where it is equal.
-#[derive(Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct KnownDigest(pub [u8; 32]);
 
 /// The bytes of known pages, at the source: what changed in them is told by comparing.
 pub trait KnownContent: Send {
@@ -66,7 +62,7 @@ impl KnownPages {
 
     /// What the other end must have found too.
     #[must_use]
-    pub fn digest(&self) -> KnownDigest {
+    pub fn digest(&self) -> ImageDigest {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&(self.digests.len() as u64).to_le_bytes());
         for digest in &self.digests {
@@ -77,13 +73,7 @@ impl KnownPages {
             hasher.update(&at.page.to_le_bytes());
             hasher.update(&number.to_le_bytes());
         }
-        KnownDigest(*hasher.finalize().as_bytes())
-    }
-}
-
-impl fmt::Debug for KnownDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex(&self.0))
+        ImageDigest(*hasher.finalize().as_bytes())
     }
 }
 

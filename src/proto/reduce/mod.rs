@@ -43,7 +43,7 @@ pub use self::batch::{Batch, Batches, batches};
 pub use self::dictionary::{DictionaryLimits, DictionaryTooLarge};
 pub use self::digest::digest_many;
 pub use self::effort::{Effort, EffortControl};
-pub use self::known::{KeptPages, KnownContent, KnownDigest, KnownPages, NoSuchContent};
+pub use self::known::{KeptPages, KnownContent, KnownPages, NoSuchContent};
 pub use self::payload::PayloadError;
 pub use self::reducer::Reducer;
 pub use self::restorer::{RestoreError, Restorer};

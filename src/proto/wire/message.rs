@@ -20,8 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hello::Hello;
 use crate::proto::ownership;
-use crate::proto::page::MigrationId;
-use crate::proto::reduce::KnownDigest;
+use crate::proto::page::{ImageDigest, MigrationId};
 
 /// Most bytes of one message. The largest is an offer with its inventory.
 pub const MAX_MESSAGE: usize = 512 << 10;
@@ -70,7 +69,7 @@ pub struct KnownImage {
     /// The migration that left it.
     pub id: MigrationId,
     /// Of what is in it.
-    pub digest: KnownDigest,
+    pub digest: ImageDigest,
 }
 
 /// Answer to a request that opens no session.

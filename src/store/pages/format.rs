@@ -12,8 +12,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::key::TAG_LEN;
-use crate::proto::page::{MigrationId, PAGE_SIZE, PageAddress, PageDigest};
-use crate::proto::reduce::{KnownDigest, KnownPages};
+use crate::proto::page::{ImageDigest, MigrationId, PAGE_SIZE, PageAddress, PageDigest};
+use crate::proto::reduce::KnownPages;
 
 /// Begins every image of this format.
 pub(super) const MAGIC: &[u8; 16] = b"longhaul pages 1";
@@ -70,7 +70,7 @@ pub struct Head {
     /// Pages of the VM that have one of them.
     pub places: u32,
     /// Of its [`KnownPages`].
-    pub digest: KnownDigest,
+    pub digest: ImageDigest,
 }
 
 impl Head {
