@@ -230,7 +230,7 @@ async fn agree(
     let (mut channel, image) = offered.await?;
     let image = images.into_iter().find(|held| Some(held.head().id) == image);
     let memory_bytes = memory_of(&checked.inventory);
-    let prepared = match keeping::prepare(core, dictionary, memory_bytes, image).await {
+    let prepared = match keeping::prepare(core, agreement.version, dictionary, memory_bytes, image).await {
         Ok(prepared) => prepared,
         Err(reason) => {
             let cancel = SessionMessage::Cancel { reason: reason.clone() };

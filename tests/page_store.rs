@@ -8,7 +8,6 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::SystemTime;
 
 use common::guest::Machine;
 use common::process::Ended;
@@ -290,7 +289,7 @@ fn a_store_whose_writer_is_killed_fifty_times_has_whole_images_only() {
         assert!(removed.is_empty(), "only names of whole images are given: {removed:?}");
         most = most.max(whole);
         for head in store.candidates(&whose("vm-0")) {
-            let image = store.image(head.id, &head.whose, SystemTime::UNIX_EPOCH).unwrap();
+            let image = store.image(head.id, &head.whose).unwrap();
             let known = image.pages().unwrap();
             for number in [0, PAGES / 2, PAGES - 1] {
                 let (mut found, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);

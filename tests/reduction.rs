@@ -411,6 +411,34 @@ fn what_has_changed_in_a_guest_that_comes_back_goes_as_what_changed() {
 }
 
 #[test]
+fn a_page_that_ends_as_zeroes_leaves_nothing_and_one_that_comes_back_does() {
+    let (_, known, contents) = carry_knowing(100, &memory(10), None, 0);
+    let mut stream = Stream::default();
+    for page in 0..10 {
+        match page {
+            0 => stream.zero(at(0, page, false)),
+            1 => stream.page(at(0, page, true), &[0; PAGE_SIZE]),
+            2 => {
+                stream.zero(at(0, page, true));
+                stream.page(at(0, page, true), &text(page));
+            }
+            _ => stream.page(
+                at(0, page, true),
+                &if page % 2 == 0 {
+                    text(page)
+                } else {
+                    noise(page, PAGE_SIZE)
+                },
+            ),
+        }
+    }
+    let (sent, known, _) = carry_knowing(100, &stream, Some((&known, &contents)), 0);
+    assert_eq!((sent.pages.zero, sent.pages.same), (3, 8));
+    let places: Vec<u64> = known.places().iter().map(|(at, _)| at.page).collect();
+    assert_eq!(places, (2..10).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_guest_with_more_pages_than_the_dictionary_leaves_nothing_at_either_end() {
     let (_, known, _) = carry_knowing(1000, &memory(1001), None, 0);
     assert_eq!(known, KnownPages::default());

@@ -131,11 +131,18 @@ fn show(store: &PageStore, args: &Args, check: impl Fn(&Listed) -> Result<(), St
         images: Vec::new(),
         damaged: Vec::new(),
     };
-    for (file, reason) in contents.damaged {
+    for (file, reason) in contents.damaged.into_iter().chain(contents.unreadable) {
         shown.damaged.push(ShownDamage { file, reason });
     }
     for listed in &contents.images {
-        if let Err(error) = check(listed) {
+        let checked = check(listed);
+        if let Err(StoreError::Io { source, .. }) = &checked
+            && source.kind() == std::io::ErrorKind::NotFound
+        {
+            // Another took its place this moment.
+            continue;
+        }
+        if let Err(error) = checked {
             let file = store.path_of(listed.head.id);
             shown.damaged.push(ShownDamage {
                 file,

@@ -81,11 +81,15 @@ impl Contact {
         let task = tokio::spawn(async move {
             loop {
                 let event = match receiver.receive::<SessionMessage>().await {
-                    Ok(Some(SessionMessage::Ack { held, queued_bytes, .. })) => {
+                    Ok(Some(SessionMessage::Ack {
+                        held,
+                        vmm_bytes,
+                        queued_bytes,
+                    })) => {
                         let Some(outbound) = stream.get() else { continue };
                         match outbound.on_ack(&held) {
                             Ok(()) => {
-                                outbound.set_queued_at_peer(queued_bytes);
+                                outbound.set_queued_at_peer(queued_bytes, vmm_bytes);
                                 continue;
                             }
                             Err(error) => ContactEvent::Impossible {

@@ -166,7 +166,11 @@ impl Copying {
         let reduction_ratio = usable_ratio(
             self.ratio.pessimistic(),
             goodput,
-            outbound.encoder_rate(),
+            outbound
+                .encoder_rate()
+                .into_iter()
+                .chain(outbound.restorer_rate())
+                .min(),
             self.rounds.re_send_rate(),
         );
         outbound.set_backlog(Backlog::at(goodput, reduction_ratio), goodput);

@@ -71,6 +71,7 @@ pub(crate) struct DestinationDriver {
     progress: Option<watch::Receiver<Progress>>,
     decoder: Option<Decoder<Shelf>>,
     image: Option<MigrationId>,
+    keeps: bool,
     window_bytes: u64,
     last_contact: Instant,
     looked: Instant,
@@ -104,6 +105,8 @@ pub(crate) struct DestinationStart {
     pub(crate) decoder: Option<Decoder<Shelf>>,
     /// What the decoder begins with, where both sites have it.
     pub(crate) image: Option<MigrationId>,
+    /// What the stream leaves is for the next one.
+    pub(crate) keeps: bool,
     pub(crate) window_bytes: u64,
 }
 
@@ -138,6 +141,7 @@ impl DestinationDriver {
             progress: None,
             decoder: start.decoder,
             image: start.image,
+            keeps: start.keeps,
             window_bytes: start.window_bytes,
             last_contact: super::clock::now(),
             looked: super::clock::now(),
@@ -325,12 +329,7 @@ impl DestinationDriver {
         };
         let path = self.core.stream_socket(self.entry.migration);
         let stream = vmm.receive(&path).await?;
-        let inbound = Arc::new(Inbound::start(
-            stream,
-            self.window_bytes,
-            decoder,
-            self.core.store.is_some(),
-        ));
+        let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder, self.keeps));
         self.progress = Some(inbound.progress());
         self.core
             .inbound
@@ -471,7 +470,7 @@ impl DestinationDriver {
         }
         if let Some(reason) = progress.failed {
             self.progress = None;
-            if let Some(image) = self.image {
+            if let Some(image) = self.image.filter(|_| progress.shelf_failed) {
                 keeping::suspect(&self.core, image);
             }
             if self.vmm.as_ref().is_some_and(DestinationVmm::is_dead) {
@@ -564,6 +563,8 @@ impl DestinationDriver {
         self.last_contact = super::clock::now();
         self.contact.adopt(channel);
         self.feed(&DestinationEvent::Contact { journal: peer_journal });
+        // What was restored while there was no contact: where everything has arrived, nothing else would tell.
+        self.acknowledge().await;
     }
 
     /// A look at the vmm and at the clock.

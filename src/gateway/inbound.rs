@@ -16,7 +16,7 @@ use super::keeping::Leftover;
 use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
 use crate::metrics::{Stage, Waiting};
-use crate::proto::reduce::{PageCounts, PageShelf, ShelfError};
+use crate::proto::reduce::{PageCounts, PageShelf, RestoreError, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
@@ -60,6 +60,8 @@ pub(crate) struct Progress {
     pub(crate) delivered: bool,
     /// Set where the stream cannot go on, with a sentence.
     pub(crate) failed: Option<String>,
+    /// Because a page of the dictionary could not be read back.
+    pub(crate) shelf_failed: bool,
 }
 
 #[derive(Debug)]
@@ -118,6 +120,7 @@ impl Inbound {
             tokio::task::spawn_blocking(move || decode(&shared, decoder, &restored, keeps))
         };
         tokio::spawn(async move {
+            let mut shelf_failed = false;
             let failed = match decoder.await {
                 Ok(Ok(Some(summary))) => {
                     report.send_modify(|progress| progress.restored = Some(summary));
@@ -125,12 +128,21 @@ impl Inbound {
                     return;
                 }
                 Ok(Ok(None)) => return,
-                Ok(Err(error)) => error.to_string(),
+                Ok(Err(error)) => {
+                    shelf_failed = matches!(
+                        error,
+                        InboundError::Decode(DecodeError::Restore(RestoreError::Shelf(_)))
+                    );
+                    error.to_string()
+                }
                 Err(error) => {
                     format!("this gateway's decoder ended: {error}: please report it, with the gateway's log")
                 }
             };
-            report.send_modify(|progress| progress.failed = Some(failed));
+            report.send_modify(|progress| {
+                progress.failed = Some(failed);
+                progress.shelf_failed = shelf_failed;
+            });
         });
 
         let writing = Arc::clone(&shared);

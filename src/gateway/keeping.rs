@@ -13,9 +13,11 @@ use std::sync::Arc;
 use super::memory::Reservation;
 use super::registry::Entry;
 use super::{Core, clock};
+use crate::config::Config;
 use crate::proto::page::{MigrationId, PAGE_SIZE};
 use crate::proto::reduce::{DictionaryLimits, KeptPages, KnownPages, PageShelf, Reducer};
 use crate::proto::session::Decoder;
+use crate::proto::wire::hello;
 use crate::proto::wire::message::KnownImage;
 use crate::store::pages::{Head, Image, KnownShelf, MOST_OFFERED, PageStore, SharedImage, StoreError, Whose};
 use crate::store::spill::{self, SpillShelf};
@@ -76,7 +78,7 @@ pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: u32) ->
     let whose = whose(core, vm, peer);
     blocking(move || {
         let heads = store.candidates(&whose).into_iter().filter(|head| fits(head, slots));
-        let images = heads.filter_map(|head| store.image(head.id, &whose, clock::wall()));
+        let images = heads.filter_map(|head| store.image(head.id, &whose));
         images.collect()
     })
     .await
@@ -88,7 +90,7 @@ pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: u32, offered:
     let whose = whose(core, vm, peer);
     blocking(move || {
         offered.iter().take(MOST_OFFERED).find_map(|offered| {
-            let image = store.image(offered.id, &whose, clock::wall())?;
+            let image = store.image(offered.id, &whose)?;
             let head = image.head();
             (head.digest == offered.digest && fits(head, slots)).then(|| read(&store, image))?
         })
@@ -104,10 +106,14 @@ fn fits(head: &Head, slots: u32) -> bool {
 /// The pages of an image; one that turns out to be damaged is not used again.
 fn read(store: &PageStore, image: Image) -> Option<Found> {
     match image.pages() {
-        Ok(pages) => Some(Found {
-            image: Arc::new(image),
-            pages,
-        }),
+        Ok(pages) => {
+            // Which one is thrown out first is a matter of economy: where this fails it is merely not the best choice.
+            let _ = image.touch(clock::wall());
+            Some(Found {
+                image: Arc::new(image),
+                pages,
+            })
+        }
         Err(error) => {
             tracing::warn!("an image of the page store is not used: {error}");
             store.discard(image.head().id);
@@ -116,17 +122,19 @@ fn read(store: &PageStore, image: Image) -> Option<Found> {
     }
 }
 
-/// What the source begins with, where the destination took `image`, and where it keeps pages of a guest with so much memory.
+/// What the source begins with, where the destination took `image`, and where it keeps pages of a guest with so much memory. Of a peer before wire
+/// version 5 nothing is known.
 ///
 /// # Errors
 /// The image cannot be read any more: the destination counts on it.
 pub(crate) async fn prepare(
     core: &Core,
+    version: u16,
     limits: DictionaryLimits,
     memory_bytes: u64,
     image: Option<Image>,
 ) -> Result<Prepared, String> {
-    let Some(store) = core.store.clone() else {
+    let Some(store) = core.store.clone().filter(|_| version >= hello::IMAGES) else {
         return Ok(Prepared::default());
     };
     blocking(move || {
@@ -148,18 +156,14 @@ pub(crate) async fn prepare(
     .await
 }
 
-/// Room for the pages that a source sends, until it is known whether they are kept.
+/// Room for the pages that a source sends, until it is known whether they are kept, and for keeping them.
 fn shelf(store: &PageStore, limits: DictionaryLimits, memory_bytes: u64, taken: u32) -> Option<SpillShelf> {
-    let pages = memory_bytes / PAGE_SIZE as u64;
-    if pages > u64::from(limits.slots()) {
-        tracing::info!(
-            "this migration leaves nothing in the page store: the guest has more pages than a dictionary holds"
-        );
-        return None;
-    }
-    if spill::pages_with_room(store.dir()).is_ok_and(|room| room < limits.slots().into()) {
+    let image = (memory_bytes / PAGE_SIZE as u64).min(limits.slots().into());
+    if spill::pages_with_room(store.dir()).is_ok_and(|room| room < u64::from(limits.slots()) + image) {
         tracing::warn!(
-            "this migration leaves nothing in the page store: its disk has no room for {pages} pages meanwhile"
+            "this migration leaves nothing in the page store: its disk has no room for {} MiB meanwhile and {} MiB to be kept",
+            u64::from(limits.slots()) >> 8,
+            image >> 8
         );
         return None;
     }
@@ -260,12 +264,19 @@ fn measure(core: &Core, store: &PageStore) {
     }
 }
 
-/// The store of a configuration, where it has one.
-pub(super) async fn open(core: &crate::config::Config) -> Result<Option<Arc<PageStore>>, StoreError> {
-    let Some(size) = core.store.size else { return Ok(None) };
-    let dir = core.store_dir();
-    let store = blocking(move || PageStore::open(&dir, size)).await?;
-    Ok(Some(Arc::new(store)))
+/// The store of a configuration, where it has one. VMs move without it too, and some may wait for this gateway.
+pub(super) async fn open(config: &Config) -> Option<Arc<PageStore>> {
+    let size = config.store.size?;
+    let dir = config.store_dir();
+    let opened = blocking(move || PageStore::open(&dir, size)).await;
+    opened
+        .inspect_err(|error| {
+            tracing::error!(
+                "nothing is kept of VMs that move until this is mended and the gateway started again: {error}"
+            )
+        })
+        .ok()
+        .map(Arc::new)
 }
 
 /// Whose the VM is. One that is not configured here any more shares with nobody that names a tenant.

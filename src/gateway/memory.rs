@@ -83,6 +83,8 @@ pub(crate) struct Need {
     share: u64,
     /// So many more migrations of this size must find memory.
     spare: u64,
+    /// Held for the page store.
+    store_bytes: u64,
     page_bytes: u64,
 }
 
@@ -97,6 +99,7 @@ impl Need {
             most_pages: if deltas { dictionary.slots().into() } else { 0 },
             share: 2,
             spare: 2,
+            store_bytes: 0,
             page_bytes: COPY_BYTES,
         }
     }
@@ -110,6 +113,7 @@ impl Need {
             most_pages: slots,
             share: 4,
             spare: 0,
+            store_bytes: 0,
             page_bytes: PAGE_SIZE as u64,
         }
     }
@@ -117,22 +121,23 @@ impl Need {
     /// The same where the site has a page store.
     pub(crate) fn with_store(mut self, has_store: bool, dictionary: DictionaryLimits) -> Self {
         if has_store {
-            self.bytes += u64::from(dictionary.slots()) * STORE_SLOT + STORE_WORK;
+            self.store_bytes = u64::from(dictionary.slots()) * STORE_SLOT + STORE_WORK;
         }
         self
     }
 
     /// Bytes, and pages or copies of the dictionary among them, with `left` of the budget; `None` where that is too little.
     fn of(self, left: u64) -> Option<(u64, u64)> {
-        let rest = left.checked_sub(self.bytes)?;
+        let all = self.bytes + self.store_bytes;
+        let rest = left.checked_sub(all)?;
         let page = self.page_bytes;
         let free = rest.saturating_sub(self.spare * self.bytes).min(rest / self.share);
         let pages = (free / page).clamp(self.least_pages, self.most_pages);
-        (pages * page <= rest).then_some((self.bytes + pages * page, pages))
+        (pages * page <= rest).then_some((all + pages * page, pages))
     }
 
     fn least_bytes(self) -> u64 {
-        self.bytes + self.least_pages * self.page_bytes
+        self.bytes + self.store_bytes + self.least_pages * self.page_bytes
     }
 }
 
@@ -280,6 +285,17 @@ mod tests {
             0,
             "a peer without deltas needs no copies"
         );
+    }
+
+    #[test]
+    fn a_page_store_takes_its_memory_and_leaves_some_for_copies() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let dictionary = dictionary(2 << 30);
+        let need = Need::at_source(WINDOW, dictionary, true).with_store(true, dictionary);
+        assert_eq!(need.store_bytes / MIB, 57);
+        let held = budget.reserve(need).unwrap();
+        let copies = held.pages * PAGE_SIZE as u64 / MIB;
+        assert!((130..180).contains(&copies), "{copies}");
     }
 
     #[test]

@@ -69,7 +69,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::proto::page::MigrationId;
 use crate::store::journal::{Journal, JournalError};
-use crate::store::pages::{PageStore, StoreError};
+use crate::store::pages::PageStore;
 use crate::store::trust::{TrustError, TrustStore};
 use crate::transport::{
     BindError, CloseCode, ConnectionKind, Identity, IdentityError, Transport, TransportSettings, TrustAnchors,
@@ -129,7 +129,7 @@ pub async fn run(
     let journal = JournalHandle::spawn(journal, Arc::clone(&metrics));
     remove_left_over_sockets(&config);
 
-    let store = keeping::open(&config).await?;
+    let store = keeping::open(&config).await;
     let identity = Identity::load_or_create(&config.state_dir, clock::wall())?;
     let trust = TrustStore::load(&config.state_dir)?;
     let anchors = Arc::new(TrustAnchors::default());
@@ -293,9 +293,6 @@ pub enum GatewayError {
     /// The ownership journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The page store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
     /// The site's key.
     #[error(transparent)]
     Identity(#[from] IdentityError),

@@ -22,7 +22,7 @@ use crate::proto::page::MigrationId;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
 use crate::proto::wire::message::{KnownImage, Offer};
-use crate::proto::wire::{Limits, SessionMessage};
+use crate::proto::wire::{Limits, SessionMessage, hello};
 use crate::store::pages::KnownShelf;
 use crate::store::spill::SpillShelf;
 
@@ -165,6 +165,7 @@ async fn accept(
             source_journal: known.journal,
             decoder: Some(decoder),
             image,
+            keeps: core.store.is_some() && known.agreement.version >= hello::IMAGES,
             window_bytes: agreed.window_bytes,
         },
     );

@@ -33,6 +33,9 @@ const CHUNKS_AHEAD: usize = 2;
 /// Waits are not shorter: the timer's step.
 const PACING_STEP: Duration = Duration::from_millis(1);
 
+/// What timers overshoot is made up for, up to this.
+const CREDIT: Duration = Duration::from_millis(2);
+
 /// Assumed until a rate is measured or configured.
 pub(crate) const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
 
@@ -234,6 +237,10 @@ impl Outbound {
     /// The peer's account of what it holds cannot be.
     pub(crate) fn resume(&self, epoch: u32, held: &Held, left: u64) -> Result<(), SessionError> {
         self.shared.session().resume(epoch, held)?;
+        // What waited there may have been restored during the cut, and is told with the next acknowledgement.
+        *self.shared.restoring() = Restoring::default();
+        self.shared.queued_at_peer.store(0, Ordering::Relaxed);
+        self.shared.to_read.notify_one();
         let never_left = self.shared.given_bytes.swap(0, Ordering::Relaxed).saturating_sub(left);
         self.shared.never_left_bytes.fetch_add(never_left, Ordering::Relaxed);
         self.shared.to_send.notify_one();
@@ -258,11 +265,11 @@ impl Outbound {
 
     /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there. Where that takes longer
     /// than to carry as many bytes, it counts as what would be carried meanwhile.
-    pub(crate) fn set_queued_at_peer(&self, bytes: u64) {
+    pub(crate) fn set_queued_at_peer(&self, bytes: u64, taken: u64) {
         let bytes = bytes.min(self.shared.window_bytes);
         let (decoded, queued) = {
             let session = self.shared.session();
-            (session.decoded_bytes(), session.stream_bytes_of(bytes))
+            (session.decoded_bytes(), session.stream_bytes_waiting(bytes, taken))
         };
         let waits = {
             let mut restoring = self.shared.restoring();
@@ -290,6 +297,11 @@ impl Outbound {
     /// Vmm bytes a second that the encoder takes while it works, once that is known.
     pub(crate) fn encoder_rate(&self) -> Option<ByteRate> {
         Some(ByteRate(self.shared.encoder_rate.load(Ordering::Relaxed))).filter(|rate| rate.0 > 0)
+    }
+
+    /// Vmm bytes a second that the far decoder takes, where it does not keep up.
+    pub(crate) fn restorer_rate(&self) -> Option<ByteRate> {
+        self.shared.restoring().rate(clock::now())
     }
 
     /// Bytes sent and not yet acknowledged by the far decoder.
@@ -427,7 +439,7 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
         let now = clock::now();
         // A destination that does not keep up is given what it takes, rather than a queue.
         if let Some(rate) = shared.restoring().rate(now) {
-            next = next.max(now) + rate.time_for(len);
+            next = next.max(now.checked_sub(CREDIT).unwrap_or(now)) + rate.time_for(len);
         }
         shared.encoding_bytes.fetch_add(len, Ordering::Relaxed);
         shared.vmm_bytes.fetch_add(len, Ordering::Relaxed);
@@ -435,7 +447,15 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             return Ok(false);
         }
         if next > now + PACING_STEP {
-            tokio::time::sleep_until(next.into()).await;
+            let stopped = async {
+                while !shared.stopped.load(Ordering::Acquire) {
+                    shared.to_read.notified().await;
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(next.into()) => {}
+                () = stopped => return Ok(false),
+            }
         }
     }
 }
@@ -520,9 +540,9 @@ mod tests {
     async fn a_queue_beyond_the_agreed_window_counts_as_the_window() {
         let (outbound, _vmm) = with_frames(1).await;
         let before = outbound.backlog_bytes();
-        outbound.set_queued_at_peer(u64::MAX);
+        outbound.set_queued_at_peer(u64::MAX, 0);
         assert_eq!(outbound.backlog_bytes(), before + WINDOW);
-        outbound.set_queued_at_peer(WINDOW - 1);
+        outbound.set_queued_at_peer(WINDOW - 1, 0);
         assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
     }
 

@@ -89,6 +89,7 @@ pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
                     source_journal: first.peer_journal,
                     decoder: None,
                     image: None,
+                    keeps: false,
                     window_bytes: 0,
                 };
                 start_destination(core, migration, &first.peer, &first.vm, start);
@@ -180,6 +181,7 @@ async fn destination(
             source_journal: first.peer_journal,
             decoder: None,
             image: None,
+            keeps: false,
             window_bytes: 0,
         },
     );
@@ -221,6 +223,7 @@ pub(crate) async fn answer_for(
             source_journal: attachment.peer_journal,
             decoder: None,
             image: None,
+            keeps: false,
             window_bytes: 0,
         },
     );

@@ -14,11 +14,17 @@ pub struct Restoring {
     meter: PathMeter,
     /// When frames last waited for the destination.
     waited: Option<Instant>,
+    waits: bool,
+    decoded_bytes: u64,
     queued_bytes: u64,
 }
 
 /// More stream bytes than this wait at a destination that does not keep up: it works on some megabyte in any case.
 const QUEUE: u64 = 2 << 20;
+
+/// A destination that takes less is held back by what waits there alone: time between two reads must be short, since the end of the stream comes
+/// behind it.
+const LEAST: ByteRate = ByteRate(32 << 20);
 
 /// What was measured so long ago says nothing of what the stream is now.
 const MEMORY: Duration = Duration::from_secs(1);
@@ -29,21 +35,24 @@ const MORE: (u64, u64) = (4, 3);
 impl Restoring {
     /// The destination has restored so many stream bytes, and frames of so many more wait for it.
     pub fn observe(&mut self, now: Instant, decoded_bytes: u64, queued_bytes: u64) {
-        let waits = queued_bytes > QUEUE;
-        if waits {
-            self.waited = Some(now);
-        } else if self.is_forgotten(now) {
+        if self.is_forgotten(now) {
             self.meter = PathMeter::default();
         }
-        self.queued_bytes = queued_bytes;
-        self.meter.observe(now, decoded_bytes, waits);
+        let waits = queued_bytes > QUEUE;
+        // It had work all the time since the last look: frames waited then and now, and more of them than it has restored.
+        let worked = self.waits && waits && decoded_bytes.saturating_sub(self.decoded_bytes) <= self.queued_bytes;
+        self.meter.observe(now, decoded_bytes, worked);
+        if waits {
+            self.waited = Some(now);
+        }
+        (self.waits, self.decoded_bytes, self.queued_bytes) = (waits, decoded_bytes, queued_bytes);
     }
 
     /// Stream bytes a second that it may be given; `None` while it keeps up with what comes.
     #[must_use]
     pub fn rate(&self, now: Instant) -> Option<ByteRate> {
         let rate = self.meter.rate().filter(|_| !self.is_forgotten(now))?;
-        Some(ByteRate((rate.0 / MORE.1).saturating_mul(MORE.0).max(QUEUE)))
+        Some(ByteRate((rate.0 / MORE.1).saturating_mul(MORE.0).max(LEAST.0)))
     }
 
     /// How long what waits there will take.
@@ -110,6 +119,34 @@ mod tests {
         assert_eq!(restoring.queue(), Duration::ZERO);
         let now = looks(&mut restoring, now, &mut decoded, 200, 1, 0);
         assert_eq!(restoring.rate(now), None);
+    }
+
+    #[test]
+    fn silence_of_the_path_is_not_taken_for_a_slow_destination() {
+        let (mut restoring, mut decoded) = (Restoring::default(), 0);
+        let mut now = Instant::now();
+        for burst in [3, 30, 3, 30] {
+            restoring.observe(now, decoded, 0);
+            now += Duration::from_millis(400);
+            // A gap is filled: what came behind it is ready at once, and restored within some milliseconds.
+            for step in 1..=burst {
+                decoded += MIB;
+                restoring.observe(now + Duration::from_millis(step), decoded, (burst - step) * MIB);
+            }
+            now += Duration::from_millis(burst);
+            assert_eq!(restoring.rate(now), None);
+        }
+    }
+
+    #[test]
+    fn acknowledgements_that_were_held_up_say_nothing() {
+        let (mut restoring, mut decoded) = (Restoring::default(), 0);
+        let now = Instant::now();
+        restoring.observe(now, decoded, 3 * MIB);
+        // It restored what waited, stood still, and has work again.
+        decoded += 20 * MIB;
+        restoring.observe(now + Duration::from_secs(2), decoded, 3 * MIB);
+        assert_eq!(restoring.rate(now + Duration::from_secs(2)), None);
     }
 
     #[test]

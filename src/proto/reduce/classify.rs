@@ -25,8 +25,10 @@ pub(super) fn classify(
     digest: PageDigest,
 ) -> Class {
     if is_zero(content) {
+        dictionary.sent.zero(at);
         Class::Blank
     } else if dictionary.is_same(at, digest) {
+        dictionary.sent.same(at);
         Class::Same
     } else if let Some(slot) = dictionary.find(digest) {
         dictionary.sent.set(at, slot);

@@ -7,6 +7,7 @@
 use std::fmt;
 
 use super::dictionary::SlotRing;
+use super::sent::SentPages;
 use crate::proto::page::{ImageDigest, PAGE_SIZE, PageAddress, PageDigest};
 
 /// Contents, numbered from 0 on, and which of them each page had.
@@ -78,12 +79,12 @@ impl KnownPages {
 }
 
 impl<S> KeptPages<S> {
-    /// Of `places` those whose content the ring still has. `None` where there are more of them than the dictionary has slots: the next session
-    /// would throw out each page just before it is sent.
-    pub(super) fn of(shelf: S, mut places: Vec<(PageAddress, u32)>, ring: SlotRing) -> Option<Self> {
-        if places.len() > ring.capacity() as usize {
+    /// `None` where more pages were sent than the dictionary has slots: the next session would throw out each page just before it is sent.
+    pub(super) fn of(shelf: S, sent: &SentPages, ring: SlotRing) -> Option<Self> {
+        if sent.count() > u64::from(ring.capacity()) {
             return None;
         }
+        let mut places = sent.places();
         places.retain(|&(_, slot)| ring.holds(slot));
         Some(Self { shelf, places })
     }

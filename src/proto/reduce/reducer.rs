@@ -86,7 +86,7 @@ impl Reducer {
     #[must_use]
     pub fn into_kept(self) -> Option<KeptPages<Box<dyn PageShelf + Send>>> {
         let (shelf, dictionary) = (self.kept?, self.dictionary);
-        KeptPages::of(shelf, dictionary.sent.places(), dictionary.ring())
+        KeptPages::of(shelf, &dictionary.sent, dictionary.ring())
     }
 
     /// How hard to compress from the next batch on.
@@ -119,6 +119,7 @@ impl Reducer {
                 Piece::Zero(record) => {
                     self.select_block(batch, record);
                     self.ops.page(PageOp::Zero, record, 0);
+                    self.dictionary.sent.zero(record.at);
                     stats.pages.zero += 1;
                 }
                 Piece::Page { record, content } => {
@@ -206,8 +207,9 @@ impl Reducer {
 
     fn insert(&mut self, record: PageRecord, digest: PageDigest, previous: Option<u32>, content: &[u8; PAGE_SIZE]) {
         let slot = self.dictionary.insert(record.at, digest, previous, content);
+        let fits = self.dictionary.sent.count() <= u64::from(self.dictionary.ring().capacity());
         if let (Some(slot), Some(shelf)) = (slot, &mut self.kept)
-            && shelf.put(slot, content).is_err()
+            && !(fits && shelf.put(slot, content).is_ok())
         {
             self.kept = None;
         }

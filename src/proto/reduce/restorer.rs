@@ -56,7 +56,7 @@ impl<S: PageShelf> Restorer<S> {
     /// What is left for the next session, once the last payload is restored; `None` where the guest has more pages than the dictionary. Takes a
     /// moment for each GiB of the guest.
     pub fn into_kept(self) -> Option<KeptPages<S>> {
-        KeptPages::of(self.shelf, self.sent.places(), self.ring)
+        KeptPages::of(self.shelf, &self.sent, self.ring)
     }
 
     /// Appends the bytes that `payload` carries to `out`: at most [`MAX_BATCH_BYTES`](super::MAX_BATCH_BYTES).
@@ -258,15 +258,18 @@ impl<S: PageShelf> Pages<'_, S> {
             match run.op {
                 PageOp::Zero => {
                     output.out.push(0);
+                    self.sent.zero(at);
                     counts.zero += 1;
                 }
                 PageOp::Blank => {
                     output.out.resize(output.out.len() + PAGE_SIZE, 0);
+                    self.sent.zero(at);
                     counts.zero += 1;
                 }
                 PageOp::Same => {
                     let slot = self.sent.slot(at).ok_or(RestoreError::NeverSent { at })?;
                     self.fetch(slot, output.out)?;
+                    self.sent.same(at);
                     counts.same += 1;
                 }
                 PageOp::Reference => {

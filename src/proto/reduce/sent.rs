@@ -12,8 +12,8 @@ pub(super) const REGION_PAGES: usize = 1024;
 /// Page address → slot. Both ends keep it, from the payload sequence alone.
 ///
 /// Regions are added as their first page is sent, up to a limit that both ends know; pages of further regions are not
-/// remembered. Zeroes leave the entry as it is, so that a page which was zero in between may still be the same as before. An
-/// entry is never cleared: whether its slot still holds the page's content is for the source to tell, by
+/// remembered. Zeroes only mark the entry, so that a page which was zero in between may still be the same as before, and one that ends as zero
+/// leaves nothing. An entry is never cleared: whether its slot still holds the page's content is for the source to tell, by
 /// digest, and what a slot number means is the same at both ends.
 #[derive(Debug)]
 pub(super) struct SentPages {
@@ -22,6 +22,8 @@ pub(super) struct SentPages {
     slots: Vec<Box<[u32; REGION_PAGES]>>,
     /// The region used last: pages come in runs.
     last: Option<((u16, u64), u32)>,
+    /// Entries.
+    count: u64,
 }
 
 impl SentPages {
@@ -31,14 +33,38 @@ impl SentPages {
             regions: HashMap::new(),
             slots: Vec::new(),
             last: None,
+            count: 0,
         }
+    }
+
+    /// Pages that are remembered.
+    pub(super) fn count(&self) -> u64 {
+        self.count
     }
 
     /// The slot that held the page when it was last sent.
     pub(super) fn slot(&mut self, at: PageAddress) -> Option<u32> {
         let region = self.region(at)?;
         let slot = self.slots[region as usize][index_in_region(at)];
-        (slot != NEVER).then_some(slot)
+        (slot != NEVER).then_some(slot & !ZERO)
+    }
+
+    /// The page has just been sent as zeroes.
+    pub(super) fn zero(&mut self, at: PageAddress) {
+        if let Some(region) = self.region(at) {
+            // It is never of an entry that is not there: that has the mark already.
+            self.slots[region as usize][index_in_region(at)] |= ZERO;
+        }
+    }
+
+    /// The page has just been sent as what it was before.
+    pub(super) fn same(&mut self, at: PageAddress) {
+        if let Some(region) = self.region(at) {
+            let entry = &mut self.slots[region as usize][index_in_region(at)];
+            if *entry != NEVER {
+                *entry &= !ZERO;
+            }
+        }
     }
 
     /// Remembers that the page has just been sent with the content of `slot`.
@@ -55,7 +81,9 @@ impl SentPages {
                 region
             }
         };
-        self.slots[region as usize][index_in_region(at)] = slot;
+        let entry = &mut self.slots[region as usize][index_in_region(at)];
+        self.count += u64::from(*entry == NEVER);
+        *entry = slot;
     }
 
     /// Number of the region of `at`, counted in the order in which regions were added.
@@ -78,7 +106,7 @@ impl SentPages {
         }
     }
 
-    /// The slot of each page, in the order of addresses.
+    /// The slot of each page that is not zero now, in the order of addresses.
     pub(super) fn places(&self) -> Vec<(PageAddress, u32)> {
         let mut regions: Vec<_> = self.regions.iter().map(|(&key, &region)| (key, region)).collect();
         regions.sort_unstable();
@@ -86,7 +114,7 @@ impl SentPages {
         for ((block, number), region) in regions {
             let first = number * REGION_PAGES as u64;
             let slots = &self.slots[region as usize][..];
-            let pages = (first..).zip(slots).filter(|&(_, &slot)| slot != NEVER);
+            let pages = (first..).zip(slots).filter(|&(_, &slot)| slot & ZERO == 0);
             places.extend(pages.map(|(page, &slot)| (PageAddress { block, page }, slot)));
         }
         places
@@ -108,6 +136,9 @@ fn index_in_region(at: PageAddress) -> usize {
 
 /// No slot has this number.
 const NEVER: u32 = u32::MAX;
+
+/// Marks the entry of a page that was zero since. Slots are below it ([`super::DictionaryLimits::MAX_SLOTS`]).
+const ZERO: u32 = 1 << 31;
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,9 @@ use crate::proto::wire::message::Held;
 use crate::proto::wire::repair::{MAX_COVERED, RUN};
 use crate::proto::wire::{Frame, FrameHeader};
 
+/// More frames are never restored and not yet given to the destination's vmm.
+const LAST_DECODED: usize = 8;
+
 /// Frames of one migration on their way out.
 ///
 /// Feed payloads with [`push`](Self::push); whenever [`poll_transmit`](Self::poll_transmit) gives a frame, send it on a lane of its
@@ -29,6 +32,8 @@ pub struct SourceSession {
     stream_offset: u64,
     /// Stream bytes that the decoder has.
     decoded_bytes: u64,
+    /// Bytes of the lanes that it restored last, and what they stand for.
+    decoded: VecDeque<(u64, u64)>,
     unsent_bytes: u64,
     outstanding_bytes: u64,
     outstanding: usize,
@@ -65,6 +70,7 @@ impl SourceSession {
             cursor: 0,
             stream_offset: 0,
             decoded_bytes: 0,
+            decoded: VecDeque::with_capacity(LAST_DECODED),
             unsent_bytes: 0,
             outstanding_bytes: 0,
             outstanding: 0,
@@ -190,7 +196,12 @@ impl SourceSession {
         while self.acknowledged < held.next {
             let kept = self.kept.pop_front().expect("acknowledged frames are kept until now");
             let bytes = kept.frame.lane_bytes();
-            self.decoded_bytes += u64::from(kept.frame.header.stream_bytes);
+            let stream_bytes = u64::from(kept.frame.header.stream_bytes);
+            self.decoded_bytes += stream_bytes;
+            if self.decoded.len() == LAST_DECODED {
+                self.decoded.pop_front();
+            }
+            self.decoded.push_back((bytes, stream_bytes));
             match kept.sent {
                 Sent::Now => {
                     self.outstanding_bytes -= bytes;
@@ -263,15 +274,25 @@ impl SourceSession {
         self.decoded_bytes
     }
 
-    /// Stream bytes that the next `lane_bytes` of frames for the decoder stand for.
+    /// Stream bytes that wait at the destination, which has `queued` bytes of frames and whose vmm has taken `taken` bytes of the stream: what it has
+    /// restored and not given away, and what the frames stand for that arrived behind that.
     #[must_use]
-    pub fn stream_bytes_of(&self, lane_bytes: u64) -> u64 {
-        let mut left = lane_bytes;
-        let frames = self.kept.iter().map_while(|kept| {
+    pub fn stream_bytes_waiting(&self, queued: u64, taken: u64) -> u64 {
+        let restored = self.decoded_bytes.saturating_sub(taken);
+        let (mut left, mut unaccounted) = (queued, restored);
+        for &(lane_bytes, stream_bytes) in self.decoded.iter().rev() {
+            if unaccounted == 0 {
+                break;
+            }
+            left = left.saturating_sub(lane_bytes);
+            unaccounted = unaccounted.saturating_sub(stream_bytes);
+        }
+        let arrived = self.kept.iter().take_while(|kept| kept.sent == Sent::Now);
+        let arrived = arrived.map_while(|kept| {
             left = left.checked_sub(kept.frame.lane_bytes())?;
             Some(u64::from(kept.frame.header.stream_bytes))
         });
-        frames.sum()
+        restored + arrived.sum::<u64>()
     }
 
     /// Bytes of frames that were sent again after cuts.

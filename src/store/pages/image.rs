@@ -135,8 +135,11 @@ impl Image {
         })
     }
 
-    /// It counts as used now.
-    pub(super) fn touch(&self, now: SystemTime) -> io::Result<()> {
+    /// It counts as used `now`.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn touch(&self, now: SystemTime) -> io::Result<()> {
         self.file.set_modified(now)
     }
 }

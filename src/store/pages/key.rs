@@ -21,6 +21,9 @@ pub(super) const TAG_LEN: usize = 16;
 const KEY_LEN: usize = 32;
 const FILE_NAME: &str = "key";
 
+/// What a key is called that is being erased.
+const ERASED: &str = ".key.erased";
+
 /// Names what keys are derived for (BLAKE3, `derive_key`): never used for anything else.
 const CONTEXT: &str = "longhaul page store 2026-11-27 key of an image";
 
@@ -73,19 +76,32 @@ impl StoreKey {
 
     /// Overwrites and removes the key in `dir`, which first loses its name: what is overwritten in part is no key.
     pub(super) fn erase(dir: &Path) -> Result<(), StoreError> {
-        let (path, beside) = (dir.join(FILE_NAME), dir.join(".key.erased.part"));
-        match std::fs::rename(&path, &beside) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            renamed => renamed.map_err(|error| StoreError::io(&path, error))?,
+        let path = dir.join(FILE_NAME);
+        // Before another one takes the name.
+        Self::finish_erasure(dir)?;
+        match std::fs::rename(&path, dir.join(ERASED)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(StoreError::io(&path, error)),
+            Ok(()) => {
+                sync_dir(dir)?;
+                Self::finish_erasure(dir)
+            }
         }
-        sync_dir(dir)?;
+    }
+
+    /// The second half of an erasure, also of one that was cut short.
+    pub(super) fn finish_erasure(dir: &Path) -> Result<(), StoreError> {
+        let path = dir.join(ERASED);
         let erased = || {
-            let file = OpenOptions::new().write(true).open(&beside)?;
+            let file = match OpenOptions::new().write(true).open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                opened => opened?,
+            };
             file.write_all_at(&[0; KEY_LEN], 0)?;
             file.sync_all()?;
-            std::fs::remove_file(&beside)
+            std::fs::remove_file(&path)
         };
-        erased().map_err(|error| StoreError::io(&beside, error))?;
+        erased().map_err(|error| StoreError::io(&path, error))?;
         sync_dir(dir)
     }
 

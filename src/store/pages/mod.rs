@@ -76,6 +76,8 @@ pub struct Contents {
     pub images: Vec<Listed>,
     /// Files that are no images of this store, with the reason.
     pub damaged: Vec<(PathBuf, String)>,
+    /// Files that cannot be read now, with the reason.
+    pub unreadable: Vec<(PathBuf, String)>,
 }
 
 impl PageStore {
@@ -120,6 +122,7 @@ impl PageStore {
             match listed {
                 Ok(listed) => contents.images.push(listed),
                 Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error @ StoreError::Io { .. }) => contents.unreadable.push((path, error.to_string())),
                 Err(error) => contents.damaged.push((path, error.to_string())),
             }
         }
@@ -136,11 +139,20 @@ impl PageStore {
         {
             // Whoever writes holds the lock until its file has its name.
             let _lock = self.lock()?;
+            StoreKey::finish_erasure(&self.dir)?;
             for part in self.files(|name| name.starts_with('.') && name.ends_with(".part"))? {
                 self.remove(&part)?;
             }
         }
-        let Contents { images, mut damaged } = self.contents()?;
+        let Contents {
+            images,
+            damaged,
+            unreadable,
+        } = self.contents()?;
+        for (_, reason) in unreadable {
+            tracing::warn!("not offered: {reason}");
+        }
+        let mut suspects: Vec<PathBuf> = damaged.into_iter().map(|(path, _)| path).collect();
         for listed in &images {
             let id = listed.head.id;
             if self.whole().contains(&id) {
@@ -148,16 +160,26 @@ impl PageStore {
             }
             match self.verify(id) {
                 Ok(()) => _ = self.whole().insert(id),
-                Err(StoreError::Damaged { path, reason }) => damaged.push((path, reason.to_owned())),
+                Err(StoreError::Damaged { path, .. }) => suspects.push(path),
                 Err(error) => tracing::warn!("not offered: {error}"),
             }
         }
+        // With the key as it is now: the store may have been erased and begun again meanwhile.
         let _lock = self.lock()?;
-        for (path, _) in &damaged {
-            self.remove(path)?;
+        let key = StoreKey::load(&self.dir)?;
+        let mut removed = Vec::new();
+        for path in suspects {
+            let found = match &key {
+                Some(key) => Image::open(&path, key).and_then(|image| image.verify()),
+                None => Err(StoreError::Erased { dir: self.dir.clone() }),
+            };
+            if let Err(error @ (StoreError::Damaged { .. } | StoreError::Erased { .. })) = found {
+                self.remove(&path)?;
+                removed.push((path, error.to_string()));
+            }
         }
         let whole = self.whole().len();
-        Ok((whole, damaged))
+        Ok((whole, removed))
     }
 
     /// Images that may be offered for a VM: its own, the newest first, then those of others that share with it.
@@ -173,19 +195,14 @@ impl PageStore {
         heads
     }
 
-    /// The image of that name, if it is here and whole, and shares with this VM. It counts as used `now`.
+    /// The image of that name, if it is here and whole, and shares with this VM.
     #[must_use]
-    pub fn image(&self, id: MigrationId, whose: &Whose, now: SystemTime) -> Option<Image> {
+    pub fn image(&self, id: MigrationId, whose: &Whose) -> Option<Image> {
         if !self.whole().contains(&id) {
             return None;
         }
         let image = self.open_image(id).ok()?;
-        if !image.head().whose.shares_with(whose) {
-            return None;
-        }
-        // Which one is thrown out first is a matter of economy: where this fails it is merely not the best choice.
-        let _ = image.touch(now);
-        Some(image)
+        image.head().whose.shares_with(whose).then_some(image)
     }
 
     /// An image is perhaps damaged: it is read again before it is offered again, and removed where it is.
@@ -242,12 +259,17 @@ impl PageStore {
             .filter(|head| head.whose == *whose && head.unix_ms <= unix_ms)
             .map(|head| head.id)
             .collect();
+        if !self.has_room(bytes.saturating_sub(used))? {
+            return Ok(None);
+        }
         // Until the new one is whole the next migration may begin with the old one, where there is room for both.
         if used > room || !self.has_room(bytes)? {
             older.iter().for_each(|&id| self.discard(id));
-            self.make_room_locked(room)?;
-            if !self.has_room(bytes)? {
-                return Ok(None);
+            let mut images = self.contents()?.images;
+            self.throw_out(&mut images, room)?;
+            while !self.has_room(bytes)? {
+                let Some(oldest) = images.pop() else { return Ok(None) };
+                self.discard(oldest.head.id);
             }
         }
         let key = StoreKey::load_or_create(&self.dir)?;
@@ -269,11 +291,12 @@ impl PageStore {
     /// [`StoreError`] where a file cannot be removed.
     pub fn make_room(&self, most_bytes: u64) -> Result<usize, StoreError> {
         let _lock = self.lock()?;
-        self.make_room_locked(most_bytes)
+        let mut images = self.contents()?.images;
+        self.throw_out(&mut images, most_bytes)
     }
 
-    fn make_room_locked(&self, most_bytes: u64) -> Result<usize, StoreError> {
-        let mut images = self.contents()?.images;
+    /// Of `images`, the one that was used last first.
+    fn throw_out(&self, images: &mut Vec<Listed>, most_bytes: u64) -> Result<usize, StoreError> {
         let mut bytes: u64 = images.iter().map(|listed| listed.bytes).sum();
         let mut removed = 0;
         while bytes > most_bytes

@@ -31,11 +31,6 @@ fn page(seed: u32) -> [u8; PAGE_SIZE] {
     page
 }
 
-/// After anything that these tests write.
-fn now() -> SystemTime {
-    SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1 << 34)
-}
-
 fn whose(vm: &str, tenant: &str) -> Whose {
     Whose {
         vm: vm.to_owned(),
@@ -75,7 +70,7 @@ fn an_image_holds_what_the_session_left() {
     let mut left = kept(1000);
     let head = store.keep(id(1), &whose("db-1", ""), 7, &mut left).unwrap().unwrap();
     assert_eq!((head.places, head.contents), (1000, 667));
-    let image = store.image(id(1), &whose("db-1", ""), now()).unwrap();
+    let image = store.image(id(1), &whose("db-1", "")).unwrap();
     let known = image.pages().unwrap();
     assert_eq!(known.digest(), head.digest);
     for (&(at, number), &(expected_at, slot)) in known.places().iter().zip(&left.places) {
@@ -114,10 +109,10 @@ fn only_what_this_process_has_read_whole_is_offered() {
         .unwrap();
     let after_restart = store(dir.path());
     assert!(after_restart.candidates(&whose("db-1", "")).is_empty());
-    assert!(after_restart.image(id(1), &whose("db-1", ""), now()).is_none());
+    assert!(after_restart.image(id(1), &whose("db-1", "")).is_none());
     assert_eq!(after_restart.scrub().unwrap().0, 1);
     assert_eq!(after_restart.candidates(&whose("db-1", "")).len(), 1);
-    assert!(after_restart.image(id(1), &whose("db-1", ""), now()).is_some());
+    assert!(after_restart.image(id(1), &whose("db-1", "")).is_some());
 }
 
 #[test]
@@ -176,8 +171,8 @@ fn tenants_share_nothing() {
     let store = store(dir.path());
     store.keep(id(1), &whose("db-1", "acme"), 7, &mut kept(10)).unwrap();
     assert!(store.candidates(&whose("db-1", "")).is_empty());
-    assert!(store.image(id(1), &whose("db-1", "other"), now()).is_none());
-    assert!(store.image(id(1), &whose("db-1", "acme"), now()).is_some());
+    assert!(store.image(id(1), &whose("db-1", "other")).is_none());
+    assert!(store.image(id(1), &whose("db-1", "acme")).is_some());
 }
 
 #[test]
@@ -190,7 +185,7 @@ fn a_peer_is_not_told_of_what_went_elsewhere() {
         ..whose("db-1", "")
     };
     assert!(store.candidates(&elsewhere).is_empty());
-    assert!(store.image(id(1), &elsewhere, now()).is_none());
+    assert!(store.image(id(1), &elsewhere).is_none());
     // The VM's image with one peer is not in the place of that with another.
     store.keep(id(2), &elsewhere, 8, &mut kept(10)).unwrap();
     assert_eq!(store.contents().unwrap().images.len(), 2);
@@ -206,6 +201,32 @@ fn an_erasure_that_was_cut_short_leaves_nothing_that_is_taken_for_a_key() {
     store.keep(id(2), &whose("db-2", ""), 7, &mut kept(10)).unwrap();
     assert_ne!(std::fs::read(store.dir().join("key")).unwrap(), [0; 32]);
     assert!(store.open_image(id(2)).is_ok());
+}
+
+#[test]
+fn an_erasure_that_was_cut_short_is_finished_by_the_next_look() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    let cut_short = store.dir().join(".key.erased");
+    std::fs::rename(store.dir().join("key"), &cut_short).unwrap();
+    let open = File::open(&cut_short).unwrap();
+    store.erase().unwrap();
+    let mut left = [1; 32];
+    open.read_exact_at(&mut left, 0).unwrap();
+    assert_eq!((left, std::fs::read_dir(store.dir()).unwrap().count()), ([0; 32], 0));
+}
+
+#[test]
+fn what_cannot_be_read_now_is_not_offered_and_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
+    // Reading a directory fails, and not because of what is in it.
+    std::fs::create_dir(store.path_of(id(2))).unwrap();
+    let (whole, removed) = store.scrub().unwrap();
+    assert_eq!((whole, removed.len()), (1, 0));
+    assert_eq!(store.contents().unwrap().unreadable.len(), 1);
 }
 
 #[test]
@@ -259,7 +280,8 @@ fn what_was_not_used_for_longest_makes_room_and_open_images_stay_readable() {
     for number in [1, 2] {
         store.open_image(id(number)).unwrap().touch(long_ago).unwrap();
     }
-    let open = store.image(id(1), &whose("db-1", ""), now()).unwrap();
+    let open = store.image(id(1), &whose("db-1", "")).unwrap();
+    open.touch(long_ago + std::time::Duration::from_secs(1)).unwrap();
     store.keep(id(3), &whose("db-3", ""), 3, &mut kept(12)).unwrap();
     let mut left: Vec<_> = store
         .contents()
@@ -320,7 +342,7 @@ fn a_page_that_is_damaged_after_it_was_offered_fails_and_is_not_another() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     store.keep(id(1), &whose("db-1", ""), 1, &mut kept(10)).unwrap();
-    let image = store.image(id(1), &whose("db-1", ""), now()).unwrap();
+    let image = store.image(id(1), &whose("db-1", "")).unwrap();
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(store.path_of(id(1)))
@@ -342,7 +364,7 @@ proptest! {
         let mut left = kept(contents);
         left.places.retain(|(at, _)| at.page % 3 != 2);
         store.keep(id(1), &whose("db-1", ""), 1, &mut left).unwrap();
-        let image = std::sync::Arc::new(store.image(id(1), &whose("db-1", ""), now()).unwrap());
+        let image = std::sync::Arc::new(store.image(id(1), &whose("db-1", "")).unwrap());
         let known = image.pages().unwrap().slots(slots);
         let mut expected: Vec<Option<[u8; PAGE_SIZE]>> = vec![None; slots as usize];
         for number in 0..known {
