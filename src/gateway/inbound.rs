@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::keeping::Leftover;
+use super::keeping::{Leftover, LeftoverSlot};
 use super::memory::Reservation;
 use super::vmm_output::VmmOutput;
 use crate::metrics::{Stage, Waiting};
@@ -21,7 +21,6 @@ use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionErr
 use crate::proto::wire::Frame;
 use crate::proto::wire::message::Held;
 use crate::store::pages::KnownShelf;
-use crate::store::spill::SpillShelf;
 
 /// Restored frames between decoder and writer.
 const RESTORED_AHEAD: usize = 4;
@@ -29,7 +28,7 @@ const RESTORED_AHEAD: usize = 4;
 /// A shelf and the memory that is reserved for it.
 #[derive(Debug)]
 pub(crate) struct Shelf {
-    pub(crate) shelf: KnownShelf<SpillShelf>,
+    pub(crate) shelf: KnownShelf,
     pub(crate) _memory: Reservation,
 }
 
@@ -77,7 +76,7 @@ struct Shared {
     /// Bytes of the frames that are restored and not yet given to the vmm.
     writing_bytes: AtomicU64,
     /// What the stream leaves for the next one, once all of it is restored.
-    leftover: Mutex<Option<Leftover>>,
+    leftover: LeftoverSlot,
 }
 
 #[derive(Debug)]
@@ -106,7 +105,7 @@ impl Inbound {
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
             writing_bytes: AtomicU64::new(0),
-            leftover: Mutex::default(),
+            leftover: LeftoverSlot::default(),
         });
         let (progress, outcome) = watch::channel(Progress::default());
         let (release, released) = oneshot::channel();
@@ -239,11 +238,7 @@ impl Inbound {
 
     /// What the stream left for the next one, where all of it was restored.
     pub(crate) fn take_leftover(&self) -> Option<Leftover> {
-        self.shared
-            .leftover
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.shared.leftover.take()
     }
 
     /// Bytes that the vmm has taken.
@@ -320,8 +315,7 @@ fn decode<S: PageShelf + Send + 'static>(
         if frame.header.last {
             let ended = (decoder.summary(), decoder.pages());
             if keeps {
-                let leftover = Leftover::of_decoder(decoder);
-                *shared.leftover.lock().unwrap_or_else(PoisonError::into_inner) = Some(leftover);
+                shared.leftover.put(Leftover::of_decoder(decoder));
             }
             return Ok(Some(ended));
         }

@@ -8,7 +8,7 @@
 //! RUNNING: keep                                 RUNNING: keep
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::memory::Reservation;
 use super::registry::Entry;
@@ -19,7 +19,7 @@ use crate::proto::reduce::{DictionaryLimits, KeptPages, KnownPages, PageShelf, R
 use crate::proto::session::Decoder;
 use crate::proto::wire::hello;
 use crate::proto::wire::message::KnownImage;
-use crate::store::pages::{Head, Image, KnownShelf, MOST_OFFERED, PageStore, SharedImage, StoreError, Whose};
+use crate::store::pages::{Head, Image, KnownShelf, MOST_OFFERED, PageStore, StoreError, Whose};
 use crate::store::spill::{self, SpillShelf};
 
 /// What a session leaves, wherever it kept it.
@@ -52,14 +52,33 @@ impl std::fmt::Debug for Leftover {
     }
 }
 
+/// Where a stream's thread puts what it leaves, for the driver.
+#[derive(Debug, Default)]
+pub(crate) struct LeftoverSlot(Mutex<Option<Leftover>>);
+
+impl LeftoverSlot {
+    pub(crate) fn put(&self, leftover: Leftover) {
+        *self.slot() = Some(leftover);
+    }
+
+    pub(crate) fn take(&self) -> Option<Leftover> {
+        self.slot().take()
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Leftover>> {
+        // It is there or not: always consistent.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Pages that a source has in memory before they go to its spill file: 4 MiB.
 pub(crate) const PAGES_AT_SOURCE: u32 = 1 << 10;
 
 /// What a source's reducer begins with and keeps to.
 #[derive(Debug, Default)]
 pub(crate) struct Prepared {
-    known: Option<(KnownPages, Arc<Image>)>,
-    shelf: Option<KnownShelf<SpillShelf>>,
+    known: Option<Found>,
+    shelf: Option<KnownShelf>,
 }
 
 /// An image with the pages in it.
@@ -148,9 +167,8 @@ pub(crate) async fn prepare(
         let image = known.as_ref().map(|found| Arc::clone(&found.image));
         let taken = known.as_ref().map_or(0, |found| found.pages.slots(limits.slots()));
         Ok(Prepared {
-            known: known.map(|found| (found.pages, found.image)),
-            shelf: shelf(&store, limits, memory_bytes, taken)
-                .map(|spill| KnownShelf::new(image, limits.slots(), spill)),
+            known,
+            shelf: shelf(&store, limits, memory_bytes, taken).map(|spill| KnownShelf::new(image, spill)),
         })
     })
     .await
@@ -176,13 +194,13 @@ fn shelf(store: &PageStore, limits: DictionaryLimits, memory_bytes: u64, taken: 
 impl Prepared {
     /// Pages of the VM, or of one like it, that both sites have.
     pub(crate) fn known_pages(&self) -> u64 {
-        self.known.as_ref().map_or(0, |(pages, _)| pages.places().len() as u64)
+        self.known.as_ref().map_or(0, |found| found.pages.places().len() as u64)
     }
 
     /// Gives the reducer what it begins with.
     pub(crate) fn equip(self, reducer: &mut Reducer) {
-        if let Some((pages, image)) = self.known {
-            reducer.know(&pages, Box::new(SharedImage(image)));
+        if let Some(Found { image, pages }) = self.known {
+            reducer.know(&pages, Box::new(image));
         }
         if let Some(shelf) = self.shelf {
             reducer.keep_on(Box::new(shelf));

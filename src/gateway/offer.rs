@@ -200,7 +200,7 @@ async fn dictionary(
         .map_err(|error| format!("{}: {error}", core.config.site))?;
     let image = found.as_ref().map(|found| Arc::clone(&found.image));
     let shelf = Shelf {
-        shelf: KnownShelf::new(image, slots, spill),
+        shelf: KnownShelf::new(image, spill),
         _memory: memory,
     };
     let mut decoder = Decoder::new(Some((limits, shelf)));

@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::clock;
-use super::keeping::Leftover;
+use super::keeping::{Leftover, LeftoverSlot};
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
@@ -88,7 +88,7 @@ struct Shared {
     window_bytes: u64,
     pages: Mutex<PageCounts>,
     /// What the stream leaves for the next one, once it has ended.
-    leftover: Mutex<Option<Leftover>>,
+    leftover: LeftoverSlot,
     queued_at_peer: AtomicU64,
     restoring: Mutex<Restoring>,
     /// Frame bytes a second that the path takes.
@@ -124,7 +124,7 @@ impl Outbound {
             frame_bytes: AtomicU64::new(0),
             window_bytes,
             pages: Mutex::default(),
-            leftover: Mutex::default(),
+            leftover: LeftoverSlot::default(),
             queued_at_peer: AtomicU64::new(0),
             restoring: Mutex::default(),
             goodput: AtomicU64::new(UNKNOWN_RATE.0),
@@ -341,11 +341,7 @@ impl Outbound {
 
     /// What the stream left for the next one, where it ended and something was kept.
     pub(crate) fn take_leftover(&self) -> Option<Leftover> {
-        self.shared
-            .leftover
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.shared.leftover.take()
     }
 
     /// Bytes so far.
@@ -481,10 +477,12 @@ fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encod
         shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
         shared.to_read.notify_one();
     }
-    let (summary, pages, reducer) = encoder.finish_and_keep(&mut frames);
+    let (summary, pages, reducer) = encoder.finish_with_reducer(&mut frames);
     *shared.pages() = pages;
     shared.push(&mut frames, true);
-    *shared.leftover.lock().unwrap_or_else(PoisonError::into_inner) = reducer.and_then(Leftover::of_reducer);
+    if let Some(leftover) = reducer.and_then(Leftover::of_reducer) {
+        shared.leftover.put(leftover);
+    }
     summary
 }
 

@@ -110,12 +110,15 @@ impl Encoder {
 
     /// The stream has ended: appends what was still pending, at least one frame, and sums up.
     pub fn finish(self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
-        let (summary, pages, _) = self.finish_and_keep(frames);
+        let (summary, pages, _) = self.finish_with_reducer(frames);
         (summary, pages)
     }
 
     /// The same, and the reducer, which knows what is left for the next session.
-    pub fn finish_and_keep(mut self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts, Option<Reducer>) {
+    pub fn finish_with_reducer(
+        mut self,
+        frames: &mut Vec<EncodedFrame>,
+    ) -> (StreamSummary, PageCounts, Option<Reducer>) {
         if let Some(reduction) = &mut self.reduction {
             reduction.feed(&[], true, &mut self.held, frames);
         }

@@ -36,7 +36,7 @@ use std::time::SystemTime;
 use rustix::fs::FlockOperation;
 
 pub use self::format::{Head, Whose};
-pub use self::image::{Image, SharedImage};
+pub use self::image::Image;
 use self::key::StoreKey;
 pub use self::shelf::KnownShelf;
 use super::spill;

@@ -5,45 +5,37 @@ use std::sync::Arc;
 use super::image::Image;
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::reduce::{PageShelf, ShelfError};
+use crate::store::spill::SpillShelf;
 
 /// A [`PageShelf`] whose first slots hold the pages of an image until others take their place.
 #[derive(Debug)]
-pub struct KnownShelf<S> {
+pub struct KnownShelf {
     image: Option<Arc<Image>>,
-    /// Slots that began with a page of the image.
-    known: u64,
-    slots: u64,
-    /// Slots taken so far, those of the image among them.
-    taken: u64,
-    new: S,
+    new: SpillShelf,
 }
 
-impl<S: PageShelf> KnownShelf<S> {
-    /// Over `slots` slots, the first of which hold the pages of `image`; `new` is put to from the slot behind them on.
-    pub fn new(image: Option<Arc<Image>>, slots: u32, new: S) -> Self {
-        let known = image.as_ref().map_or(0, |image| image.head().contents.min(slots));
-        Self {
-            image,
-            known: known.into(),
-            slots: slots.into(),
-            taken: known.into(),
-            new,
-        }
+impl KnownShelf {
+    /// `new` begins behind the pages of `image` ([`SpillShelf::after`]).
+    #[must_use]
+    pub fn new(image: Option<Arc<Image>>, new: SpillShelf) -> Self {
+        Self { image, new }
     }
 }
 
-impl<S: PageShelf> PageShelf for KnownShelf<S> {
+impl PageShelf for KnownShelf {
     fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
-        self.new.put(slot, page)?;
-        self.taken += 1;
-        Ok(())
+        self.new.put(slot, page)
     }
 
     fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
-        let is_known = u64::from(slot) < self.known && self.taken <= self.slots + u64::from(slot);
-        let Some(image) = self.image.as_ref().filter(|_| is_known) else {
-            return self.new.get(slot, page);
+        let found = self.new.get(slot, page);
+        let Some(image) = self.image.as_ref().filter(|image| slot < image.head().contents) else {
+            return found;
         };
+        // What is below has every page that was put: it lacks only those that are in the image still.
+        if !matches!(found, Err(ShelfError::NoSuchSlot { .. })) {
+            return found;
+        }
         let page: &mut [u8; PAGE_SIZE] = page.try_into().map_err(|_| ShelfError::NoSuchSlot { slot })?;
         image.read(slot, page).map_err(|error| ShelfError::Storage {
             slot,

@@ -371,7 +371,7 @@ proptest! {
             expected[number as usize] = Some(page(left.places[number as usize].1));
         }
         let spill = spill::SpillShelf::after(dir.path(), slots, 3, known).unwrap();
-        let mut shelf = KnownShelf::new(Some(image), slots, spill);
+        let mut shelf = KnownShelf::new(Some(image), spill);
         for put in 0..puts {
             let slot = (known + put) % slots;
             shelf.put(slot, &page(1000 + put)).unwrap();
