@@ -25,7 +25,7 @@ use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
 use crate::gateway::{keeping, launches};
-use crate::hypervisor::qemu::{DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::hypervisor::qemu::{Condition, DirtyRate, SourceError, SourceVm, VmInventory};
 use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
@@ -358,10 +358,12 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
             return (checks, None);
         }
     };
-    let (vm, link) = tokio::join!(
-        SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE),
-        core.links.fresh_link(&request.peer)
-    );
+    let look = async {
+        let vm = SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE).await?;
+        let seen = look_at_vm(&vm).await;
+        Ok::<_, SourceError>((vm, seen))
+    };
+    let (looked, link) = tokio::join!(look, core.links.fresh_link(&request.peer));
     let link = match link {
         Ok(link) => {
             note(
@@ -380,8 +382,10 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
         }
     };
     let mut fine = link.is_some();
-    let found = match &vm {
-        Ok(vm) => look_at_vm(vm, &vm_config, &mut note).await,
+    let found = match looked.and_then(|(vm, seen)| Ok((vm, seen?))) {
+        Ok((vm, (inventory, condition))) => {
+            judge(&inventory, &condition, &vm_config, &mut note).then_some((vm, inventory))
+        }
         Err(error) => {
             note("hypervisor", Err(error.to_string()));
             None
@@ -415,7 +419,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
             })
             .map_err(ToString::to_string),
     );
-    let (Ok(vm), Some(link), Some(inventory), Ok(budget)) = (vm, link, found, budget) else {
+    let (Some((vm, inventory)), Some(link), Ok(budget)) = (found, link, budget) else {
         return (checks, None);
     };
     let deadline = request
@@ -449,39 +453,36 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
     (checks, fine.then_some(checked))
 }
 
-async fn look_at_vm(
-    vm: &SourceVm,
+/// What the VM is, and what is going on with it.
+async fn look_at_vm(vm: &SourceVm) -> Result<(VmInventory, Condition), SourceError> {
+    Ok((vm.inventory().await?, vm.condition().await?))
+}
+
+/// Whether the VM can be moved as it is.
+fn judge(
+    inventory: &VmInventory,
+    condition: &Condition,
     config: &Vm,
     note: &mut impl FnMut(&str, Result<String, String>) -> bool,
-) -> Option<VmInventory> {
-    let looked: Result<_, SourceError> = async { Ok((vm.inventory().await?, vm.condition().await?)) }.await;
-    match looked {
-        Ok((inventory, condition)) => {
-            note(
-                "hypervisor",
-                Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)),
-            );
-            let refusals = condition.refusals(config.disks == Disks::Shared);
-            let mut fine = true;
-            for refusal in &refusals {
-                fine &= note("condition", Err(refusal.to_string()));
-            }
-            if refusals.is_empty() {
-                note(
-                    "condition",
-                    Ok(format!(
-                        "{} MiB of memory, nothing speaks against it",
-                        memory_of(&inventory) >> 20
-                    )),
-                );
-            }
-            fine.then_some(inventory)
-        }
-        Err(error) => {
-            note("hypervisor", Err(error.to_string()));
-            None
-        }
+) -> bool {
+    note(
+        "hypervisor",
+        Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)),
+    );
+    let refusals = condition.refusals(config.disks == Disks::Shared);
+    for refusal in &refusals {
+        note("condition", Err(refusal.to_string()));
     }
+    if refusals.is_empty() {
+        note(
+            "condition",
+            Ok(format!(
+                "{} MiB of memory, nothing speaks against it",
+                memory_of(inventory) >> 20
+            )),
+        );
+    }
+    refusals.is_empty()
 }
 
 impl Checked {

@@ -169,11 +169,8 @@ impl Links {
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let name = || peer.to_owned();
         let attempt = async {
-            let link = self.dial_by_any_way(peer).await?;
-            let reply = Channel::ask(&link.control, &Request::Hello(self.hello.clone()))
-                .await
-                .map_err(|source| LinkError::Channel { peer: name(), source })?;
-            match reply {
+            let (link, reply) = self.dial_by_any_way(peer).await?;
+            match reply.map_err(|source| LinkError::Channel { peer: name(), source })? {
                 Reply::Hello(hello) => Ok((link, hello)),
                 Reply::Refused(reason) => Err(LinkError::Refused { peer: name(), reason }),
                 _ => Err(LinkError::Channel {
@@ -211,9 +208,9 @@ impl Links {
         })
     }
 
-    /// Calls the peer at its first address, and where that does not answer, at its second. One at a time: lanes are taken
+    /// Calls the peer at its first address, and where that does not answer, at its second; and says hello. One at a time: lanes are taken
     /// from one link of a peer, and the later of two would end the earlier.
-    async fn dial_by_any_way(&self, peer: &str) -> Result<PeerLink, LinkError> {
+    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Result<Reply, ChannelError>), LinkError> {
         let name = || peer.to_owned();
         let configured = self.config.peer(peer);
         let trusted = self.trust.get(peer).ok_or_else(|| match configured {
@@ -236,7 +233,9 @@ impl Links {
                 rtt: self.configured_rtt(peer),
                 bulk_connections: configured.and_then(|peer| peer.bulk_connections),
             };
-            let dialled = self.transport.dial(&target).await;
+            let hello =
+                async |control: &PeerConnection| Channel::ask(control, &Request::Hello(self.hello.clone())).await;
+            let dialled = self.transport.dial_asking(&target, hello).await;
             dialled.map_err(|source| LinkError::Dial { peer: name(), source })
         };
         let (first, second) = match (first, second) {

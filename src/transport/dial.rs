@@ -47,6 +47,20 @@ impl Transport {
     /// # Errors
     /// [`DialError`] where the peer does not answer, is not who it should be, or does not want us.
     pub async fn dial(&self, target: &PeerTarget) -> Result<PeerLink, DialError> {
+        let (link, ()) = self.dial_asking(target, async |_| ()).await?;
+        Ok(link)
+    }
+
+    /// The same, and `ask` meanwhile, on the control connection: from the first round trip on, when the peer has proved who it is. Whether it
+    /// trusts us is not known then; what `ask` came to is given only where it does.
+    ///
+    /// # Errors
+    /// Those of [`Self::dial`].
+    pub async fn dial_asking<T>(
+        &self,
+        target: &PeerTarget,
+        ask: impl AsyncFnOnce(&PeerConnection) -> T,
+    ) -> Result<(PeerLink, T), DialError> {
         let failed = |cause| DialError {
             peer: target.name.clone(),
             address: target.control_address,
@@ -64,26 +78,26 @@ impl Transport {
         let rate_now = rate.map(|most| present.into_iter().flatten().fold(most, ByteRate::min));
         let budget = self.shared.budget(&target.name);
         budget.set_rate(rate_now);
-        let open = |address, kind, bundle| {
-            let attempt = Attempt {
-                address,
-                kind,
-                peer: Some(target.name.clone()),
-                fingerprint: target.fingerprint,
-                rate,
-                rate_now,
-                rtt: target.rtt,
-                budget: budget.clone(),
-                bundle,
-            };
-            self.shared.clone().open(attempt)
+        let attempt = |address, kind, bundle| Attempt {
+            address,
+            kind,
+            peer: Some(target.name.clone()),
+            fingerprint: target.fingerprint,
+            rate,
+            rate_now,
+            rtt: target.rtt,
+            budget: budget.clone(),
+            bundle,
         };
         let wanted = target
             .bulk_connections
             .unwrap_or_else(|| tuning::bulk_connections(rate));
         let all = async |bundle: Bundle| {
             let mut dialling: JoinSet<_> = (0..bundle.connections())
-                .map(|_| open(bulk_address, ConnectionKind::Bulk, bundle))
+                .map(|_| {
+                    let attempt = attempt(bulk_address, ConnectionKind::Bulk, bundle);
+                    self.shared.clone().open(attempt)
+                })
                 .collect();
             let mut bulk = Vec::new();
             while let Some(dialled) = dialling.join_next().await {
@@ -101,9 +115,14 @@ impl Transport {
                 dialled => dialled,
             }
         };
-        let control = open(target.control_address, ConnectionKind::Control, Bundle::alone());
-        let (control, bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
-        Ok(PeerLink::new(control, bulk))
+        let control = async {
+            let attempt = attempt(target.control_address, ConnectionKind::Control, Bundle::alone());
+            let control = self.shared.connect(attempt).await?;
+            let ((), answer) = tokio::try_join!(self.shared.admit(&control), async { Ok(ask(&control).await) })?;
+            Ok((control, answer))
+        };
+        let ((control, answer), bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
+        Ok((PeerLink::new(control, bulk), answer))
     }
 
     /// Connects to a gateway that invited this one, to introduce ourselves. Only its key is known.
@@ -148,8 +167,15 @@ struct Attempt {
 }
 
 impl Shared {
-    /// Connects from a socket of its own, so that control never queues behind bulk in one.
+    /// Connects, and waits for the peer's word that it trusts us.
     async fn open(self: Arc<Self>, attempt: Attempt) -> Result<PeerConnection, DialCause> {
+        let connection = self.connect(attempt).await?;
+        self.admit(&connection).await?;
+        Ok(connection)
+    }
+
+    /// Connects from a socket of its own, so that control never queues behind bulk in one. The peer has proved then who it is.
+    async fn connect(&self, attempt: Attempt) -> Result<PeerConnection, DialCause> {
         let Attempt {
             address,
             kind,
@@ -187,7 +213,6 @@ impl Shared {
             .connect_with(config, address, &bundle.name())
             .map_err(DialCause::Address)?;
         let connection = connecting.await.map_err(DialCause::of_connection)?;
-        confirmed(&connection).await.map_err(DialCause::of_connection)?;
 
         let priority = if kind == ConnectionKind::Bulk {
             Priority::Bulk
@@ -205,12 +230,18 @@ impl Shared {
             endpoint: Some(endpoint),
             bundle,
         };
-        let connection = PeerConnection::new(connection, peer, fingerprint, kind, path);
-        self.register(&connection);
-        if kind != ConnectionKind::Pairing && !self.trust.contains(&fingerprint) {
+        Ok(PeerConnection::new(connection, peer, fingerprint, kind, path))
+    }
+
+    /// The peer trusts us, and it is still trusted here: from now on the connection is one of this gateway's.
+    async fn admit(&self, connection: &PeerConnection) -> Result<(), DialCause> {
+        confirmed(connection).await.map_err(DialCause::of_connection)?;
+        self.register(connection);
+        let pairing = connection.kind() == ConnectionKind::Pairing;
+        if !pairing && !self.trust.contains(&connection.fingerprint()) {
             return Err(DialCause::Unpaired);
         }
-        Ok(connection)
+        Ok(())
     }
 }
 
