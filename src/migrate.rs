@@ -204,19 +204,21 @@ async fn agree(
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
-    let offer = checked.offer(entry.migration);
-    let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
     let agreement = checked.link.agreement();
-    let window_bytes = agreement.limits.window_bytes;
+    let (window_bytes, most) = (agreement.limits.window_bytes, agreement.limits.dictionary_pages);
+    let images = match agreement.version >= hello::IMAGES {
+        true => keeping::candidates(core, &entry.vm, &entry.peer, most).await,
+        false => Vec::new(),
+    };
+    let slots = keeping::slots_with(&images, dictionary_pages(&checked.inventory), most);
+    let images = keeping::fitting(images, slots);
+    let offer = checked.offer(entry.migration, slots);
+    let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
     let deltas = agreement.version >= hello::DELTAS;
     let memory = core
         .memory
         .reserve(Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary))
         .map_err(|error| format!("{}: {error}", core.config.site))?;
-    let images = match agreement.version >= hello::IMAGES {
-        true => keeping::candidates(core, &entry.vm, &entry.peer, dictionary.slots()).await,
-        false => Vec::new(),
-    };
     let offered_images = images.iter().map(|image| KnownImage {
         id: image.head().id,
         digest: image.head().digest,
@@ -437,7 +439,8 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
         deadline,
     };
     if how == Thoroughness::AskDestination {
-        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes())));
+        let slots = dictionary_pages(&checked.inventory).min(checked.link.agreement().limits.dictionary_pages);
+        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes()), slots));
         let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
         fine &= note(
             "destination",
@@ -486,14 +489,14 @@ fn judge(
 }
 
 impl Checked {
-    fn offer(&self, migration: MigrationId) -> Offer {
+    fn offer(&self, migration: MigrationId, dictionary_pages: u32) -> Offer {
         Offer {
             migration,
             vm: self.vm_config.name.clone(),
             inventory: serde_json::to_string(&self.inventory).expect("an inventory is plain data"),
             was_running: self.vm.was_running(),
             reduce: true,
-            dictionary_pages: dictionary_pages(&self.inventory).min(self.link.agreement().limits.dictionary_pages),
+            dictionary_pages,
             regions: regions(&self.inventory),
         }
     }

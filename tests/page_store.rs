@@ -30,10 +30,16 @@ fn rig(vms: &[(&str, Machine)]) -> Rig {
 
 /// `longhaul store VERB` for this site.
 fn store(site: &Site, verb: &str) -> (Option<i32>, Value) {
+    store_of(site, &[verb])
+}
+
+fn store_of(site: &Site, words: &[&str]) -> (Option<i32>, Value) {
     let config = site.state_dir().parent().unwrap().join("gateway.toml");
     let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
     command
-        .args(["store", verb, "--output", "json", "--config"])
+        .arg("store")
+        .args(words)
+        .args(["--output", "json", "--config"])
         .arg(config);
     let ran = command.output().unwrap();
     let said = String::from_utf8_lossy(&ran.stdout).into_owned();
@@ -97,8 +103,102 @@ fn a_vm_that_comes_back_after_both_gateways_were_restarted_sends_only_what_it_ch
     println!("{first} bytes there, {second} back");
     assert!(second * 10 <= first, "{second} of {first}");
     rig.assert_only(&[(&rig.a, "vm")]);
-    until_kept(&rig, 1);
+    until_kept(&rig, 2);
     assert_eq!(store(&rig.a, "verify").0, Some(0));
+}
+
+#[test]
+fn a_vm_that_moves_on_before_one_site_has_written_its_newest_image_begins_with_the_one_before() {
+    need!(qemu());
+    let mut rig = rig(&[("vm", Machine::restless(64, 512))]);
+    rig.a.boot("vm");
+    let there = moved(&rig.a, "vm", "b");
+    until_kept(&rig, 1);
+    let first = images(&rig.b)[0]["migration"].clone();
+    moved(&rig.b, "vm", "a");
+    until_kept(&rig, 2);
+    let newest = images(&rig.b)
+        .into_iter()
+        .find(|image| image["migration"] != first)
+        .unwrap();
+    let forgotten = store_of(&rig.b, &["forget", newest["migration"].as_str().unwrap()]);
+    assert_eq!(forgotten.0, Some(0), "{forgotten:?}");
+    let again = moved(&rig.a, "vm", "b");
+    assert!(number(&again, "known_pages") > 15_000, "{again}");
+    let (first, second) = (number(&there, "wire_bytes"), number(&again, "wire_bytes"));
+    assert!(second * 10 <= first, "{second} of {first}");
+    // And no more than two are kept.
+    until("a kept it", || {
+        images(&rig.a)
+            .iter()
+            .any(|image| image["migration"] == again["migration"])
+    });
+    assert_eq!(images(&rig.a).len(), 2);
+}
+
+#[test]
+fn what_both_sites_have_of_a_disk_is_not_sent_in_a_first_migration_either() {
+    need!(qemu());
+    let vms = ["seeded", "strange"].map(|vm| (vm, Machine::filled(48)));
+    let mut rig = Rig::planned(&vms, |a, b| {
+        for plan in [a, b] {
+            plan.settings.push_str(STORE);
+            plan.vm("seeded").settings = "tenant = \"acme\"\n".to_owned();
+        }
+    });
+    for (vm, _) in &vms {
+        rig.a.boot(vm);
+    }
+    // A disk that has what the guest has in memory.
+    let disk = rig.path().join("disk.raw");
+    let dump = serde_json::json!({ "val": 0, "size": 40 << 20, "filename": disk });
+    rig.a.qmp("seeded", "pmemsave", &dump).unwrap();
+    let seeds = [&rig.a, &rig.b].map(|site| {
+        let (code, seed) = store_of(site, &["seed", "--tenant", "acme", disk.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{seed}");
+        seed
+    });
+    assert_eq!(seeds[0], seeds[1]);
+    assert!(number(&seeds[0], "pages") > 9_000, "{seeds:?}");
+    std::fs::remove_file(&disk).unwrap();
+    // Without a restart.
+    for site in [&rig.a, &rig.b] {
+        until("the gateway took it in", || {
+            site.log().contains("taken into the page store")
+        });
+    }
+    let strange = moved(&rig.a, "strange", "b");
+    let seeded = moved(&rig.a, "seeded", "b");
+    let bytes = [&strange, &seeded].map(|report| number(report, "wire_bytes"));
+    println!("{bytes:?}");
+    assert_eq!(number(&strange, "known_pages"), 0);
+    assert!(number(&seeded, "known_pages") > 9_000, "{seeded}");
+    assert!(bytes[1] * 3 < bytes[0], "{bytes:?}");
+    rig.assert_only(&[(&rig.b, "seeded"), (&rig.b, "strange")]);
+}
+
+#[test]
+fn a_disk_image_that_is_not_raw_is_refused_with_the_command_that_makes_it_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("gateway.toml");
+    let text = format!("site = \"a\"\nstate_dir = {:?}\n{STORE}", dir.path().join("state"));
+    std::fs::write(&config, text).unwrap();
+    let disk = dir.path().join("disk.qcow2");
+    std::fs::write(&disk, b"QFI\xfb and so on").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
+    let ran = command
+        .args(["store", "seed"])
+        .arg(&disk)
+        .arg("--config")
+        .arg(config)
+        .output()
+        .unwrap();
+    assert_eq!(ran.status.code(), Some(2), "{ran:?}");
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(
+        said.contains("qcow2") && said.contains("qemu-img convert -O raw"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -160,7 +260,11 @@ fn a_store_that_was_erased_is_begun_again() {
     assert!(images(&rig.b).is_empty());
     let back = moved(&rig.b, "vm", "a");
     assert_eq!(number(&back, "known_pages"), 0);
-    until_kept(&rig, 1);
+    until("both keep the newest", || {
+        [&rig.a, &rig.b]
+            .iter()
+            .all(|site| images(site).iter().any(|image| image["migration"] == back["migration"]))
+    });
     let there = moved(&rig.a, "vm", "b");
     assert!(number(&there, "known_pages") > 0, "{there}");
 }

@@ -9,7 +9,8 @@ use serde::Serialize;
 use super::output::{OutputArgs, bytes, table};
 use super::{Failure, NO, YES};
 use crate::config::{Config, DEFAULT_PATH, Overrides};
-use crate::store::pages::{Listed, PageStore, StoreError};
+use crate::proto::page::MigrationId;
+use crate::store::pages::{Listed, PageStore, Seeded, StoreError};
 
 /// Shows, checks or erases the page store: what both sites of a migration keep so that the next one need not send it again.
 ///
@@ -22,7 +23,17 @@ pub(super) enum StoreCommand {
     ///
     /// Exit code: 0 all of it is as it was written, 2 something is not.
     Verify(Args),
-    /// Removes what is damaged or half written, and what goes beyond the size, the images that were not used for longest first.
+    /// Reads a raw disk image, so that what VMs have in memory of such a disk is not sent, in their first migration too.
+    ///
+    /// Do the same with the same image at both sites: with the one that VMs were installed or cloned from, or a snapshot of a VM's disk. Blocks of 4 KiB
+    /// count, at most 3 GiB of them that differ. The image is not needed any more then. A gateway that runs offers it within a minute.
+    ///
+    /// Exit code: 0 it is in the store, 2 it is not.
+    Seed(SeedArgs),
+    /// Removes one image, by the name that `status` shows.
+    Forget(ForgetArgs),
+    /// Removes what is damaged or half written, and what goes beyond the size: images of which there is a newer one first, then those that were
+    /// not used for longest, seeds last.
     Gc(GcArgs),
     /// Destroys the store's key, without which nothing in it can be read, and removes the rest.
     ///
@@ -38,6 +49,34 @@ pub(super) struct Args {
 
     #[command(flatten)]
     output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SeedArgs {
+    /// The disk image, or the disk: raw, as the guest sees it.
+    image: PathBuf,
+
+    /// Only VMs of this tenant may use it. Otherwise all may: how much of a migration is not sent then tells what of the image a VM has in memory.
+    #[arg(long, value_name = "NAME", value_parser = crate::config::units::parse_name)]
+    tenant: Option<String>,
+
+    #[command(flatten)]
+    args: Args,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ForgetArgs {
+    /// Name of the image.
+    #[arg(value_name = "IMAGE", value_parser = parse_image)]
+    image: MigrationId,
+
+    #[command(flatten)]
+    args: Args,
+}
+
+fn parse_image(text: &str) -> Result<MigrationId, String> {
+    text.parse()
+        .map_err(|_| "the name of an image is 32 hexadecimal digits; longhaul store status shows it".to_owned())
 }
 
 #[derive(Debug, clap::Args)]
@@ -63,6 +102,8 @@ struct Shown {
 #[derive(Debug, Serialize)]
 struct ShownImage {
     migration: String,
+    /// No VM's memory, but what was given with `seed`.
+    seed: bool,
     vm: String,
     tenant: String,
     peer: String,
@@ -76,6 +117,15 @@ struct ShownImage {
 struct ShownDamage {
     file: PathBuf,
     reason: String,
+}
+
+/// What `seed` did.
+#[derive(Debug, Serialize)]
+struct ShownSeed {
+    image: String,
+    tenant: String,
+    pages: u32,
+    left_out_pages: u64,
 }
 
 /// What `gc` did.
@@ -94,6 +144,56 @@ pub(super) fn run(command: &StoreCommand) -> Result<u8, Failure> {
         StoreCommand::Verify(args) => {
             let store = store(args)?;
             show(&store, args, |listed| store.verify(listed.head.id))
+        }
+        StoreCommand::Seed(seed) => {
+            let tenant = seed.tenant.as_deref().unwrap_or_default();
+            let store = store(&seed.args)?;
+            let now = crate::gateway::clock::unix_ms();
+            let seeded = store.seed(&seed.image, tenant, now).map_err(failed)?;
+            let Some(Seeded { head, left_out }) = seeded else {
+                return Err(Failure::no(format!(
+                    "the store has no room for {}: it may take {}, of which seeds that are there keep theirs (store.size, or longhaul store \
+                     forget), and leaves a quarter of its disk's room to others",
+                    seed.image.display(),
+                    bytes(store.most_bytes())
+                )));
+            };
+            let shown = ShownSeed {
+                image: head.id.to_string(),
+                tenant: head.whose.tenant,
+                pages: head.contents,
+                left_out_pages: left_out,
+            };
+            seed.args.output.result(&shown, |shown| {
+                let mut text = format!(
+                    "seed {}: {} pages; do the same at the other site",
+                    shown.image, shown.pages
+                );
+                if shown.left_out_pages > 0 {
+                    text.push_str(&format!(
+                        "\n{} more pages of {} found no room in it",
+                        shown.left_out_pages,
+                        seed.image.display()
+                    ));
+                }
+                text
+            });
+            Ok(YES)
+        }
+        StoreCommand::Forget(forget) => {
+            let store = store(&forget.args)?;
+            let id = forget.image;
+            if !store.forget(id).map_err(failed)? {
+                return Err(Failure::no(format!(
+                    "the store has no image {id}; longhaul store status shows what it has"
+                )));
+            }
+            let forgotten = serde_json::json!({ "forgotten": id.to_string() });
+            forget
+                .args
+                .output
+                .result(&forgotten, |_| format!("image {id} is removed"));
+            Ok(YES)
         }
         StoreCommand::Gc(gc) => {
             let store = store(&gc.args)?;
@@ -151,6 +251,7 @@ fn show(store: &PageStore, args: &Args, check: impl Fn(&Listed) -> Result<(), St
         }
         shown.images.push(ShownImage {
             migration: listed.head.id.to_string(),
+            seed: listed.head.whose.is_seed(),
             vm: listed.head.whose.vm.clone(),
             tenant: listed.head.whose.tenant.clone(),
             peer: listed.head.whose.peer.clone(),
@@ -181,7 +282,11 @@ fn text(shown: &Shown) -> String {
             .iter()
             .map(|image| {
                 [
-                    image.vm.clone(),
+                    if image.seed {
+                        "(seed)".to_owned()
+                    } else {
+                        image.vm.clone()
+                    },
                     image.tenant.clone(),
                     image.peer.clone(),
                     bytes(image.bytes),
@@ -192,7 +297,7 @@ fn text(shown: &Shown) -> String {
             })
             .collect();
         text.push_str(&table(
-            ["VM", "TENANT", "PEER", "SIZE", "PAGES", "USED", "MIGRATION"],
+            ["VM", "TENANT", "PEER", "SIZE", "PAGES", "USED", "IMAGE"],
             &rows,
         ));
     }

@@ -8,7 +8,9 @@
 //! RUNNING: keep                                 RUNNING: keep
 //! ```
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::memory::Reservation;
 use super::registry::Entry;
@@ -88,8 +90,8 @@ pub(crate) struct Found {
     pub(crate) pages: KnownPages,
 }
 
-/// What this site could begin a migration of the VM with, where the dictionary has so many slots. Open from now on: the destination's answer may
-/// come after they were thrown out.
+/// What this site could begin a migration of the VM with, where the dictionary has at most so many slots. Open from now on: the destination's answer
+/// may come after they were thrown out.
 pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: u32) -> Vec<Image> {
     let Some(store) = core.store.clone() else {
         return Vec::new();
@@ -115,6 +117,19 @@ pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: u32, offered:
         })
     })
     .await
+}
+
+/// Slots of a dictionary for a guest that needs so many by itself, at most `most`. Contents of a seed have no pages yet, and must not make those of
+/// the guest leave it.
+pub(crate) fn slots_with(images: &[Image], of_guest: u32, most: u32) -> u32 {
+    let seeds = images.iter().map(Image::head).filter(|head| head.whose.is_seed());
+    let largest = seeds.map(|head| head.contents).max().unwrap_or(0);
+    of_guest.saturating_add(largest).min(most)
+}
+
+/// Those that a dictionary of so many slots can begin with.
+pub(crate) fn fitting(images: Vec<Image>, slots: u32) -> Vec<Image> {
+    images.into_iter().filter(|image| fits(image.head(), slots)).collect()
 }
 
 /// What is held of an image while a session begins is reserved for as many pages as the dictionary has.
@@ -192,9 +207,10 @@ fn shelf(store: &PageStore, limits: DictionaryLimits, memory_bytes: u64, taken: 
 }
 
 impl Prepared {
-    /// Pages of the VM, or of one like it, that both sites have.
+    /// Pages of the VM, or of one like it, or of a seed, that both sites have.
     pub(crate) fn known_pages(&self) -> u64 {
-        self.known.as_ref().map_or(0, |found| found.pages.places().len() as u64)
+        let pages = self.known.as_ref().map(|found| &found.pages);
+        pages.map_or(0, |pages| pages.places().len().max(pages.digests().len()) as u64)
     }
 
     /// Gives the reducer what it begins with.
@@ -274,6 +290,31 @@ pub(crate) fn scrub(core: &Arc<Core>) {
         measure(&core, &store);
     });
 }
+
+/// Takes in what is put into the store by others than this gateway: seeds.
+pub(crate) async fn watch(core: Arc<Core>) {
+    let Some(store) = core.store.clone() else { return };
+    let mut tried = HashSet::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let (core, store) = (Arc::clone(&core), Arc::clone(&store));
+        tried = blocking(move || {
+            match store.take_in(&mut tried) {
+                Ok(0) => {}
+                Ok(images) => {
+                    tracing::info!(images, "taken into the page store");
+                    measure(&core, &store);
+                }
+                Err(error) => tracing::debug!("the page store cannot be looked at: {error}"),
+            }
+            tried
+        })
+        .await;
+    }
+}
+
+/// Between looks for what others have put into the store.
+const LOOK: Duration = Duration::from_secs(30);
 
 fn measure(core: &Core, store: &PageStore) {
     if let Ok(contents) = store.contents() {

@@ -192,6 +192,7 @@ pub async fn run(
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),
         tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
         tokio::spawn(rates::follow(Arc::clone(&core), rates, MEASURE)),
+        tokio::spawn(keeping::watch(Arc::clone(&core))),
     ];
     core.metrics.set_ready(true);
     tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),

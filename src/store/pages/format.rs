@@ -37,8 +37,8 @@ const PLACE: usize = 14;
 const MOST_CONTENTS: u32 = 1 << 30;
 
 /// The VM that moved, and between whom: images are shared by VMs of one tenant that move between the same two sites. So a peer is only ever told of,
-/// and can only ever name, what it has itself sent or received.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// and can only ever name, what it has itself sent or received, and seeds.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Whose {
     /// The VM.
     pub vm: String,
@@ -49,9 +49,28 @@ pub struct Whose {
 }
 
 impl Whose {
+    /// Of a seed: what an operator gave to every site. It serves VMs of this tenant, or of all where none is named, whatever the peer.
+    #[must_use]
+    pub fn seed(tenant: &str) -> Self {
+        Self {
+            vm: String::new(),
+            tenant: tenant.to_owned(),
+            peer: String::new(),
+        }
+    }
+
+    /// Whether it is a seed's: no VM and no site is without a name.
+    #[must_use]
+    pub fn is_seed(&self) -> bool {
+        self.vm.is_empty() && self.peer.is_empty()
+    }
+
     /// Whether an image of `self` may serve `other`.
     #[must_use]
     pub fn shares_with(&self, other: &Self) -> bool {
+        if self.is_seed() {
+            return self.tenant.is_empty() || self.tenant == other.tenant;
+        }
         self.tenant == other.tenant && self.peer == other.peer
     }
 }
@@ -59,7 +78,7 @@ impl Whose {
 /// What an image says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
-    /// The migration that left it.
+    /// The migration that left it; of a seed, made from its content.
     pub id: MigrationId,
     /// Whose memory it is.
     pub whose: Whose,

@@ -2,12 +2,15 @@
 //!
 //! ```text
 //! state_dir/store/key            32 random bytes; without them nothing of the rest can be read
-//!                 <id>.pages     one image: the memory of a VM as migration <id> left it
+//!                 <id>.pages     one image: the memory of a VM as migration <id> left it, or a seed
 //!                 .<id>.part     one that is being written
 //! ```
 //!
 //! Both gateways of a migration keep the same image, because both see the same pages in the same order. When a VM moves again, the source names
 //! the images that it has, the destination answers which of them it has too, and both begin the session with its pages ([`KnownPages`]).
+//!
+//! Of a VM the two newest are kept: while one site has not written the newest yet, the sites have the one before in common. Seeds are blocks of a disk
+//! image that an operator has given to both sites: the contents of pages without the pages.
 //!
 //! An image is written once, under another name until it is whole and synced, and never changed. So a crash leaves a whole image or none.
 //! Every page is sealed (AES-256-GCM) under a key of its image, which is derived from the store's: a page that was damaged is not read as
@@ -22,10 +25,11 @@
 mod format;
 mod image;
 mod key;
+mod seed;
 mod shelf;
 mod writer;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -38,10 +42,13 @@ use rustix::fs::FlockOperation;
 pub use self::format::{Head, Whose};
 pub use self::image::Image;
 use self::key::StoreKey;
+use self::seed::Blocks;
+pub use self::seed::MOST_PAGES as MOST_SEED_PAGES;
 pub use self::shelf::KnownShelf;
+use self::writer::ToWrite;
 use super::spill;
 use crate::proto::page::{MigrationId, PAGE_SIZE};
-use crate::proto::reduce::{KeptPages, PageShelf};
+use crate::proto::reduce::{KeptPages, KnownPages, PageShelf};
 
 /// What an image is called in the store's directory.
 const EXTENSION: &str = "pages";
@@ -182,7 +189,29 @@ impl PageStore {
         Ok((whole, removed))
     }
 
-    /// Images that may be offered for a VM: its own, the newest first, then those of others that share with it.
+    /// Reads what others have put here since, unless it was `tried` before: how many images were found whole.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the directory or the key cannot be read.
+    pub fn take_in(&self, tried: &mut HashSet<MigrationId>) -> Result<usize, StoreError> {
+        let mut taken = 0;
+        for Listed { head, .. } in self.contents()?.images {
+            if self.whole().contains(&head.id) || !tried.insert(head.id) {
+                continue;
+            }
+            match self.verify(head.id) {
+                Ok(()) => {
+                    self.whole().insert(head.id);
+                    taken += 1;
+                }
+                Err(error) => tracing::warn!("not offered: {error}"),
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Images that may be offered for a VM: its own, the newest first, then those of others that share with it, then seeds. Others leave half of
+    /// the room to seeds.
     #[must_use]
     pub fn candidates(&self, whose: &Whose) -> Vec<Head> {
         let mut heads: Vec<Head> = self.contents().map_or_else(
@@ -191,7 +220,10 @@ impl PageStore {
         );
         heads.retain(|head| head.whose.shares_with(whose) && self.whole().contains(&head.id));
         heads.sort_by_key(|head| (head.whose.vm != whose.vm, std::cmp::Reverse(head.unix_ms)));
-        heads.truncate(MOST_OFFERED);
+        let (mut seeds, mut heads): (Vec<_>, Vec<_>) = heads.into_iter().partition(|head| head.whose.is_seed());
+        seeds.truncate(MOST_OFFERED.saturating_sub(heads.len()).max(MOST_OFFERED / 2));
+        heads.truncate(MOST_OFFERED - seeds.len());
+        heads.append(&mut seeds);
         heads
     }
 
@@ -232,7 +264,20 @@ impl PageStore {
         let _ = self.remove(&self.path_of(id));
     }
 
-    /// Keeps what a session has left, in the place of what an older one had left of the VM; what was not used for longest makes room. `None`
+    /// Removes an image: whether it was there.
+    ///
+    /// # Errors
+    /// [`StoreError`] where its file cannot be removed.
+    pub fn forget(&self, id: MigrationId) -> Result<bool, StoreError> {
+        let _lock = self.lock()?;
+        self.whole().remove(&id);
+        let path = self.path_of(id);
+        let was_there = path.exists();
+        self.remove(&path)?;
+        Ok(was_there)
+    }
+
+    /// Keeps what a session has left, in the place of what the one before the last had left of the VM; what is worth least makes room. `None`
     /// where the disk or the store has no room for it.
     ///
     /// # Errors
@@ -244,38 +289,80 @@ impl PageStore {
         unix_ms: u64,
         kept: &mut KeptPages<S>,
     ) -> Result<Option<Head>, StoreError> {
-        let slots: HashSet<u32> = kept.places.iter().map(|&(_, slot)| slot).collect();
-        let bytes = format::bytes_of(slots.len(), kept.places.len());
-        drop(slots);
         let _lock = self.lock()?;
+        let written = self.write(ToWrite::of_session(id, whose, unix_ms, kept))?;
+        if written.is_some() {
+            let mut older = self.contents()?.images;
+            older
+                .retain(|listed| listed.head.whose == *whose && listed.head.unix_ms <= unix_ms && listed.head.id != id);
+            older.sort_by_key(|listed| std::cmp::Reverse(listed.head.unix_ms));
+            older.iter().skip(1).for_each(|listed| self.discard(listed.head.id));
+        }
+        Ok(written)
+    }
+
+    /// Keeps the blocks of a raw disk image, for VMs of `tenant`, or of all where that is empty; what is worth least makes room. Every site that
+    /// does the same with the same image has the same seed. `None` where the disk or the store has no room for it.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the image cannot be read, is not raw or changes meanwhile, or the seed cannot be written.
+    pub fn seed(&self, disk: &Path, tenant: &str, unix_ms: u64) -> Result<Option<Seeded>, StoreError> {
+        let mut blocks = Blocks::of(disk)?;
+        let (id, left_out) = (blocks.id(tenant), blocks.left_out());
+        let expected = KnownPages::new(blocks.digests().to_vec(), Vec::new()).expect("there are no places");
+        let seeded = |head| Some(Seeded { head, left_out });
+        let _lock = self.lock()?;
+        if let Ok(image) = self.open_image(id)
+            && image.verify().is_ok()
+        {
+            return Ok(seeded(image.head().clone()));
+        }
+        let slots = (0..u32::try_from(blocks.len()).expect("a seed has at most MOST_SEED_PAGES")).collect();
+        let head = self.write(ToWrite {
+            id,
+            whose: &Whose::seed(tenant),
+            unix_ms,
+            slots,
+            places: Vec::new(),
+            shelf: &mut blocks,
+        })?;
+        match head {
+            Some(head) if head.digest != expected.digest() => {
+                self.discard(id);
+                Err(StoreError::Changed { path: disk.to_owned() })
+            }
+            head => Ok(head.and_then(seeded)),
+        }
+    }
+
+    /// Writes an image, once there is room for it. The lock is held.
+    fn write<S: PageShelf>(&self, image: ToWrite<'_, S>) -> Result<Option<Head>, StoreError> {
+        let (bytes, id) = (image.bytes(), image.id);
         let Some(room) = self.most_bytes.checked_sub(bytes) else {
             return Ok(None);
         };
-        let images = self.contents()?.images;
+        let mut images = self.contents()?.images;
         let used: u64 = images.iter().map(|listed| listed.bytes).sum();
-        let older: Vec<MigrationId> = images
+        // A seed is there until an operator says otherwise.
+        let seeds: u64 = images
             .iter()
-            .map(|listed| &listed.head)
-            .filter(|head| head.whose == *whose && head.unix_ms <= unix_ms)
-            .map(|head| head.id)
-            .collect();
-        if !self.has_room(bytes.saturating_sub(used))? {
+            .filter(|listed| listed.head.whose.is_seed())
+            .map(|listed| listed.bytes)
+            .sum();
+        if seeds > room || !self.has_room(bytes.saturating_sub(used - seeds))? {
             return Ok(None);
         }
-        // Until the new one is whole the next migration may begin with the old one, where there is room for both.
-        if used > room || !self.has_room(bytes)? {
-            older.iter().for_each(|&id| self.discard(id));
-            let mut images = self.contents()?.images;
-            self.throw_out(&mut images, room)?;
-            while !self.has_room(bytes)? {
-                let Some(oldest) = images.pop() else { return Ok(None) };
-                self.discard(oldest.head.id);
+        worth_least_last(&mut images, Some(image.whose));
+        self.throw_out(&mut images, room)?;
+        while !self.has_room(bytes)? {
+            match images.pop() {
+                Some(least) if !least.head.whose.is_seed() => self.discard(least.head.id),
+                _ => return Ok(None),
             }
         }
         let key = StoreKey::load_or_create(&self.dir)?;
-        let head = writer::write(&self.dir, &self.path_of(id), &key, (id, whose, unix_ms), kept)?;
+        let head = writer::write(&self.dir, &self.path_of(id), &key, image)?;
         self.whole().insert(id);
-        older.iter().for_each(|&id| self.discard(id));
         Ok(Some(head))
     }
 
@@ -285,17 +372,18 @@ impl PageStore {
         Ok(pages.saturating_mul(PAGE_SIZE as u64) >= bytes)
     }
 
-    /// Throws out images, those that were not used for longest first, until the others take no more than `most_bytes`: how many.
+    /// Throws out images, those that are worth least first, until the others take no more than `most_bytes`: how many.
     ///
     /// # Errors
     /// [`StoreError`] where a file cannot be removed.
     pub fn make_room(&self, most_bytes: u64) -> Result<usize, StoreError> {
         let _lock = self.lock()?;
         let mut images = self.contents()?.images;
+        worth_least_last(&mut images, None);
         self.throw_out(&mut images, most_bytes)
     }
 
-    /// Of `images`, the one that was used last first.
+    /// Of `images`, the one that is worth least last.
     fn throw_out(&self, images: &mut Vec<Listed>, most_bytes: u64) -> Result<usize, StoreError> {
         let mut bytes: u64 = images.iter().map(|listed| listed.bytes).sum();
         let mut removed = 0;
@@ -378,6 +466,30 @@ impl PageStore {
     }
 }
 
+/// Seeds first, which operators have put there, and last what newer images stand for: those of which there is a newer one, and those of the VM of
+/// which there will be one. Among equals the one that was used last first.
+fn worth_least_last(images: &mut [Listed], superseded: Option<&Whose>) {
+    let mut newest: HashMap<Whose, u64> = HashMap::new();
+    for Listed { head, .. } in images.iter() {
+        let ms = newest.entry(head.whose.clone()).or_default();
+        *ms = head.unix_ms.max(*ms);
+    }
+    images.sort_by_key(|Listed { head, used, .. }| {
+        let is_old = superseded == Some(&head.whose) || newest[&head.whose] > head.unix_ms;
+        let rank = if head.whose.is_seed() { 0 } else { 1 + u8::from(is_old) };
+        (rank, std::cmp::Reverse(*used))
+    });
+}
+
+/// A seed that is in the store.
+#[derive(Clone, Debug)]
+pub struct Seeded {
+    /// What it says of itself.
+    pub head: Head,
+    /// Blocks of the disk that found no room in it ([`MOST_SEED_PAGES`]).
+    pub left_out: u64,
+}
+
 /// The directory's entries are on the disk.
 fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
@@ -402,6 +514,29 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// A disk image is in a format of its own.
+    #[error(
+        "{} is in {shape} format, and not as the disk is: convert it first (qemu-img convert -O raw, or unpack it), in the same way at every site",
+        path.display()
+    )]
+    NotRaw {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        shape: &'static str,
+    },
+    /// A disk image has nothing to keep.
+    #[error("{} has no block that is not zero", path.display())]
+    Blank {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A disk image was written to while it was read.
+    #[error("{} changed while it was read: use a disk that nobody writes to", path.display())]
+    Changed {
+        /// The image.
+        path: PathBuf,
     },
     /// The key is gone, and with it everything that it sealed.
     #[error("the page store {} has no key: what is in it was erased", dir.display())]

@@ -255,19 +255,175 @@ fn a_suspect_is_offered_again_only_where_it_is_whole() {
 }
 
 #[test]
-fn a_vm_has_one_image_and_its_own_is_offered_first() {
+fn a_vm_has_its_two_newest_images_and_they_are_offered_first() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     store.keep(id(1), &whose("db-1", ""), 1, &mut kept(10)).unwrap();
     store.keep(id(2), &whose("db-2", ""), 2, &mut kept(10)).unwrap();
     store.keep(id(3), &whose("db-3", ""), 3, &mut kept(10)).unwrap();
     store.keep(id(4), &whose("db-1", ""), 4, &mut kept(10)).unwrap();
-    let offered: Vec<_> = store
-        .candidates(&whose("db-2", ""))
-        .iter()
-        .map(|head| head.id)
-        .collect();
-    assert_eq!(offered, [id(2), id(4), id(3)]);
+    assert_eq!(offered(&store, &whose("db-2", "")), [id(2), id(4), id(3), id(1)]);
+    store.keep(id(5), &whose("db-1", ""), 5, &mut kept(10)).unwrap();
+    assert_eq!(offered(&store, &whose("db-1", "")), [id(5), id(4), id(3), id(2)]);
+}
+
+fn offered(store: &PageStore, whose: &Whose) -> Vec<MigrationId> {
+    store.candidates(whose).iter().map(|head| head.id).collect()
+}
+
+#[test]
+fn a_vms_older_image_makes_room_before_another_vms_only_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = PageStore::open(&dir.path().join("store"), 140_000).unwrap();
+    store.keep(id(1), &whose("db-1", ""), 1, &mut kept(12)).unwrap();
+    store.keep(id(2), &whose("db-2", ""), 2, &mut kept(12)).unwrap();
+    store.keep(id(3), &whose("db-2", ""), 3, &mut kept(12)).unwrap();
+    let long_ago = SystemTime::UNIX_EPOCH;
+    store.open_image(id(1)).unwrap().touch(long_ago).unwrap();
+    store.keep(id(4), &whose("db-3", ""), 4, &mut kept(12)).unwrap();
+    let mut left = offered(&store, &whose("db-1", ""));
+    left.sort_unstable();
+    assert_eq!(left, [id(1), id(3), id(4)]);
+}
+
+/// A sparse disk: blocks of these contents, 0 for a block of zeroes, behind a hole of a MiB.
+fn disk(dir: &Path, blocks: &[u32]) -> PathBuf {
+    let path = dir.join("disk.raw");
+    let file = File::create(&path).unwrap();
+    for (number, &block) in (256..).zip(blocks) {
+        let content = if block == 0 { [0; PAGE_SIZE] } else { page(block) };
+        file.write_all_at(&content, number * PAGE_SIZE as u64).unwrap();
+    }
+    file.set_len((blocks.len() as u64 + 1000) * PAGE_SIZE as u64).unwrap();
+    path
+}
+
+#[test]
+fn a_seed_has_each_block_once_and_is_the_same_at_every_site() {
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let heads = [&one, &other].map(|dir| {
+        let store = store(dir.path());
+        let disk = disk(dir.path(), &[3, 0, 4, 3, 5, 4]);
+        let head = store.seed(&disk, "", 9).unwrap().unwrap().head;
+        let image = store.image(head.id, &whose("db-1", "acme")).unwrap();
+        let contents: Vec<_> = (0..head.contents)
+            .map(|number| {
+                let mut found = [0; PAGE_SIZE];
+                image.read(number, &mut found).unwrap();
+                found
+            })
+            .collect();
+        assert_eq!(contents, [3, 4, 5].map(page));
+        assert!(image.verify().is_ok() && image.pages().unwrap().places().is_empty());
+        // Again, it is there.
+        assert_eq!(store.seed(&disk, "", 10).unwrap().unwrap().head, head);
+        head
+    });
+    assert_eq!(heads[0], heads[1]);
+}
+
+#[test]
+fn a_file_that_ends_within_a_block_ends_in_zeroes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, [7; 100]).unwrap();
+    let store = store(dir.path());
+    let head = store.seed(&path, "", 9).unwrap().unwrap().head;
+    let mut found = [0; PAGE_SIZE];
+    let image = store.image(head.id, &whose("db-1", "")).unwrap();
+    image.read(0, &mut found).unwrap();
+    assert!(found[..100] == [7; 100] && found[100..].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_seed_of_a_tenant_serves_nobody_else_and_another_tenants_is_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let disk = disk(dir.path(), &[3, 4]);
+    let seeds = ["acme", "other"].map(|tenant| store.seed(&disk, tenant, 9).unwrap().unwrap().head.id);
+    assert_ne!(seeds[0], seeds[1]);
+    assert_eq!(offered(&store, &whose("db-1", "acme")), [seeds[0]]);
+    assert!(store.image(seeds[0], &whose("db-1", "other")).is_none());
+    assert!(offered(&store, &whose("db-1", "")).is_empty());
+}
+
+#[test]
+fn seeds_are_offered_behind_what_vms_left_and_have_room_among_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let seed = store.seed(&disk(dir.path(), &[3, 4]), "", 1).unwrap().unwrap().head.id;
+    for number in 0..20 {
+        let vm = format!("db-{number}");
+        store
+            .keep(id(number), &whose(&vm, ""), 2 + u64::from(number), &mut kept(3))
+            .unwrap();
+    }
+    let offered = offered(&store, &whose("db-7", ""));
+    assert_eq!(
+        (offered.len(), offered[0], offered[MOST_OFFERED - 1]),
+        (MOST_OFFERED, id(7), seed)
+    );
+}
+
+#[test]
+fn a_seed_stays_where_vms_need_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = PageStore::open(&dir.path().join("store"), 100_000).unwrap();
+    let disk = disk(dir.path(), &[1, 2, 3, 4, 5, 6, 7, 8]);
+    let seed = store.seed(&disk, "", 1).unwrap().unwrap().head.id;
+    store.open_image(seed).unwrap().touch(SystemTime::UNIX_EPOCH).unwrap();
+    store
+        .keep(id(1), &whose("db-1", ""), 2, &mut kept(12))
+        .unwrap()
+        .unwrap();
+    store
+        .keep(id(2), &whose("db-2", ""), 3, &mut kept(12))
+        .unwrap()
+        .unwrap();
+    assert_eq!(offered(&store, &whose("db-2", "")), [id(2), seed]);
+    let large = store.keep(id(3), &whose("db-3", ""), 4, &mut kept(30)).unwrap();
+    assert!(large.is_none(), "not even where it would have room without the seed");
+    assert!(store.forget(seed).unwrap() && !store.forget(seed).unwrap());
+    assert!(
+        store
+            .keep(id(3), &whose("db-3", ""), 4, &mut kept(30))
+            .unwrap()
+            .is_some()
+    );
+}
+
+#[test]
+fn what_is_no_raw_disk_or_an_empty_one_is_no_seed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let path = dir.path().join("disk");
+    for start in [b"QFI\xfb".as_slice(), b"\x1f\x8b\x08", b"\xfd7zXZ\0"] {
+        std::fs::write(&path, start).unwrap();
+        assert!(matches!(store.seed(&path, "", 1), Err(StoreError::NotRaw { .. })));
+    }
+    for empty in [0, 10_000] {
+        std::fs::write(&path, vec![0; empty]).unwrap();
+        assert!(matches!(store.seed(&path, "", 1), Err(StoreError::Blank { .. })));
+    }
+    assert!(store.contents().unwrap().images.is_empty());
+}
+
+#[test]
+fn what_another_process_put_into_the_store_is_offered_once_it_was_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let gateway = store(dir.path());
+    let mut tried = HashSet::new();
+    assert_eq!(gateway.take_in(&mut tried).unwrap(), 0);
+    let seed = store(dir.path())
+        .seed(&disk(dir.path(), &[3, 4]), "", 1)
+        .unwrap()
+        .unwrap()
+        .head
+        .id;
+    assert!(offered(&gateway, &whose("db-1", "")).is_empty());
+    assert_eq!(gateway.take_in(&mut tried).unwrap(), 1);
+    assert_eq!(offered(&gateway, &whose("db-1", "")), [seed]);
+    assert_eq!(gateway.take_in(&mut tried).unwrap(), 0);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::format::{self, HEAD_AT, HEAD_NUMBER, Head, INDEX_NUMBER, MAGIC, PAGES_AT, SALT_LEN, SEALED_PAGE, Whose};
 use super::key::{ImageKey, StoreKey};
 use super::{StoreError, sync_dir};
-use crate::proto::page::{MigrationId, PAGE_SIZE, PageDigest};
+use crate::proto::page::{MigrationId, PAGE_SIZE, PageAddress, PageDigest};
 use crate::proto::reduce::{KeptPages, KnownPages, PageShelf, digest_many};
 
 /// Pages that are hashed and sealed at a time.
@@ -18,17 +18,57 @@ const AT_A_TIME: usize = 256;
 /// Pages between two syncs: the ownership journal's own, on the same disk, waits for no more than 32 MiB of these.
 const SYNC_EVERY: u64 = 8192;
 
-/// Writes the image of `kept` to `path` in `dir`. Contents are numbered in the order of the pages that have them, so that two sites whose
-/// sessions ended alike write the same.
+/// What an image will hold.
+pub(super) struct ToWrite<'a, S> {
+    pub(super) id: MigrationId,
+    pub(super) whose: &'a Whose,
+    pub(super) unix_ms: u64,
+    /// Of the contents, by number.
+    pub(super) slots: Vec<u32>,
+    /// Pages, with the number of their content.
+    pub(super) places: Vec<(PageAddress, u32)>,
+    pub(super) shelf: &'a mut S,
+}
+
+impl<'a, S> ToWrite<'a, S> {
+    /// What a session has left. Contents are numbered in the order of the pages that have them, so that two sites whose sessions ended alike
+    /// write the same.
+    pub(super) fn of_session(id: MigrationId, whose: &'a Whose, unix_ms: u64, kept: &'a mut KeptPages<S>) -> Self {
+        let mut numbers = HashMap::new();
+        let mut slots = Vec::new();
+        let places = kept.places.iter().map(|&(at, slot)| {
+            let number = *numbers.entry(slot).or_insert_with(|| {
+                slots.push(slot);
+                slots.len() as u32 - 1
+            });
+            (at, number)
+        });
+        let places = places.collect();
+        Self {
+            id,
+            whose,
+            unix_ms,
+            slots,
+            places,
+            shelf: &mut kept.shelf,
+        }
+    }
+
+    /// Bytes of the image.
+    pub(super) fn bytes(&self) -> u64 {
+        format::bytes_of(self.slots.len(), self.places.len())
+    }
+}
+
+/// Writes an image to `path` in `dir`.
 pub(super) fn write<S: PageShelf>(
     dir: &Path,
     path: &Path,
     key: &StoreKey,
-    (id, whose, unix_ms): (MigrationId, &Whose, u64),
-    kept: &mut KeptPages<S>,
+    image: ToWrite<'_, S>,
 ) -> Result<Head, StoreError> {
-    let beside = dir.join(format!(".{id}.part"));
-    let written = write_beside(&beside, key, (id, whose, unix_ms), kept).and_then(|head| {
+    let beside = dir.join(format!(".{}.part", image.id));
+    let written = write_beside(&beside, key, image).and_then(|head| {
         std::fs::rename(&beside, path).map_err(|error| StoreError::io(path, error))?;
         sync_dir(dir)?;
         Ok(head)
@@ -39,12 +79,7 @@ pub(super) fn write<S: PageShelf>(
     written
 }
 
-fn write_beside<S: PageShelf>(
-    beside: &Path,
-    key: &StoreKey,
-    (id, whose, unix_ms): (MigrationId, &Whose, u64),
-    kept: &mut KeptPages<S>,
-) -> Result<Head, StoreError> {
+fn write_beside<S: PageShelf>(beside: &Path, key: &StoreKey, image: ToWrite<'_, S>) -> Result<Head, StoreError> {
     let failed = |error| StoreError::io(beside, error);
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
@@ -53,29 +88,19 @@ fn write_beside<S: PageShelf>(
     getrandom::fill(&mut salt).map_err(|error| failed(std::io::Error::other(error)))?;
     let key = key.of_image(&salt);
 
-    let mut numbers = HashMap::new();
-    let mut slots = Vec::new();
-    let places = kept.places.iter().map(|&(at, slot)| {
-        let number = *numbers.entry(slot).or_insert_with(|| {
-            slots.push(slot);
-            slots.len() as u32 - 1
-        });
-        (at, number)
-    });
-    let places: Vec<_> = places.collect();
     let mut out = BufWriter::with_capacity(AT_A_TIME * SEALED_PAGE, file);
     out.write_all(&[0; PAGES_AT]).map_err(failed)?;
-    let digests = write_pages(&mut out, beside, &key, &slots, &mut kept.shelf)?;
-    let pages = KnownPages::new(digests, places).expect("each place was given a number");
+    let digests = write_pages(&mut out, beside, &key, &image.slots, image.shelf)?;
+    let pages = KnownPages::new(digests, image.places).expect("each place was given a number");
     let mut index = format::index_to_bytes(&pages);
     key.seal(INDEX_NUMBER, &mut index);
     out.write_all(&index).map_err(failed)?;
 
     let head = Head {
-        id,
-        whose: whose.clone(),
-        unix_ms,
-        contents: slots.len() as u32,
+        id: image.id,
+        whose: image.whose.clone(),
+        unix_ms: image.unix_ms,
+        contents: image.slots.len() as u32,
         places: pages.places().len() as u32,
         digest: pages.digest(),
     };
