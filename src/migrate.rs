@@ -17,6 +17,7 @@ use crate::config::{AfterSuccess, Disks, Vm};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
 use crate::gateway::forecasting::{Forecasting, Sample};
+use crate::gateway::keeping::Slots;
 use crate::gateway::links::Link;
 use crate::gateway::memory::Need;
 use crate::gateway::registry::{Entry, ResolveOrder};
@@ -34,6 +35,7 @@ use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::wire::message::{KnownImage, Offer, Reply};
 use crate::proto::wire::{Request, SessionMessage, hello};
+use crate::store::pages::Image;
 use crate::transport::tuning::UNSENT;
 
 /// Time for a hypervisor's monitor to answer.
@@ -205,20 +207,31 @@ async fn agree(
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
     let agreement = checked.link.agreement();
-    let (window_bytes, most) = (agreement.limits.window_bytes, agreement.limits.dictionary_pages);
-    let images = match agreement.version >= hello::IMAGES {
-        true => keeping::candidates(core, &entry.vm, &entry.peer, most).await,
+    let window_bytes = agreement.limits.window_bytes;
+    let slots = checked.slots();
+    let offer = checked.offer(entry.migration);
+    let regions = offer.regions;
+    let limits = |slots| DictionaryLimits::new(slots, regions).map_err(|error| error.to_string());
+    let mut images = match agreement.version >= hello::IMAGES {
+        true => keeping::candidates(core, &entry.vm, &entry.peer, slots).await,
         false => Vec::new(),
     };
-    let slots = keeping::slots_with(&images, dictionary_pages(&checked.inventory), most);
-    let images = keeping::fitting(images, slots);
-    let offer = checked.offer(entry.migration, slots);
-    let dictionary = DictionaryLimits::new(offer.dictionary_pages, offer.regions).map_err(|error| error.to_string())?;
-    let deltas = agreement.version >= hello::DELTAS;
-    let memory = core
-        .memory
-        .reserve(Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary))
-        .map_err(|error| format!("{}: {error}", core.config.site))?;
+    let reserve = |images: &[Image]| {
+        let most = images.iter().map(|image| slots.with(Some(image.head()))).max();
+        let dictionary = limits(most.unwrap_or(slots.with(None)))?;
+        let deltas = agreement.version >= hello::DELTAS;
+        let need = Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary);
+        let reserved = core.memory.reserve(need);
+        reserved.map_err(|error| format!("{}: {error}", core.config.site))
+    };
+    let memory = match reserve(&images) {
+        Err(reason) if images.iter().any(|image| image.head().whose.is_seed()) => {
+            tracing::info!(vm = entry.vm, "no seed is offered: {reason}");
+            images.retain(|image| !image.head().whose.is_seed());
+            reserve(&images)?
+        }
+        reserved => reserved?,
+    };
     let offered_images = images.iter().map(|image| KnownImage {
         id: image.head().id,
         digest: image.head().digest,
@@ -231,6 +244,7 @@ async fn agree(
     let sample = checked.begin_sample().await;
     let (mut channel, image) = offered.await?;
     let image = images.into_iter().find(|held| Some(held.head().id) == image);
+    let dictionary = limits(slots.with(image.as_ref().map(Image::head)))?;
     let memory_bytes = memory_of(&checked.inventory);
     let prepared = match keeping::prepare(core, agreement.version, dictionary, memory_bytes, image).await {
         Ok(prepared) => prepared,
@@ -439,8 +453,7 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
         deadline,
     };
     if how == Thoroughness::AskDestination {
-        let slots = dictionary_pages(&checked.inventory).min(checked.link.agreement().limits.dictionary_pages);
-        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes()), slots));
+        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes())));
         let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
         fine &= note(
             "destination",
@@ -489,14 +502,23 @@ fn judge(
 }
 
 impl Checked {
-    fn offer(&self, migration: MigrationId, dictionary_pages: u32) -> Offer {
+    /// Of the session's dictionary.
+    fn slots(&self) -> Slots {
+        let most = self.link.agreement().limits.dictionary_pages;
+        Slots {
+            of_guest: dictionary_pages(&self.inventory).min(most),
+            most,
+        }
+    }
+
+    fn offer(&self, migration: MigrationId) -> Offer {
         Offer {
             migration,
             vm: self.vm_config.name.clone(),
             inventory: serde_json::to_string(&self.inventory).expect("an inventory is plain data"),
             was_running: self.vm.was_running(),
             reduce: true,
-            dictionary_pages,
+            dictionary_pages: self.slots().of_guest,
             regions: regions(&self.inventory),
         }
     }

@@ -392,7 +392,7 @@ fn a_store_whose_writer_is_killed_fifty_times_has_whole_images_only() {
         let (whole, removed) = store.scrub().unwrap();
         assert!(removed.is_empty(), "only names of whole images are given: {removed:?}");
         most = most.max(whole);
-        for head in store.candidates(&whose("vm-0")) {
+        for head in store.candidates(&whose("vm-0"), PAGES.into()) {
             let image = store.image(head.id, &head.whose).unwrap();
             let known = image.pages().unwrap();
             for number in [0, PAGES / 2, PAGES - 1] {

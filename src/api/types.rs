@@ -390,7 +390,7 @@ pub struct Report {
     pub reduction_ratio: f64,
     /// Pages by how they were sent, also where it did not arrive.
     pub pages: Pages,
-    /// Pages that an earlier migration had left at both sites, and this one began with.
+    /// Pages that an earlier migration had left at both sites, or blocks of a disk that both were given, which this one began with.
     #[serde(default)]
     pub known_pages: u64,
     /// BLAKE3 of the vmm stream, hexadecimal, equal at both ends; `None` where it did not end.

@@ -26,7 +26,7 @@ pub(super) enum StoreCommand {
     /// Reads a raw disk image, so that what VMs have in memory of such a disk is not sent, in their first migration too.
     ///
     /// Do the same with the same image at both sites: with the one that VMs were installed or cloned from, or a snapshot of a VM's disk. Blocks of 4 KiB
-    /// count, at most 3 GiB of them that differ. The image is not needed any more then. A gateway that runs offers it within a minute.
+    /// count, at most 3 GiB of them that differ. The image is not needed any more then. A gateway that runs finds and reads it within a minute or so.
     ///
     /// Exit code: 0 it is in the store, 2 it is not.
     Seed(SeedArgs),

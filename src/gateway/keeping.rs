@@ -92,49 +92,62 @@ pub(crate) struct Found {
 
 /// What this site could begin a migration of the VM with, where the dictionary has at most so many slots. Open from now on: the destination's answer
 /// may come after they were thrown out.
-pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: u32) -> Vec<Image> {
+pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: Slots) -> Vec<Image> {
     let Some(store) = core.store.clone() else {
         return Vec::new();
     };
     let whose = whose(core, vm, peer);
     blocking(move || {
-        let heads = store.candidates(&whose).into_iter().filter(|head| fits(head, slots));
-        let images = heads.filter_map(|head| store.image(head.id, &whose));
-        images.collect()
+        let heads = store.candidates(&whose, slots.of_guest.into()).into_iter();
+        let fitting = heads.filter(|head| {
+            let fits = slots.fits(head);
+            if !fits {
+                tracing::info!(vm = whose.vm, image = %head.id, "not offered: the dictionary has no slots for its {} pages", head.contents);
+            }
+            fits
+        });
+        fitting.filter_map(|head| store.image(head.id, &whose)).collect()
     })
     .await
 }
 
 /// The first of the peer's images that this site has too.
-pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: u32, offered: Vec<KnownImage>) -> Option<Found> {
+pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: Slots, offered: Vec<KnownImage>) -> Option<Found> {
     let store = core.store.clone()?;
     let whose = whose(core, vm, peer);
     blocking(move || {
         offered.iter().take(MOST_OFFERED).find_map(|offered| {
             let image = store.image(offered.id, &whose)?;
             let head = image.head();
-            (head.digest == offered.digest && fits(head, slots)).then(|| read(&store, image))?
+            (head.digest == offered.digest && slots.fits(head)).then(|| read(&store, image))?
         })
     })
     .await
 }
 
-/// Slots of a dictionary for a guest that needs so many by itself, at most `most`. Contents of a seed have no pages yet, and must not make those of
-/// the guest leave it.
-pub(crate) fn slots_with(images: &[Image], of_guest: u32, most: u32) -> u32 {
-    let seeds = images.iter().map(Image::head).filter(|head| head.whose.is_seed());
-    let largest = seeds.map(|head| head.contents).max().unwrap_or(0);
-    of_guest.saturating_add(largest).min(most)
+/// Slots of a session's dictionary. Both ends come to the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots {
+    /// As offered for the guest.
+    pub(crate) of_guest: u32,
+    /// As agreed on the link.
+    pub(crate) most: u32,
 }
 
-/// Those that a dictionary of so many slots can begin with.
-pub(crate) fn fitting(images: Vec<Image>, slots: u32) -> Vec<Image> {
-    images.into_iter().filter(|image| fits(image.head(), slots)).collect()
-}
+impl Slots {
+    /// Where a session begins with this image: what a seed holds has no pages yet, and must not make those of the guest leave the dictionary.
+    pub(crate) fn with(self, image: Option<&Head>) -> u32 {
+        let seed = image
+            .filter(|head| head.whose.is_seed())
+            .map_or(0, |head| head.contents);
+        self.of_guest.saturating_add(seed).min(self.most)
+    }
 
-/// What is held of an image while a session begins is reserved for as many pages as the dictionary has.
-fn fits(head: &Head, slots: u32) -> bool {
-    head.contents <= slots && head.places <= slots
+    /// What is held of an image while a session begins is reserved for as many pages as the dictionary has.
+    fn fits(self, head: &Head) -> bool {
+        let slots = self.with(Some(head));
+        head.contents <= slots && head.places <= slots
+    }
 }
 
 /// The pages of an image; one that turns out to be damaged is not used again.
@@ -247,7 +260,7 @@ pub(crate) fn keep(core: &Arc<Core>, entry: &Entry, leftover: Option<Leftover>, 
                 tracing::warn!(%migration, vm, "nothing is kept for the next migration: {error}");
                 if let StoreError::Shelf(_) = error {
                     // Perhaps a page of the image that the session began with.
-                    for head in store.candidates(&whose) {
+                    for head in store.candidates(&whose, 0) {
                         look_again(&store, head.id);
                     }
                 }
@@ -270,31 +283,12 @@ fn look_again(store: &PageStore, image: MigrationId) {
     }
 }
 
-/// Looks through the store in the background; only what was found whole is offered.
-pub(crate) fn scrub(core: &Arc<Core>) {
-    let Some(store) = core.store.clone() else { return };
-    let core = Arc::clone(core);
-    tokio::task::spawn_blocking(move || {
-        match store
-            .scrub()
-            .and_then(|found| Ok((found, store.make_room(store.most_bytes())?)))
-        {
-            Ok(((whole, removed), _)) => {
-                for (path, reason) in removed {
-                    tracing::warn!(path = %path.display(), "removed from the page store: {reason}");
-                }
-                tracing::info!(images = whole, "page store read");
-            }
-            Err(error) => tracing::warn!("the page store cannot be used: {error}"),
-        }
-        measure(&core, &store);
-    });
-}
-
-/// Takes in what is put into the store by others than this gateway: seeds.
+/// Looks through the store; only what was found whole is offered. Then takes in what is put there by others than this gateway: seeds.
 pub(crate) async fn watch(core: Arc<Core>) {
     let Some(store) = core.store.clone() else { return };
     let mut tried = HashSet::new();
+    let (scrubbing, scrubbed) = (Arc::clone(&core), Arc::clone(&store));
+    blocking(move || scrub(&scrubbing, &scrubbed)).await;
     loop {
         tokio::time::sleep(LOOK).await;
         let (core, store) = (Arc::clone(&core), Arc::clone(&store));
@@ -315,6 +309,22 @@ pub(crate) async fn watch(core: Arc<Core>) {
 
 /// Between looks for what others have put into the store.
 const LOOK: Duration = Duration::from_secs(30);
+
+fn scrub(core: &Core, store: &PageStore) {
+    match store
+        .scrub()
+        .and_then(|found| Ok((found, store.make_room(store.most_bytes())?)))
+    {
+        Ok(((whole, removed), _)) => {
+            for (path, reason) in removed {
+                tracing::warn!(path = %path.display(), "removed from the page store: {reason}");
+            }
+            tracing::info!(images = whole, "page store read");
+        }
+        Err(error) => tracing::warn!("the page store cannot be used: {error}"),
+    }
+    measure(core, store);
+}
 
 fn measure(core: &Core, store: &PageStore) {
     if let Ok(contents) = store.contents() {

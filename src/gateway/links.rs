@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 
 use super::channel::{Channel, ChannelError};
 use super::clock;
@@ -72,6 +73,9 @@ pub(crate) struct Link {
 /// What the migrations on a link ask of it, each by its own measure of the path.
 #[derive(Debug, Default)]
 struct Asks(HashMap<MigrationId, (Instant, ByteRate)>);
+
+/// A question that has been asked.
+type Asked = JoinHandle<Result<Reply, ChannelError>>;
 
 impl Links {
     pub(crate) fn new(
@@ -169,7 +173,8 @@ impl Links {
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let name = || peer.to_owned();
         let attempt = async {
-            let (link, reply) = self.dial_by_any_way(peer).await?;
+            let (link, hello) = self.dial_by_any_way(peer).await?;
+            let reply = hello.await.expect("asking is not aborted and does not panic");
             match reply.map_err(|source| LinkError::Channel { peer: name(), source })? {
                 Reply::Hello(hello) => Ok((link, hello)),
                 Reply::Refused(reason) => Err(LinkError::Refused { peer: name(), reason }),
@@ -210,7 +215,7 @@ impl Links {
 
     /// Calls the peer at its first address, and where that does not answer, at its second; and says hello. One at a time: lanes are taken
     /// from one link of a peer, and the later of two would end the earlier.
-    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Result<Reply, ChannelError>), LinkError> {
+    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Asked), LinkError> {
         let name = || peer.to_owned();
         let configured = self.config.peer(peer);
         let trusted = self.trust.get(peer).ok_or_else(|| match configured {
@@ -233,9 +238,16 @@ impl Links {
                 rtt: self.configured_rtt(peer),
                 bulk_connections: configured.and_then(|peer| peer.bulk_connections),
             };
-            let hello =
-                async |control: &PeerConnection| Channel::ask(control, &Request::Hello(self.hello.clone())).await;
-            let dialled = self.transport.dial_asking(&target, hello).await;
+            // What it takes to answer is no part of reaching the peer.
+            let hello = |control: &PeerConnection| {
+                let (control, hello) = (control.clone(), Request::Hello(self.hello.clone()));
+                tokio::spawn(async move {
+                    // It keeps the connection, which may be given up meanwhile.
+                    let asked = tokio::time::timeout(HELLO_DEADLINE, Channel::ask(&control, &hello)).await;
+                    asked.unwrap_or(Err(ChannelError::Closed))
+                })
+            };
+            let dialled = self.transport.dial_and(&target, hello).await;
             dialled.map_err(|source| LinkError::Dial { peer: name(), source })
         };
         let (first, second) = match (first, second) {

@@ -186,7 +186,6 @@ pub async fn run(
     }
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
-    keeping::scrub(&core);
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),

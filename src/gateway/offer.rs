@@ -10,7 +10,7 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::inbound::Shelf;
-use super::keeping;
+use super::keeping::{self, Found, Slots};
 use super::launches;
 use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
@@ -181,18 +181,47 @@ async fn dictionary(
     agreed: Limits,
     images: Vec<KnownImage>,
 ) -> Result<(Decoder<Shelf>, Option<MigrationId>, Option<Reservation>), String> {
-    let slots = offer.dictionary_pages.min(agreed.dictionary_pages);
-    let limits = DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string())?;
-    let memory = core
-        .memory
-        .reserve(Need::at_destination(agreed.window_bytes, limits).with_store(core.store.is_some(), limits))
-        .map_err(|error| format!("{}: {error}", core.config.site))?;
+    let slots = Slots {
+        of_guest: offer.dictionary_pages.min(agreed.dictionary_pages),
+        most: agreed.dictionary_pages,
+    };
+    let limits = |slots| DictionaryLimits::new(slots, offer.regions).map_err(|error| error.to_string());
+    let reserve = |limits| {
+        let need = Need::at_destination(agreed.window_bytes, limits).with_store(core.store.is_some(), limits);
+        let reserved = core.memory.reserve(need);
+        reserved.map_err(|error| format!("{}: {error}", core.config.site))
+    };
+    let plain = limits(slots.with(None))?;
+    let memory = reserve(plain)?;
     if !offer.reduce {
         return Ok((Decoder::new(None), None, Some(memory)));
     }
-    let (dir, pages) = (core.config.state_dir.clone(), memory.pages());
     // With the memory for it: a peer may ask for as many as it likes.
     let found = keeping::find(core, &offer.vm, peer, slots, images).await;
+    let enlarged = limits(slots.with(found.as_ref().map(|found| found.image.head())))?;
+    if enlarged != plain {
+        drop(memory);
+        let with_seed = match reserve(enlarged) {
+            Ok(memory) => shelf(core, enlarged, memory, found).await,
+            Err(reason) => Err(reason),
+        };
+        match with_seed {
+            Ok(ready) => return Ok(ready),
+            Err(reason) => tracing::info!(vm = offer.vm, peer, "its seed is not used: {reason}"),
+        }
+        return shelf(core, plain, reserve(plain)?, None).await;
+    }
+    shelf(core, plain, memory, found).await
+}
+
+/// Where pages of a stream with this dictionary are kept, with what both ends begin with.
+async fn shelf(
+    core: &Core,
+    limits: DictionaryLimits,
+    memory: Reservation,
+    found: Option<Found>,
+) -> Result<(Decoder<Shelf>, Option<MigrationId>, Option<Reservation>), String> {
+    let (dir, pages, slots) = (core.config.state_dir.clone(), memory.pages(), limits.slots());
     let taken = found.as_ref().map_or(0, |found| found.pages.slots(slots));
     let spill = tokio::task::spawn_blocking(move || SpillShelf::after(&dir, slots, pages, taken))
         .await

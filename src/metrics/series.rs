@@ -206,12 +206,12 @@ pub(super) const STORE_BYTES: Series = gauge("longhaul_store_bytes", &[], "What 
 pub(super) const STORE_IMAGES: Series = gauge(
     "longhaul_store_images",
     &[],
-    "VMs whose memory is kept in the page store, for the next time they move",
+    "Images in the page store: memory of VMs that have moved, and seeds",
 );
 pub(super) const KNOWN_PAGES: Series = counter(
     "longhaul_known_pages_total",
     &[],
-    "Pages that both sites had when a migration began, at the source",
+    "Pages and blocks of disks that both sites had when a migration began, at the source",
 );
 pub(super) const JOURNAL_ERRORS: Series = counter(
     "longhaul_journal_errors_total",

@@ -47,19 +47,19 @@ impl Transport {
     /// # Errors
     /// [`DialError`] where the peer does not answer, is not who it should be, or does not want us.
     pub async fn dial(&self, target: &PeerTarget) -> Result<PeerLink, DialError> {
-        let (link, ()) = self.dial_asking(target, async |_| ()).await?;
+        let (link, ()) = self.dial_and(target, |_| ()).await?;
         Ok(link)
     }
 
-    /// The same, and `ask` meanwhile, on the control connection: from the first round trip on, when the peer has proved who it is. Whether it
-    /// trusts us is not known then; what `ask` came to is given only where it does.
+    /// The same, and `begin` as soon as the control connection can be used: after the first round trip, when the peer has proved who it is. Whether
+    /// it trusts us is not known then; what was begun is given only where it does.
     ///
     /// # Errors
     /// Those of [`Self::dial`].
-    pub async fn dial_asking<T>(
+    pub async fn dial_and<T>(
         &self,
         target: &PeerTarget,
-        ask: impl AsyncFnOnce(&PeerConnection) -> T,
+        begin: impl FnOnce(&PeerConnection) -> T,
     ) -> Result<(PeerLink, T), DialError> {
         let failed = |cause| DialError {
             peer: target.name.clone(),
@@ -118,11 +118,12 @@ impl Transport {
         let control = async {
             let attempt = attempt(target.control_address, ConnectionKind::Control, Bundle::alone());
             let control = self.shared.connect(attempt).await?;
-            let ((), answer) = tokio::try_join!(self.shared.admit(&control), async { Ok(ask(&control).await) })?;
-            Ok((control, answer))
+            let begun = begin(&control);
+            self.shared.admit(&control).await?;
+            Ok((control, begun))
         };
-        let ((control, answer), bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
-        Ok((PeerLink::new(control, bulk), answer))
+        let ((control, begun), bulk) = tokio::try_join!(control, bulk).map_err(failed)?;
+        Ok((PeerLink::new(control, bulk), begun))
     }
 
     /// Connects to a gateway that invited this one, to introduce ourselves. Only its key is known.

@@ -1,4 +1,4 @@
-//! What both ends hold before the first payload of a session: pages of an earlier migration.
+//! What both ends hold before the first payload of a session: pages of an earlier migration, or blocks of a disk.
 //!
 //! They fill the dictionary from slot 0 on, in their order, and the table of what was last sent for each page, as if the source had
 //! just sent them all. So nothing on the wire is special about them: a page that has not changed is *same*, one that has is a delta, one that

@@ -56,13 +56,16 @@ const EXTENSION: &str = "pages";
 /// Most images that a source names in an offer, and a destination looks for.
 pub const MOST_OFFERED: usize = 16;
 
+/// Another VM's image is small beside a VM that has more than so many times its pages.
+const SMALL_BESIDE: u64 = 4;
+
 /// Images of a site, in one directory.
 #[derive(Debug)]
 pub struct PageStore {
     dir: PathBuf,
     most_bytes: u64,
-    /// Images that this process has seen to be whole.
-    whole: Mutex<HashSet<MigrationId>>,
+    /// Images that this process has seen to be whole, and when they were written: a seed that was removed and given again is another file.
+    whole: Mutex<HashMap<MigrationId, u64>>,
 }
 
 /// An image as it lies in the store.
@@ -160,13 +163,12 @@ impl PageStore {
             tracing::warn!("not offered: {reason}");
         }
         let mut suspects: Vec<PathBuf> = damaged.into_iter().map(|(path, _)| path).collect();
-        for listed in &images {
-            let id = listed.head.id;
-            if self.whole().contains(&id) {
+        for Listed { head, .. } in &images {
+            if self.is_whole(head) {
                 continue;
             }
-            match self.verify(id) {
-                Ok(()) => _ = self.whole().insert(id),
+            match self.verify(head.id) {
+                Ok(()) => self.note_whole(head),
                 Err(StoreError::Damaged { path, .. }) => suspects.push(path),
                 Err(error) => tracing::warn!("not offered: {error}"),
             }
@@ -193,15 +195,15 @@ impl PageStore {
     ///
     /// # Errors
     /// [`StoreError`] where the directory or the key cannot be read.
-    pub fn take_in(&self, tried: &mut HashSet<MigrationId>) -> Result<usize, StoreError> {
+    pub fn take_in(&self, tried: &mut HashSet<(MigrationId, u64)>) -> Result<usize, StoreError> {
         let mut taken = 0;
         for Listed { head, .. } in self.contents()?.images {
-            if self.whole().contains(&head.id) || !tried.insert(head.id) {
+            if self.is_whole(&head) || !tried.insert((head.id, head.unix_ms)) {
                 continue;
             }
             match self.verify(head.id) {
                 Ok(()) => {
-                    self.whole().insert(head.id);
+                    self.note_whole(&head);
                     taken += 1;
                 }
                 Err(error) => tracing::warn!("not offered: {error}"),
@@ -210,31 +212,33 @@ impl PageStore {
         Ok(taken)
     }
 
-    /// Images that may be offered for a VM: its own, the newest first, then those of others that share with it, then seeds. Others leave half of
-    /// the room to seeds.
+    /// Images that may be offered for a VM with so many pages: its own, the newest first, then those of others that share with it, then seeds. Others
+    /// leave half of the room to seeds, and go behind them where they are small beside the VM: they are hardly of its kind.
     #[must_use]
-    pub fn candidates(&self, whose: &Whose) -> Vec<Head> {
+    pub fn candidates(&self, whose: &Whose, pages: u64) -> Vec<Head> {
         let mut heads: Vec<Head> = self.contents().map_or_else(
             |_| Vec::new(),
             |contents| contents.images.into_iter().map(|listed| listed.head).collect(),
         );
-        heads.retain(|head| head.whose.shares_with(whose) && self.whole().contains(&head.id));
+        heads.retain(|head| head.whose.shares_with(whose) && self.is_whole(head));
         heads.sort_by_key(|head| (head.whose.vm != whose.vm, std::cmp::Reverse(head.unix_ms)));
         let (mut seeds, mut heads): (Vec<_>, Vec<_>) = heads.into_iter().partition(|head| head.whose.is_seed());
         seeds.truncate(MOST_OFFERED.saturating_sub(heads.len()).max(MOST_OFFERED / 2));
         heads.truncate(MOST_OFFERED - seeds.len());
         heads.append(&mut seeds);
+        // Stable: otherwise as before.
+        heads.sort_by_key(|head| {
+            let is_others = head.whose.vm != whose.vm && !head.whose.is_seed();
+            is_others && u64::from(head.contents) * SMALL_BESIDE < pages
+        });
         heads
     }
 
     /// The image of that name, if it is here and whole, and shares with this VM.
     #[must_use]
     pub fn image(&self, id: MigrationId, whose: &Whose) -> Option<Image> {
-        if !self.whole().contains(&id) {
-            return None;
-        }
         let image = self.open_image(id).ok()?;
-        image.head().whose.shares_with(whose).then_some(image)
+        (self.is_whole(image.head()) && image.head().whose.shares_with(whose)).then_some(image)
     }
 
     /// An image is perhaps damaged: it is read again before it is offered again, and removed where it is.
@@ -242,17 +246,17 @@ impl PageStore {
     /// # Errors
     /// [`StoreError`] where it is.
     pub fn look_again(&self, id: MigrationId) -> Result<(), StoreError> {
-        if !self.whole().remove(&id) {
+        if self.whole().remove(&id).is_none() {
             return Ok(());
         }
-        match self.verify(id) {
+        match self.open_image(id).and_then(|image| image.verify().map(|()| image)) {
             Err(error @ StoreError::Damaged { .. }) => {
                 self.discard(id);
                 Err(error)
             }
             Err(error) => Err(error),
-            Ok(()) => {
-                self.whole().insert(id);
+            Ok(image) => {
+                self.note_whole(image.head());
                 Ok(())
             }
         }
@@ -290,6 +294,10 @@ impl PageStore {
         kept: &mut KeptPages<S>,
     ) -> Result<Option<Head>, StoreError> {
         let _lock = self.lock()?;
+        // The peer chose the id, and may have chosen a seed's.
+        if self.path_of(id).exists() {
+            return Ok(None);
+        }
         let written = self.write(ToWrite::of_session(id, whose, unix_ms, kept))?;
         if written.is_some() {
             let mut older = self.contents()?.images;
@@ -311,12 +319,14 @@ impl PageStore {
         let (id, left_out) = (blocks.id(tenant), blocks.left_out());
         let expected = KnownPages::new(blocks.digests().to_vec(), Vec::new()).expect("there are no places");
         let seeded = |head| Some(Seeded { head, left_out });
-        let _lock = self.lock()?;
         if let Ok(image) = self.open_image(id)
+            && image.head().whose == Whose::seed(tenant)
+            && image.head().digest == expected.digest()
             && image.verify().is_ok()
         {
             return Ok(seeded(image.head().clone()));
         }
+        let _lock = self.lock()?;
         let slots = (0..u32::try_from(blocks.len()).expect("a seed has at most MOST_SEED_PAGES")).collect();
         let head = self.write(ToWrite {
             id,
@@ -342,6 +352,8 @@ impl PageStore {
             return Ok(None);
         };
         let mut images = self.contents()?.images;
+        // One that is damaged, and replaced.
+        images.retain(|listed| listed.head.id != id);
         let used: u64 = images.iter().map(|listed| listed.bytes).sum();
         // A seed is there until an operator says otherwise.
         let seeds: u64 = images
@@ -349,7 +361,7 @@ impl PageStore {
             .filter(|listed| listed.head.whose.is_seed())
             .map(|listed| listed.bytes)
             .sum();
-        if seeds > room || !self.has_room(bytes.saturating_sub(used - seeds))? {
+        if seeds > room || !self.has_room(bytes.saturating_sub((used - seeds) / 4 * 3))? {
             return Ok(None);
         }
         worth_least_last(&mut images, Some(image.whose));
@@ -362,11 +374,11 @@ impl PageStore {
         }
         let key = StoreKey::load_or_create(&self.dir)?;
         let head = writer::write(&self.dir, &self.path_of(id), &key, image)?;
-        self.whole().insert(id);
+        self.note_whole(&head);
         Ok(Some(head))
     }
 
-    /// Whether the disk has room for so much more, with some left to others.
+    /// Whether the disk has room for so much more, with a quarter left to others.
     fn has_room(&self, bytes: u64) -> Result<bool, StoreError> {
         let pages = spill::pages_with_room(&self.dir).map_err(|error| StoreError::io(&self.dir, error))?;
         Ok(pages.saturating_mul(PAGE_SIZE as u64) >= bytes)
@@ -460,7 +472,15 @@ impl PageStore {
         }
     }
 
-    fn whole(&self) -> MutexGuard<'_, HashSet<MigrationId>> {
+    fn is_whole(&self, head: &Head) -> bool {
+        self.whole().get(&head.id) == Some(&head.unix_ms)
+    }
+
+    fn note_whole(&self, head: &Head) {
+        self.whole().insert(head.id, head.unix_ms);
+    }
+
+    fn whole(&self) -> MutexGuard<'_, HashMap<MigrationId, u64>> {
         // Names only: always consistent.
         self.whole.lock().unwrap_or_else(PoisonError::into_inner)
     }

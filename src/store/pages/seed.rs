@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::path::Path;
 
 use rustix::fs::SeekFrom;
@@ -48,6 +48,10 @@ impl Blocks {
     /// Reads all of `path`; holes of a sparse file cost nothing.
     pub(super) fn of(path: &Path) -> Result<Self, StoreError> {
         let failed = |error| StoreError::io(path, error);
+        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(failed(io::Error::other("it is neither a file nor a disk")));
+        }
         let file = File::open(path).map_err(failed)?;
         let mut start = [0; 8];
         let read = file.read_at(&mut start, 0).map_err(failed)?;

@@ -108,10 +108,10 @@ fn only_what_this_process_has_read_whole_is_offered() {
         .keep(id(1), &whose("db-1", ""), 7, &mut kept(10))
         .unwrap();
     let after_restart = store(dir.path());
-    assert!(after_restart.candidates(&whose("db-1", "")).is_empty());
+    assert!(after_restart.candidates(&whose("db-1", ""), 10).is_empty());
     assert!(after_restart.image(id(1), &whose("db-1", "")).is_none());
     assert_eq!(after_restart.scrub().unwrap().0, 1);
-    assert_eq!(after_restart.candidates(&whose("db-1", "")).len(), 1);
+    assert_eq!(after_restart.candidates(&whose("db-1", ""), 10).len(), 1);
     assert!(after_restart.image(id(1), &whose("db-1", "")).is_some());
 }
 
@@ -170,7 +170,7 @@ fn tenants_share_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     store.keep(id(1), &whose("db-1", "acme"), 7, &mut kept(10)).unwrap();
-    assert!(store.candidates(&whose("db-1", "")).is_empty());
+    assert!(store.candidates(&whose("db-1", ""), 10).is_empty());
     assert!(store.image(id(1), &whose("db-1", "other")).is_none());
     assert!(store.image(id(1), &whose("db-1", "acme")).is_some());
 }
@@ -184,7 +184,7 @@ fn a_peer_is_not_told_of_what_went_elsewhere() {
         peer: "paris".to_owned(),
         ..whose("db-1", "")
     };
-    assert!(store.candidates(&elsewhere).is_empty());
+    assert!(store.candidates(&elsewhere, 10).is_empty());
     assert!(store.image(id(1), &elsewhere).is_none());
     // The VM's image with one peer is not in the place of that with another.
     store.keep(id(2), &elsewhere, 8, &mut kept(10)).unwrap();
@@ -235,7 +235,7 @@ fn an_older_session_that_is_written_late_does_not_take_the_place_of_a_newer_one(
     let store = store(dir.path());
     store.keep(id(2), &whose("db-1", ""), 8, &mut kept(10)).unwrap();
     store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
-    assert_eq!(store.candidates(&whose("db-1", ""))[0].id, id(2));
+    assert_eq!(store.candidates(&whose("db-1", ""), 10)[0].id, id(2));
 }
 
 #[test]
@@ -244,14 +244,14 @@ fn a_suspect_is_offered_again_only_where_it_is_whole() {
     let store = store(dir.path());
     store.keep(id(1), &whose("db-1", ""), 7, &mut kept(10)).unwrap();
     store.look_again(id(1)).unwrap();
-    assert_eq!(store.candidates(&whose("db-1", "")).len(), 1);
+    assert_eq!(store.candidates(&whose("db-1", ""), 10).len(), 1);
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(store.path_of(id(1)))
         .unwrap();
     file.write_all_at(&[0; 64], 5000).unwrap();
     assert!(store.look_again(id(1)).is_err());
-    assert!(store.candidates(&whose("db-1", "")).is_empty() && !store.path_of(id(1)).exists());
+    assert!(store.candidates(&whose("db-1", ""), 10).is_empty() && !store.path_of(id(1)).exists());
 }
 
 #[test]
@@ -268,7 +268,7 @@ fn a_vm_has_its_two_newest_images_and_they_are_offered_first() {
 }
 
 fn offered(store: &PageStore, whose: &Whose) -> Vec<MigrationId> {
-    store.candidates(whose).iter().map(|head| head.id).collect()
+    store.candidates(whose, 10).iter().map(|head| head.id).collect()
 }
 
 #[test]
@@ -355,7 +355,7 @@ fn seeds_are_offered_behind_what_vms_left_and_have_room_among_it() {
     for number in 0..20 {
         let vm = format!("db-{number}");
         store
-            .keep(id(number), &whose(&vm, ""), 2 + u64::from(number), &mut kept(3))
+            .keep(id(number), &whose(&vm, ""), 2 + u64::from(number), &mut kept(9))
             .unwrap();
     }
     let offered = offered(&store, &whose("db-7", ""));
@@ -363,6 +363,60 @@ fn seeds_are_offered_behind_what_vms_left_and_have_room_among_it() {
         (offered.len(), offered[0], offered[MOST_OFFERED - 1]),
         (MOST_OFFERED, id(7), seed)
     );
+}
+
+#[test]
+fn an_image_that_is_small_beside_the_vm_goes_behind_a_seed_unless_it_is_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let seed = store.seed(&disk(dir.path(), &[3, 4]), "", 1).unwrap().unwrap().head.id;
+    store.keep(id(1), &whose("db-1", ""), 2, &mut kept(9)).unwrap();
+    store.keep(id(2), &whose("db-2", ""), 3, &mut kept(9)).unwrap();
+    let offered = |pages| {
+        let heads = store.candidates(&whose("db-1", ""), pages);
+        heads.iter().map(|head| head.id).collect::<Vec<_>>()
+    };
+    assert_eq!(offered(24), [id(1), id(2), seed]);
+    assert_eq!(offered(25), [id(1), seed, id(2)]);
+}
+
+#[test]
+fn a_peer_that_names_a_migration_after_a_seed_does_not_replace_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let disk = disk(dir.path(), &[3, 4]);
+    let seed = store.seed(&disk, "", 1).unwrap().unwrap().head;
+    assert!(
+        store
+            .keep(seed.id, &whose("db-1", ""), 2, &mut kept(9))
+            .unwrap()
+            .is_none()
+    );
+    assert_eq!(store.open_image(seed.id).unwrap().head(), &seed);
+    // And where it was there first, the seed takes its place.
+    store.forget(seed.id).unwrap();
+    store
+        .keep(seed.id, &whose("db-1", ""), 2, &mut kept(9))
+        .unwrap()
+        .unwrap();
+    assert_eq!(store.seed(&disk, "", 1).unwrap().unwrap().head, seed);
+    assert_eq!(store.open_image(seed.id).unwrap().head(), &seed);
+}
+
+#[test]
+fn a_seed_that_was_removed_and_given_again_is_read_again_before_it_is_offered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gateway, operator) = (store(dir.path()), store(dir.path()));
+    let disk = disk(dir.path(), &[3, 4]);
+    let mut tried = HashSet::new();
+    let seed = operator.seed(&disk, "", 1).unwrap().unwrap().head.id;
+    assert_eq!(gateway.take_in(&mut tried).unwrap(), 1);
+    operator.forget(seed).unwrap();
+    operator.seed(&disk, "", 2).unwrap();
+    assert!(offered(&gateway, &whose("db-1", "")).is_empty());
+    assert!(gateway.image(seed, &whose("db-1", "")).is_none());
+    assert_eq!(gateway.take_in(&mut tried).unwrap(), 1);
+    assert_eq!(offered(&gateway, &whose("db-1", "")), [seed]);
 }
 
 #[test]
