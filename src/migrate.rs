@@ -216,21 +216,24 @@ async fn agree(
         true => keeping::candidates(core, &entry.vm, &entry.peer, slots).await,
         false => Vec::new(),
     };
-    let reserve = |images: &[Image]| {
-        let most = images.iter().map(|image| slots.with(Some(image.head()))).max();
-        let dictionary = limits(most.unwrap_or(slots.with(None)))?;
-        let deltas = agreement.version >= hello::DELTAS;
-        let need = Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary);
-        let reserved = core.memory.reserve(need);
-        reserved.map_err(|error| format!("{}: {error}", core.config.site))
-    };
-    let memory = match reserve(&images) {
-        Err(reason) if images.iter().any(|image| image.head().whose.is_seed()) => {
-            tracing::info!(vm = entry.vm, "no seed is offered: {reason}");
-            images.retain(|image| !image.head().whose.is_seed());
-            reserve(&images)?
+    let deltas = agreement.version >= hello::DELTAS;
+    let need =
+        |dictionary| Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary);
+    let (mut memory, most) = loop {
+        // For the largest that the destination may take.
+        let largest = images.iter().map(Image::head).max_by_key(|head| slots.with(Some(head)));
+        let most = need(limits(slots.with(largest))?);
+        match core.memory.reserve(most) {
+            Ok(memory) => break (memory, most),
+            Err(error) => {
+                let seed = largest.filter(|head| head.whose.is_seed()).map(|head| head.id);
+                let Some(seed) = seed else {
+                    return Err(format!("{}: {error}", core.config.site));
+                };
+                tracing::info!(vm = entry.vm, %seed, "a seed is not offered: {error}");
+                images.retain(|image| image.head().id != seed);
+            }
         }
-        reserved => reserved?,
     };
     let offered_images = images.iter().map(|image| KnownImage {
         id: image.head().id,
@@ -245,6 +248,7 @@ async fn agree(
     let (mut channel, image) = offered.await?;
     let image = images.into_iter().find(|held| Some(held.head().id) == image);
     let dictionary = limits(slots.with(image.as_ref().map(Image::head)))?;
+    memory.shrink(most, need(dictionary));
     let memory_bytes = memory_of(&checked.inventory);
     let prepared = match keeping::prepare(core, agreement.version, dictionary, memory_bytes, image).await {
         Ok(prepared) => prepared,

@@ -17,7 +17,7 @@ use crate::store::pages::{Listed, PageStore, Seeded, StoreError};
 /// Works on the store's directory, whether the gateway runs or not; a migration that is under way keeps what it has open.
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum StoreCommand {
-    /// Lists the images of VMs that are kept, the one that was used last first.
+    /// Lists the images of VMs that are kept, and seeds, the one that was used last first.
     Status(Args),
     /// Reads everything in the store and names what is damaged. Changes nothing.
     ///
@@ -25,12 +25,16 @@ pub(super) enum StoreCommand {
     Verify(Args),
     /// Reads a raw disk image, so that what VMs have in memory of such a disk is not sent, in their first migration too.
     ///
-    /// Do the same with the same image at both sites: with the one that VMs were installed or cloned from, or a snapshot of a VM's disk. Blocks of 4 KiB
-    /// count, at most 3 GiB of them that differ. The image is not needed any more then. A gateway that runs finds and reads it within a minute or so.
+    /// Do the same at both sites, with one and the same image and tenant, as the user that the gateway runs as: both print the same name then. Take the
+    /// image that VMs were installed or cloned from, or one snapshot of a VM's disk, copied. Blocks of 4 KiB count, at most 3 GiB of them that differ;
+    /// they have to find room in the store's size beside what VMs leave, some of which is thrown out for it. The image is not needed any more then.
+    /// Within a minute or so a gateway that runs has read it; a migration that begins with it says so (`known_pages`). Given again, it only prints its name.
     ///
     /// Exit code: 0 it is in the store, 2 it is not.
     Seed(SeedArgs),
-    /// Removes one image, by the name that `status` shows.
+    /// Removes one image or seed, by the name that `status` shows.
+    ///
+    /// Exit code: 0 it is removed, 2 it was not there.
     Forget(ForgetArgs),
     /// Removes what is damaged or half written, and what goes beyond the size: images of which there is a newer one first, then those that were
     /// not used for longest, seeds last.
@@ -54,7 +58,7 @@ pub(super) struct Args {
 #[derive(Debug, clap::Args)]
 pub(super) struct SeedArgs {
     /// The disk image, or the disk: raw, as the guest sees it.
-    image: PathBuf,
+    disk: PathBuf,
 
     /// Only VMs of this tenant may use it. Otherwise all may: how much of a migration is not sent then tells what of the image a VM has in memory.
     #[arg(long, value_name = "NAME", value_parser = crate::config::units::parse_name)]
@@ -66,8 +70,8 @@ pub(super) struct SeedArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ForgetArgs {
-    /// Name of the image.
-    #[arg(value_name = "IMAGE", value_parser = parse_image)]
+    /// Its name.
+    #[arg(value_name = "NAME", value_parser = parse_image)]
     image: MigrationId,
 
     #[command(flatten)]
@@ -149,12 +153,12 @@ pub(super) fn run(command: &StoreCommand) -> Result<u8, Failure> {
             let tenant = seed.tenant.as_deref().unwrap_or_default();
             let store = store(&seed.args)?;
             let now = crate::gateway::clock::unix_ms();
-            let seeded = store.seed(&seed.image, tenant, now).map_err(failed)?;
+            let seeded = store.seed(&seed.disk, tenant, now).map_err(failed)?;
             let Some(Seeded { head, left_out }) = seeded else {
                 return Err(Failure::no(format!(
                     "the store has no room for {}: it may take {}, of which seeds that are there keep theirs (store.size, or longhaul store \
                      forget), and leaves a quarter of its disk's room to others",
-                    seed.image.display(),
+                    seed.disk.display(),
                     bytes(store.most_bytes())
                 )));
             };
@@ -173,7 +177,7 @@ pub(super) fn run(command: &StoreCommand) -> Result<u8, Failure> {
                     text.push_str(&format!(
                         "\n{} more pages of {} found no room in it",
                         shown.left_out_pages,
-                        seed.image.display()
+                        seed.disk.display()
                     ));
                 }
                 text
@@ -296,10 +300,7 @@ fn text(shown: &Shown) -> String {
                 ]
             })
             .collect();
-        text.push_str(&table(
-            ["VM", "TENANT", "PEER", "SIZE", "PAGES", "USED", "IMAGE"],
-            &rows,
-        ));
+        text.push_str(&table(["VM", "TENANT", "PEER", "SIZE", "PAGES", "USED", "NAME"], &rows));
     }
     for damage in &shown.damaged {
         text.push_str(&format!("damaged: {}\n", damage.reason));

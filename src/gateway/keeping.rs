@@ -90,39 +90,51 @@ pub(crate) struct Found {
     pub(crate) pages: KnownPages,
 }
 
-/// What this site could begin a migration of the VM with, where the dictionary has at most so many slots. Open from now on: the destination's answer
-/// may come after they were thrown out.
+/// What this site could begin a migration of the VM with. Open from now on: the destination's answer may come after they were thrown out.
 pub(crate) async fn candidates(core: &Core, vm: &str, peer: &str, slots: Slots) -> Vec<Image> {
     let Some(store) = core.store.clone() else {
         return Vec::new();
     };
     let whose = whose(core, vm, peer);
     blocking(move || {
-        let heads = store.candidates(&whose, slots.of_guest.into()).into_iter();
-        let fitting = heads.filter(|head| {
-            let fits = slots.fits(head);
-            if !fits {
-                tracing::info!(vm = whose.vm, image = %head.id, "not offered: the dictionary has no slots for its {} pages", head.contents);
-            }
-            fits
+        let disk = spill::pages_with_room(store.dir()).unwrap_or(0);
+        let heads = store.candidates(&whose, slots.pages_of_guest()).into_iter();
+        let usable = heads.filter(|head| {
+            let lacks = if !slots.fits(head) {
+                "slots in the dictionary (memory_budget, at either site)"
+            } else if head.whose.is_seed() && disk < u64::from(slots.with(Some(head))) + u64::from(slots.of_guest) {
+                "room on the store's disk to keep what the migration leaves"
+            } else {
+                return true;
+            };
+            tracing::info!(vm = whose.vm, image = %head.id, pages = head.contents, "not offered: for so many pages it lacks {lacks}");
+            false
         });
-        fitting.filter_map(|head| store.image(head.id, &whose)).collect()
+        usable.filter_map(|head| store.image(head.id, &whose)).collect()
     })
     .await
 }
 
-/// The first of the peer's images that this site has too.
-pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: Slots, offered: Vec<KnownImage>) -> Option<Found> {
-    let store = core.store.clone()?;
+/// The peer's images that this site has too, in the peer's order.
+pub(crate) async fn find(core: &Core, vm: &str, peer: &str, slots: Slots, offered: Vec<KnownImage>) -> Vec<Image> {
+    let Some(store) = core.store.clone() else {
+        return Vec::new();
+    };
     let whose = whose(core, vm, peer);
     blocking(move || {
-        offered.iter().take(MOST_OFFERED).find_map(|offered| {
+        let found = offered.iter().take(MOST_OFFERED).filter_map(|offered| {
             let image = store.image(offered.id, &whose)?;
-            let head = image.head();
-            (head.digest == offered.digest && slots.fits(head)).then(|| read(&store, image))?
-        })
+            (image.head().digest == offered.digest && slots.fits(image.head())).then_some(image)
+        });
+        found.collect()
     })
     .await
+}
+
+/// What a session that begins with this image knows; `None` where it is damaged. Once there is memory for it.
+pub(crate) async fn open_pages(core: &Core, image: Image) -> Option<Found> {
+    let store = core.store.clone()?;
+    blocking(move || read(&store, image)).await
 }
 
 /// Slots of a session's dictionary. Both ends come to the same.
@@ -135,7 +147,12 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    /// Where a session begins with this image: what a seed holds has no pages yet, and must not make those of the guest leave the dictionary.
+    /// Pages of a guest for which so many slots are offered: a quarter more than it has.
+    fn pages_of_guest(self) -> u64 {
+        u64::from(self.of_guest) * 4 / 5
+    }
+
+    /// Where a session begins with this image: what a seed holds has no pages yet, and should not make those of the guest leave the dictionary.
     pub(crate) fn with(self, image: Option<&Head>) -> u32 {
         let seed = image
             .filter(|head| head.whose.is_seed())
@@ -286,22 +303,26 @@ fn look_again(store: &PageStore, image: MigrationId) {
 /// Looks through the store; only what was found whole is offered. Then takes in what is put there by others than this gateway: seeds.
 pub(crate) async fn watch(core: Arc<Core>) {
     let Some(store) = core.store.clone() else { return };
-    let mut tried = HashSet::new();
+    let (mut tried, mut told) = (HashSet::new(), false);
     let (scrubbing, scrubbed) = (Arc::clone(&core), Arc::clone(&store));
     blocking(move || scrub(&scrubbing, &scrubbed)).await;
     loop {
         tokio::time::sleep(LOOK).await;
         let (core, store) = (Arc::clone(&core), Arc::clone(&store));
-        tried = blocking(move || {
+        (tried, told) = blocking(move || {
             match store.take_in(&mut tried) {
                 Ok(0) => {}
                 Ok(images) => {
                     tracing::info!(images, "taken into the page store");
                     measure(&core, &store);
                 }
-                Err(error) => tracing::debug!("the page store cannot be looked at: {error}"),
+                Err(error) if !told => {
+                    tracing::warn!("what is put into the page store is not taken in: {error}");
+                    told = true;
+                }
+                Err(_) => {}
             }
-            tried
+            (tried, told)
         })
         .await;
     }

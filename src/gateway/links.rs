@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 use super::channel::{Channel, ChannelError};
 use super::clock;
@@ -74,8 +74,8 @@ pub(crate) struct Link {
 #[derive(Debug, Default)]
 struct Asks(HashMap<MigrationId, (Instant, ByteRate)>);
 
-/// A question that has been asked.
-type Asked = JoinHandle<Result<Reply, ChannelError>>;
+/// A question that has been asked, until this is dropped.
+type Asked = JoinSet<Result<Reply, ChannelError>>;
 
 impl Links {
     pub(crate) fn new(
@@ -173,8 +173,9 @@ impl Links {
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let name = || peer.to_owned();
         let attempt = async {
-            let (link, hello) = self.dial_by_any_way(peer).await?;
-            let reply = hello.await.expect("asking is not aborted and does not panic");
+            let (link, mut hello) = self.dial_by_any_way(peer).await?;
+            let reply = hello.join_next().await.expect("one question was asked");
+            let reply = reply.expect("asking is not aborted and does not panic");
             match reply.map_err(|source| LinkError::Channel { peer: name(), source })? {
                 Reply::Hello(hello) => Ok((link, hello)),
                 Reply::Refused(reason) => Err(LinkError::Refused { peer: name(), reason }),
@@ -241,11 +242,9 @@ impl Links {
             // What it takes to answer is no part of reaching the peer.
             let hello = |control: &PeerConnection| {
                 let (control, hello) = (control.clone(), Request::Hello(self.hello.clone()));
-                tokio::spawn(async move {
-                    // It keeps the connection, which may be given up meanwhile.
-                    let asked = tokio::time::timeout(HELLO_DEADLINE, Channel::ask(&control, &hello)).await;
-                    asked.unwrap_or(Err(ChannelError::Closed))
-                })
+                let mut asked = Asked::new();
+                asked.spawn(async move { Channel::ask(&control, &hello).await });
+                asked
             };
             let dialled = self.transport.dial_and(&target, hello).await;
             dialled.map_err(|source| LinkError::Dial { peer: name(), source })

@@ -199,6 +199,14 @@ impl MemoryBudget {
 }
 
 impl Reservation {
+    /// Gives back what is not needed after all where `most` was reserved and it came to `need`. Pages or copies stay as many.
+    pub(crate) fn shrink(&mut self, most: Need, need: Need) {
+        let of = |need: Need| need.bytes + need.store_bytes;
+        let spared = of(most).saturating_sub(of(need)).min(self.bytes);
+        self.bytes -= spared;
+        self.left.fetch_add(spared, Ordering::AcqRel);
+    }
+
     /// Pages of the dictionary that may be kept in memory, or copied.
     pub(crate) fn pages(&self) -> u32 {
         u32::try_from(self.pages).unwrap_or(u32::MAX)
@@ -239,6 +247,21 @@ mod tests {
 
     fn left(budget: &MemoryBudget) -> u64 {
         budget.left.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_a_smaller_dictionary_spares_is_given_back_at_once_and_not_twice() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let [most, need] = [2 << 30, 1 << 30].map(|guest| {
+            let dictionary = dictionary(guest);
+            Need::at_source(WINDOW, dictionary, true).with_store(true, dictionary)
+        });
+        let mut held = budget.reserve(most).unwrap();
+        let before = left(&budget);
+        held.shrink(most, need);
+        assert_eq!(left(&budget) - before, most.least_bytes() - need.least_bytes());
+        drop(held);
+        assert_eq!(left(&budget), 512 * MIB);
     }
 
     #[test]

@@ -191,27 +191,26 @@ async fn dictionary(
         let reserved = core.memory.reserve(need);
         reserved.map_err(|error| format!("{}: {error}", core.config.site))
     };
-    let plain = limits(slots.with(None))?;
-    let memory = reserve(plain)?;
     if !offer.reduce {
-        return Ok((Decoder::new(None), None, Some(memory)));
+        return Ok((Decoder::new(None), None, Some(reserve(limits(slots.with(None))?)?)));
     }
-    // With the memory for it: a peer may ask for as many as it likes.
-    let found = keeping::find(core, &offer.vm, peer, slots, images).await;
-    let enlarged = limits(slots.with(found.as_ref().map(|found| found.image.head())))?;
-    if enlarged != plain {
-        drop(memory);
-        let with_seed = match reserve(enlarged) {
-            Ok(memory) => shelf(core, enlarged, memory, found).await,
+    for image in keeping::find(core, &offer.vm, peer, slots, images).await {
+        let (id, is_seed) = (image.head().id, image.head().whose.is_seed());
+        let limits = limits(slots.with(Some(image.head())))?;
+        let begun = match reserve(limits) {
+            Ok(memory) => match keeping::open_pages(core, image).await {
+                Some(found) => shelf(core, limits, memory, Some(found)).await,
+                None => continue,
+            },
             Err(reason) => Err(reason),
         };
-        match with_seed {
-            Ok(ready) => return Ok(ready),
-            Err(reason) => tracing::info!(vm = offer.vm, peer, "its seed is not used: {reason}"),
+        match begun {
+            Err(reason) if is_seed => tracing::info!(vm = offer.vm, peer, image = %id, "a seed is not used: {reason}"),
+            begun => return begun,
         }
-        return shelf(core, plain, reserve(plain)?, None).await;
     }
-    shelf(core, plain, memory, found).await
+    let limits = limits(slots.with(None))?;
+    shelf(core, limits, reserve(limits)?, None).await
 }
 
 /// Where pages of a stream with this dictionary are kept, with what both ends begin with.

@@ -56,8 +56,8 @@ const EXTENSION: &str = "pages";
 /// Most images that a source names in an offer, and a destination looks for.
 pub const MOST_OFFERED: usize = 16;
 
-/// Another VM's image is small beside a VM that has more than so many times its pages.
-const SMALL_BESIDE: u64 = 4;
+/// Another VM's image is small beside a VM that has more than so many times its pages, used or not.
+const SMALL_BESIDE: u64 = 16;
 
 /// Images of a site, in one directory.
 #[derive(Debug)]
@@ -167,8 +167,8 @@ impl PageStore {
             if self.is_whole(head) {
                 continue;
             }
-            match self.verify(head.id) {
-                Ok(()) => self.note_whole(head),
+            match self.read_whole(head.id) {
+                Ok(()) => {}
                 Err(StoreError::Damaged { path, .. }) => suspects.push(path),
                 Err(error) => tracing::warn!("not offered: {error}"),
             }
@@ -201,19 +201,16 @@ impl PageStore {
             if self.is_whole(&head) || !tried.insert((head.id, head.unix_ms)) {
                 continue;
             }
-            match self.verify(head.id) {
-                Ok(()) => {
-                    self.note_whole(&head);
-                    taken += 1;
-                }
+            match self.read_whole(head.id) {
+                Ok(()) => taken += 1,
                 Err(error) => tracing::warn!("not offered: {error}"),
             }
         }
         Ok(taken)
     }
 
-    /// Images that may be offered for a VM with so many pages: its own, the newest first, then those of others that share with it, then seeds. Others
-    /// leave half of the room to seeds, and go behind them where they are small beside the VM: they are hardly of its kind.
+    /// Images that may be offered for a VM with so many pages: its own, the newest first, then those of others that share with it, then seeds, those of
+    /// its tenant first. Others leave half of the room to seeds, and go behind them where they are small beside the VM: they are hardly of its kind.
     #[must_use]
     pub fn candidates(&self, whose: &Whose, pages: u64) -> Vec<Head> {
         let mut heads: Vec<Head> = self.contents().map_or_else(
@@ -223,6 +220,7 @@ impl PageStore {
         heads.retain(|head| head.whose.shares_with(whose) && self.is_whole(head));
         heads.sort_by_key(|head| (head.whose.vm != whose.vm, std::cmp::Reverse(head.unix_ms)));
         let (mut seeds, mut heads): (Vec<_>, Vec<_>) = heads.into_iter().partition(|head| head.whose.is_seed());
+        seeds.sort_by_key(|head| head.whose.tenant.is_empty());
         seeds.truncate(MOST_OFFERED.saturating_sub(heads.len()).max(MOST_OFFERED / 2));
         heads.truncate(MOST_OFFERED - seeds.len());
         heads.append(&mut seeds);
@@ -249,17 +247,11 @@ impl PageStore {
         if self.whole().remove(&id).is_none() {
             return Ok(());
         }
-        match self.open_image(id).and_then(|image| image.verify().map(|()| image)) {
-            Err(error @ StoreError::Damaged { .. }) => {
-                self.discard(id);
-                Err(error)
-            }
-            Err(error) => Err(error),
-            Ok(image) => {
-                self.note_whole(image.head());
-                Ok(())
-            }
+        let read = self.read_whole(id);
+        if let Err(StoreError::Damaged { .. }) = read {
+            self.discard(id);
         }
+        read
     }
 
     /// It is not offered again.
@@ -294,9 +286,8 @@ impl PageStore {
         kept: &mut KeptPages<S>,
     ) -> Result<Option<Head>, StoreError> {
         let _lock = self.lock()?;
-        // The peer chose the id, and may have chosen a seed's.
         if self.path_of(id).exists() {
-            return Ok(None);
+            return Err(StoreError::Taken { id });
         }
         let written = self.write(ToWrite::of_session(id, whose, unix_ms, kept))?;
         if written.is_some() {
@@ -433,6 +424,14 @@ impl PageStore {
         self.open_image(id)?.verify()
     }
 
+    /// Reads all of an image, and offers it from now on where it is whole.
+    fn read_whole(&self, id: MigrationId) -> Result<(), StoreError> {
+        let image = self.open_image(id)?;
+        image.verify()?;
+        self.note_whole(image.head());
+        Ok(())
+    }
+
     /// The file of the image of that name.
     #[must_use]
     pub fn path_of(&self, id: MigrationId) -> PathBuf {
@@ -534,6 +533,14 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// There is an image of that name: a seed's, which a peer has chosen for its migration.
+    #[error(
+        "the name of the migration, {id}, is an image's that is in the store, and was chosen by a peer that means ill"
+    )]
+    Taken {
+        /// The name.
+        id: MigrationId,
     },
     /// A disk image is in a format of its own.
     #[error(

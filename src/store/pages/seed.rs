@@ -1,6 +1,6 @@
 //! Seeds: what operating systems are installed from, as the blocks of a disk image.
 //!
-//! A third of what a Linux guest has in memory is cache of its disk, a page of it a block of 4 KiB. Where both sites have read the same disk image
+//! Much of what a Linux guest has in memory is cache of its disk, a page of it a block of 4 KiB. Where both sites have read the same disk image
 //! into their stores, these pages are named and not sent, in the first migration of a VM too.
 
 use std::collections::HashSet;

@@ -348,6 +348,22 @@ fn a_seed_of_a_tenant_serves_nobody_else_and_another_tenants_is_another() {
 }
 
 #[test]
+fn a_seed_of_the_tenant_goes_before_a_newer_one_for_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let disk = disk(dir.path(), &[3, 4]);
+    let seeds = ["acme", ""].map(|tenant| {
+        store
+            .seed(&disk, tenant, 9 - tenant.len() as u64)
+            .unwrap()
+            .unwrap()
+            .head
+            .id
+    });
+    assert_eq!(offered(&store, &whose("db-1", "acme")), seeds);
+}
+
+#[test]
 fn seeds_are_offered_behind_what_vms_left_and_have_room_among_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
@@ -376,8 +392,8 @@ fn an_image_that_is_small_beside_the_vm_goes_behind_a_seed_unless_it_is_its_own(
         let heads = store.candidates(&whose("db-1", ""), pages);
         heads.iter().map(|head| head.id).collect::<Vec<_>>()
     };
-    assert_eq!(offered(24), [id(1), id(2), seed]);
-    assert_eq!(offered(25), [id(1), seed, id(2)]);
+    assert_eq!(offered(96), [id(1), id(2), seed]);
+    assert_eq!(offered(97), [id(1), seed, id(2)]);
 }
 
 #[test]
@@ -386,12 +402,8 @@ fn a_peer_that_names_a_migration_after_a_seed_does_not_replace_it() {
     let store = store(dir.path());
     let disk = disk(dir.path(), &[3, 4]);
     let seed = store.seed(&disk, "", 1).unwrap().unwrap().head;
-    assert!(
-        store
-            .keep(seed.id, &whose("db-1", ""), 2, &mut kept(9))
-            .unwrap()
-            .is_none()
-    );
+    let taken = store.keep(seed.id, &whose("db-1", ""), 2, &mut kept(9));
+    assert!(matches!(taken, Err(StoreError::Taken { id }) if id == seed.id));
     assert_eq!(store.open_image(seed.id).unwrap().head(), &seed);
     // And where it was there first, the seed takes its place.
     store.forget(seed.id).unwrap();
