@@ -25,7 +25,7 @@ use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::{Core, clock, history};
-use crate::gateway::{keeping, launches};
+use crate::gateway::{keeping, launches, outbound};
 use crate::hypervisor::qemu::{Condition, DirtyRate, SourceError, SourceVm, VmInventory};
 use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
@@ -217,8 +217,10 @@ async fn agree(
         false => Vec::new(),
     };
     let deltas = agreement.version >= hello::DELTAS;
-    let need =
-        |dictionary| Need::at_source(window_bytes, dictionary, deltas).with_store(core.store.is_some(), dictionary);
+    let coders = outbound::coders(agreement.version, checked.link.capacity());
+    let need = |dictionary| {
+        Need::at_source(window_bytes, dictionary, deltas, coders).with_store(core.store.is_some(), dictionary)
+    };
     let (mut memory, most) = loop {
         // For the largest that the destination may take.
         let largest = images.iter().map(Image::head).max_by_key(|head| slots.with(Some(head)));
@@ -280,6 +282,7 @@ async fn agree(
         deadline: deadline.map(|deadline| now + deadline),
         share: Arc::clone(&entry.share),
         dictionary: Some(dictionary),
+        coders,
         prepared,
         memory,
         forecasting,

@@ -2,8 +2,9 @@
 
 use longhaul::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
 use longhaul::proto::reduce::{
-    BatchStats, DictionaryLimits, Effort, KeptPages, KnownContent, KnownPages, MAX_BATCH_BYTES, MAX_BATCH_RECORDS,
-    MAX_PAYLOAD_BYTES, PageCounts, PageShelf, PayloadError, Reducer, RestoreError, Restorer, ShelfError, batches,
+    BatchStats, Coder, DictionaryLimits, Effort, KeptPages, KnownContent, KnownPages, MAX_BATCH_BYTES,
+    MAX_BATCH_RECORDS, MAX_CODERS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf, PayloadError, Reducer, RestoreError,
+    Restorer, ShelfError, batches,
 };
 use longhaul::proto::vmm_stream::{PageRecord, Record};
 use longhaul::store::spill::SpillShelf;
@@ -496,6 +497,34 @@ proptest! {
             let (restored, received) = restore(&mut restorer, &payloads);
             prop_assert!(restored == slice.bytes);
             prop_assert_eq!(sent, received);
+        }
+    }
+
+    #[test]
+    fn a_stream_survives_coders_that_take_turns_as_they_come_and_tell_what_they_found_late(
+        streams in prop::collection::vec(stream(), 1..4),
+        turns in prop::collection::vec((0..MAX_CODERS, prop::sample::select(Effort::ALL.to_vec()), any::<bool>()), 1..12),
+    ) {
+        let (mut reducer, mut restorer) = (Reducer::new(limits(30), 30), Restorer::new(limits(30), Pages::default()));
+        let mut coders: Vec<Coder> = (0..MAX_CODERS).map(Coder::new).collect();
+        let mut findings = Vec::new();
+        let mut turns = turns.into_iter().cycle();
+        for stream in &streams {
+            for batch in batches(&stream.bytes, &stream.records, &names()) {
+                let (number, effort, learns) = turns.next().unwrap();
+                let (mut digests, mut payload, mut restored) = (Vec::new(), Vec::new(), Vec::new());
+                batch.digest_pages(&mut digests);
+                reducer.set_effort(effort);
+                let draft = reducer.draft(&batch, &digests);
+                prop_assert_eq!(draft.stream_bytes(), batch.bytes().len());
+                findings.push(coders[number].code(draft, &mut payload));
+                let received = restorer.restore(&payload, &mut restored).unwrap();
+                prop_assert!(restored == batch.bytes());
+                prop_assert_eq!(findings.last().unwrap().stats(), received);
+                if learns {
+                    findings.drain(..).rev().for_each(|coded| reducer.learn(coded));
+                }
+            }
         }
     }
 

@@ -16,7 +16,7 @@ use longhaul::gateway::pairing::code::Secret;
 use longhaul::gateway::pairing::exchange::{Binding, Joining, Reason, refuse};
 use longhaul::proto::ownership::{AbortReason, Claim, Doubt, Message, Permit, Resolution, StreamSum};
 use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, PageAddress, StreamDigest, hex};
-use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
+use longhaul::proto::reduce::{Coder, DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
 use longhaul::proto::wire::message::{Held, KnownImage, Reply, decode, encode};
@@ -46,6 +46,7 @@ impl Goldens {
             include_str!("data/wire-v3.txt"),
             include_str!("data/wire-v4.txt"),
             include_str!("data/wire-v5.txt"),
+            include_str!("data/wire-v6.txt"),
         ];
         let lines = files
             .into_iter()
@@ -592,6 +593,33 @@ fn payloads_of_format_2_restore_to_these_bytes() {
         let mut restored = Vec::new();
         restorer.restore(&unhex(golden), &mut restored).unwrap();
         assert!(restored == text, "{name} restores to other bytes");
+    }
+    goldens.done();
+}
+
+/// The same text by two coders, then once more by the second, which knows it then.
+#[test]
+fn payloads_of_several_coders_restore_to_these_bytes() {
+    let mut goldens = Goldens::of("payload6");
+    let limits = DictionaryLimits::new(16, 4).unwrap();
+    let mut reducer = Reducer::new(limits, limits.slots());
+    let mut restorer = Restorer::new(limits, Pages::default());
+    let mut coders = [0, 1].map(Coder::new);
+    reducer.set_effort(Effort::MOST);
+    let text = "the same words. ".repeat(200);
+    let records = [Record::Bytes { len: text.len() }];
+    for (name, coder) in [("of-coder-0", 0), ("of-coder-1", 1), ("of-coder-1-goes-on", 1)] {
+        let name = format!("payload6/{name}");
+        let batch = batches(text.as_bytes(), &records, &[]).next().unwrap();
+        let mut payload = Vec::new();
+        coders[coder].code(reducer.draft(&batch, &[]), &mut payload);
+        let Some(golden) = goldens.lines.remove(name.as_str()) else {
+            goldens.bytes(&name, &payload);
+            continue;
+        };
+        let mut restored = Vec::new();
+        restorer.restore(&unhex(golden), &mut restored).unwrap();
+        assert!(restored == text.as_bytes(), "{name} restores to other bytes");
     }
     goldens.done();
 }

@@ -46,6 +46,7 @@ pub(crate) struct Copying {
     rounds: Rounds,
     share: Arc<Share>,
     dictionary: Option<DictionaryLimits>,
+    coders: usize,
     prepared: Prepared,
     known_pages: u64,
     /// Held until the migration is over, and what it left is kept.
@@ -71,6 +72,8 @@ pub(crate) struct CopyingStart {
     pub(crate) deadline: Option<Instant>,
     pub(crate) share: Arc<Share>,
     pub(crate) dictionary: Option<DictionaryLimits>,
+    /// Threads that code what the dictionary leaves.
+    pub(crate) coders: usize,
     /// What it begins with of the page store, and keeps for it.
     pub(crate) prepared: Prepared,
     /// What this gateway needs for it.
@@ -104,6 +107,7 @@ impl Copying {
             rounds: Rounds::new(start.now),
             share: start.share,
             dictionary: start.dictionary,
+            coders: start.coders,
             known_pages: start.prepared.known_pages(),
             prepared: start.prepared,
             memory: Some(start.memory),
@@ -130,6 +134,11 @@ impl Copying {
             std::mem::take(&mut self.prepared).equip(&mut reducer);
             reducer
         })
+    }
+
+    /// Threads that code what the reducer leaves.
+    pub(crate) fn coders(&self) -> usize {
+        self.coders
     }
 
     /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::proto::page::{ByteRate, PAGE_SIZE};
-use crate::proto::reduce::DictionaryLimits;
+use crate::proto::reduce::{DictionaryLimits, MAX_CODERS};
 use crate::proto::wire::Limits;
 use crate::proto::wire::hello::MIN_WINDOW;
 
@@ -41,9 +41,12 @@ const DESTINATION_SLOT: u64 = 16;
 /// Batches that are encoded or restored, frames that wait for the vmm, and those kept for repairs.
 const WORK: u64 = 8 << 20;
 
-/// What zstd holds to compress, and to restore, of a window of 4 MiB.
+/// What zstd holds to compress: of the first coder, and of each other one.
 const ZSTD_AT_SOURCE: u64 = 8 << 20;
-const ZSTD_AT_DESTINATION: u64 = 5 << 20;
+const ZSTD_MORE_AT_SOURCE: u64 = 4 << 20;
+
+/// What it holds to restore what as many coders as there may be have made.
+const ZSTD_AT_DESTINATION: u64 = (5 << 20) + (MAX_CODERS as u64 - 1) * (3 << 19);
 
 /// A page that is copied, and where it is.
 const COPY_BYTES: u64 = PAGE_SIZE as u64 + 40;
@@ -89,12 +92,13 @@ pub(crate) struct Need {
 }
 
 impl Need {
-    /// At the source, with this session window. `deltas`: the peer can take what changed in a page.
-    pub(crate) fn at_source(window_bytes: u64, dictionary: DictionaryLimits, deltas: bool) -> Self {
+    /// At the source, with this session window and so many coders. `deltas`: the peer can take what changed in a page.
+    pub(crate) fn at_source(window_bytes: u64, dictionary: DictionaryLimits, deltas: bool, coders: usize) -> Self {
         Self {
             bytes: common(window_bytes, dictionary)
                 + u64::from(dictionary.slots()) * SOURCE_SLOT_TENTHS / 10
-                + ZSTD_AT_SOURCE,
+                + ZSTD_AT_SOURCE
+                + (coders as u64 - 1) * ZSTD_MORE_AT_SOURCE,
             least_pages: 0,
             most_pages: if deltas { dictionary.slots().into() } else { 0 },
             share: 2,
@@ -254,7 +258,7 @@ mod tests {
         let budget = MemoryBudget::new(512 * MIB);
         let [most, need] = [2 << 30, 1 << 30].map(|guest| {
             let dictionary = dictionary(guest);
-            Need::at_source(WINDOW, dictionary, true).with_store(true, dictionary)
+            Need::at_source(WINDOW, dictionary, true, 1).with_store(true, dictionary)
         });
         let mut held = budget.reserve(most).unwrap();
         let before = left(&budget);
@@ -268,11 +272,11 @@ mod tests {
     fn the_default_budget_takes_a_guest_of_4_gib_and_keeps_an_eighth_of_it_for_pages() {
         let budget = MemoryBudget::new(512 * MIB);
         let need = Need::at_destination(WINDOW, dictionary(4 << 30));
-        // 64 window + 4.5 table + 16 digests + 8 work + 5 zstd + 32 device state.
-        assert_eq!(need.bytes / MIB, 129);
+        // 64 window + 4.5 table + 16 digests + 8 work + 9.5 zstd + 32 device state.
+        assert_eq!(need.bytes / MIB, 133);
         let held = budget.reserve(need).unwrap();
-        assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 95);
-        let source = Need::at_source(WINDOW, dictionary(4 << 30), true);
+        assert_eq!(u64::from(held.pages()) * PAGE_SIZE as u64 / MIB, 94);
+        let source = Need::at_source(WINDOW, dictionary(4 << 30), true, 1);
         assert_eq!(source.bytes / MIB, 108);
         let sending = budget
             .reserve(source)
@@ -286,9 +290,9 @@ mod tests {
         let need = Need::at_destination(WINDOW, dictionary(1 << 30));
         let held: Vec<Reservation> = (0..3).map(|_| budget.reserve(need).unwrap()).collect();
         let pages: Vec<u64> = held.iter().map(|held| held.pages * PAGE_SIZE as u64 / MIB).collect();
-        assert_eq!(pages, [99, 45, 5]);
+        assert_eq!(pages, [98, 43, 4]);
         let refused = budget.reserve(need).unwrap_err();
-        assert_eq!((refused.needed_mib, refused.left_mib), (120, 16));
+        assert_eq!((refused.needed_mib, refused.left_mib), (124, 6));
         assert!(refused.to_string().contains("raise memory_budget"), "{refused}");
         drop(held);
         assert_eq!(left(&budget), 512 * MIB);
@@ -297,12 +301,12 @@ mod tests {
     #[test]
     fn the_default_budget_sends_three_guests_of_1_gib_at_a_time_and_copies_what_they_leave() {
         let budget = MemoryBudget::new(512 * MIB);
-        let need = Need::at_source(WINDOW, dictionary(1 << 30), true);
+        let need = Need::at_source(WINDOW, dictionary(1 << 30), true, 1);
         let held: Vec<Reservation> = (0..3).map(|_| budget.reserve(need).unwrap()).collect();
         let pages: Vec<u64> = held.iter().map(|held| held.pages * PAGE_SIZE as u64 / MIB).collect();
         assert_eq!(pages, [209, 0, 0]);
         drop(held);
-        let plain = Need::at_source(WINDOW, dictionary(1 << 30), false);
+        let plain = Need::at_source(WINDOW, dictionary(1 << 30), false, 1);
         assert_eq!(
             budget.reserve(plain).unwrap().pages(),
             0,
@@ -314,7 +318,7 @@ mod tests {
     fn a_page_store_takes_its_memory_and_leaves_some_for_copies() {
         let budget = MemoryBudget::new(512 * MIB);
         let dictionary = dictionary(2 << 30);
-        let need = Need::at_source(WINDOW, dictionary, true).with_store(true, dictionary);
+        let need = Need::at_source(WINDOW, dictionary, true, 1).with_store(true, dictionary);
         assert_eq!(need.store_bytes / MIB, 57);
         let held = budget.reserve(need).unwrap();
         let copies = held.pages * PAGE_SIZE as u64 / MIB;

@@ -32,7 +32,7 @@ mod link_test;
 pub(crate) mod links;
 pub(crate) mod memory;
 mod offer;
-mod outbound;
+pub(crate) mod outbound;
 pub mod pairing;
 pub(crate) mod random;
 mod rates;

@@ -387,8 +387,9 @@ impl SourceDriver {
         let agreement = link.agreement();
         let window_bytes = agreement.limits.window_bytes;
         let encoder = Encoder::new(copying.reducer(agreement.version));
-        let effort = Effort::for_link(link.capacity());
-        let (outbound, end) = Outbound::start(stream, self.entry.migration, window_bytes, encoder, effort);
+        let coders = copying.coders();
+        let effort = Effort::for_link(link.capacity(), coders);
+        let (outbound, end) = Outbound::start(stream, self.entry.migration, window_bytes, encoder, effort, coders);
         let outbound = Arc::new(outbound);
         self.contact.acknowledges(Arc::clone(&outbound));
         self.stream = Some(Stream {

@@ -5,14 +5,16 @@
 //!
 //! ```text
 //! lz4             1
-//! zstd level 1    2.5     61 MB
-//! zstd level 3    4       57 MB
-//! zstd level 6   10       56 MB
+//! zstd level 1    2.2     61 MB
+//! zstd level 3    4.3     57 MB
+//! zstd level 5    8.5
+//! zstd level 6   12       56 MB
 //! ```
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use super::group::MAX_CODERS;
 use crate::proto::page::ByteRate;
 
 /// A step of the ladder.
@@ -23,18 +25,25 @@ impl Effort {
     /// lz4, which costs least.
     pub const LEAST: Self = Self(0);
     /// The strongest that may pay on a slow link.
-    pub const MOST: Self = Self(3);
+    pub const MOST: Self = Self(4);
 
     /// The whole ladder.
-    pub const ALL: [Self; 4] = [Self(0), Self(1), Self(2), Self(3)];
+    pub const ALL: [Self; 5] = [Self(0), Self(1), Self(2), Self(3), Self(4)];
 
-    /// Where to begin on a link of this rate: what one core is known to keep up with.
+    /// Where to begin on a link of this rate, with so many coders: the strongest that is sure to keep up.
     #[must_use]
-    pub fn for_link(rate: Option<ByteRate>) -> Self {
-        match rate {
-            Some(rate) if rate <= ByteRate::from_bits_per_second(200_000_000) => Self(2),
-            _ => Self::LEAST,
-        }
+    pub fn for_link(rate: Option<ByteRate>, coders: usize) -> Self {
+        let Some(rate) = rate else { return Self::LEAST };
+        let busy = busy_with_lz4(rate) / coders.max(1) as f64;
+        let keeps_up = |effort: &Self| busy * effort.cost() < ROOM;
+        Self::ALL.into_iter().rev().find(keeps_up).unwrap_or(Self::LEAST)
+    }
+
+    /// Coders that a link of this rate is worth: as many as keep up with zstd 5, and no more, since they find less in smaller windows.
+    #[must_use]
+    pub fn coders_for_link(rate: Option<ByteRate>) -> usize {
+        let all = rate.map_or(f64::MAX, |rate| busy_with_lz4(rate) * Self(3).cost() / ROOM);
+        (all.ceil() as usize).clamp(1, MAX_CODERS)
     }
 
     /// The level of zstd; `None` is lz4.
@@ -43,12 +52,13 @@ impl Effort {
             0 => None,
             1 => Some(1),
             2 => Some(3),
+            3 => Some(5),
             _ => Some(6),
         }
     }
 
     fn cost(self) -> f64 {
-        [1.0, 2.5, 4.0, 10.0][usize::from(self.0.min(Self::MOST.0))]
+        [1.0, 2.2, 4.3, 8.5, 12.0][usize::from(self.0.min(Self::MOST.0))]
     }
 
     fn stronger(self) -> Option<Self> {
@@ -69,7 +79,12 @@ impl fmt::Display for Effort {
     }
 }
 
-/// Chooses the effort from how busy the encoder was.
+/// The share of its time that a coder would be busy with lz4, to fill a link of this rate.
+fn busy_with_lz4(rate: ByteRate) -> f64 {
+    rate.0 as f64 * USUAL_RATIO / LEAST_SPEED
+}
+
+/// Chooses the effort from how busy the coders were.
 #[derive(Debug)]
 pub struct EffortControl {
     effort: Effort,
@@ -90,7 +105,7 @@ impl EffortControl {
         }
     }
 
-    /// The effort from now on. The encoder has worked for `encoding` since the last call; `starved`: the link had nothing to send meanwhile.
+    /// The effort from now on. Each coder has worked for `encoding` since the last call; `starved`: the link had nothing to send meanwhile.
     pub fn observe(&mut self, now: Instant, encoding: Duration, starved: bool) -> Effort {
         self.encoding += encoding;
         self.starved |= starved;
@@ -121,6 +136,12 @@ const TOO_BUSY: f64 = 0.7;
 
 /// The share that a stronger codec may come to.
 const ROOM: f64 = 0.6;
+
+/// What literals shrink to a part in.
+const USUAL_RATIO: f64 = 3.0;
+
+/// Bytes of literals a second that a coder takes with lz4, at least.
+const LEAST_SPEED: f64 = 6e8;
 
 #[cfg(test)]
 mod tests {
@@ -156,6 +177,21 @@ mod tests {
         assert_eq!(settled(1e6, 100e6, Effort::LEAST), Effort::MOST);
         assert_eq!(settled(100e6, 60e6, Effort::MOST), Effort::LEAST);
         assert_eq!(settled(20e6, 100e6, Effort::LEAST), Effort(1));
+    }
+
+    #[test]
+    fn a_migration_begins_with_what_its_coders_keep_up_with() {
+        let first =
+            |mbit: u64, coders| Effort::for_link(Some(ByteRate::from_bits_per_second(mbit * 1_000_000)), coders);
+        assert_eq!(first(10, 1), Effort::MOST);
+        assert_eq!(first(100, 1).zstd_level(), Some(5));
+        assert_eq!(first(200, 1).zstd_level(), Some(3));
+        assert_eq!(first(1000, 1), Effort::LEAST);
+        assert_eq!(first(1000, 4).zstd_level(), Some(1));
+        assert_eq!(Effort::for_link(None, 4), Effort::LEAST);
+        let coders = |mbit: u64| Effort::coders_for_link(Some(ByteRate::from_bits_per_second(mbit * 1_000_000)));
+        assert_eq!([1, 100, 200, 300, 1000, 10_000].map(coders), [1, 1, 2, 3, 4, 4]);
+        assert_eq!(Effort::coders_for_link(None), 4);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Stage 2: a batch of records as one payload, and back.
 //!
 //! ```text
-//! records → Batch → digest → classify → dictionary ─┬→ ops ───────────────────────────────────────────┐
-//!                                                   └→ literals, or what changed (delta) → groups ──┴→ payload
+//! records → Batch → digest → classify → dictionary ─┬→ ops ──────────────────────────────┐
+//!                                                   └→ literals, or what changed (delta) ─┴→ Draft → Coder → payload
 //! payload → ops + literals + page shelf → the exact bytes of the vmm stream
 //! ```
 //!
@@ -25,6 +25,7 @@ mod copies;
 mod delta;
 mod dictionary;
 mod digest;
+mod draft;
 mod effort;
 mod group;
 mod index;
@@ -42,7 +43,9 @@ mod varint;
 pub use self::batch::{Batch, Batches, batches};
 pub use self::dictionary::{DictionaryLimits, DictionaryTooLarge};
 pub use self::digest::digest_many;
+pub use self::draft::{Coded, Coder, Draft};
 pub use self::effort::{Effort, EffortControl};
+pub use self::group::MAX_CODERS;
 pub use self::known::{KeptPages, KnownContent, KnownPages, NoSuchContent};
 pub use self::payload::PayloadError;
 pub use self::reducer::Reducer;

@@ -205,15 +205,12 @@ impl OpWriter {
         self.open = Open::Bytes { plain, len: added };
     }
 
-    /// Ends the ops of the batch: their bytes, until the next batch begins with [`Self::clear`].
-    pub(super) fn finish(&mut self) -> &[u8] {
+    /// Ends the ops of the batch. Those of the next one take the memory of `spare`.
+    pub(super) fn finish(&mut self, mut spare: Vec<u8>) -> Vec<u8> {
         self.close();
-        &self.ops
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.ops.clear();
         self.cursor = Cursor::default();
+        spare.clear();
+        std::mem::replace(&mut self.ops, spare)
     }
 
     fn close(&mut self) {
@@ -418,7 +415,7 @@ mod tests {
             b"\x50",
             b"\xc0",
         ];
-        assert_eq!(writer.finish(), expected.concat());
+        assert_eq!(writer.finish(Vec::new()), expected.concat());
 
         let pages = |op, first, count, slot| Op::Pages(Run { op, first, count, slot });
         let ops = vec![

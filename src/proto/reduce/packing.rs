@@ -2,8 +2,7 @@
 
 use crate::proto::page::PAGE_SIZE;
 
-use super::effort::Effort;
-use super::group::{Encoder, GROUP_BYTES};
+use super::group::{GROUP_BYTES, Trial};
 
 /// Where literal bytes come from. What was incompressible is remembered by origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,53 +17,79 @@ pub(super) enum Origin {
     Region(u32),
 }
 
-/// Gathers literal bytes into groups and codes each when it is full.
+/// Gathers literal bytes into groups, by what earlier groups came to.
 pub(super) struct Packer {
-    encoder: Encoder,
-    /// Content of the group that is not yet full.
-    group: Vec<u8>,
-    /// Pages that begin in this group.
-    group_pages: u64,
-    /// Bytes in this group by origin.
-    shares: Vec<(Origin, usize)>,
+    trial: Trial,
+    literals: Literals,
     patience: Patience,
     /// What a page has taken of late.
     page_bytes: usize,
-    packed: Packed,
 }
 
-/// What has been packed since the batch began.
+/// The literal bytes of a batch, in groups that are not coded yet.
 #[derive(Debug, Default)]
-pub(super) struct Packed {
-    /// The groups, as they go into the payload.
-    pub(super) coded: Vec<u8>,
-    /// Bytes of content in them.
-    pub(super) content_len: usize,
-    /// Pages that begin in a group which compressing made smaller.
-    pub(super) compressed_pages: u64,
-    /// Pages that begin in another.
-    pub(super) stored_pages: u64,
+pub(super) struct Literals {
+    /// Of all groups. All are full but the last.
+    pub(super) content: Vec<u8>,
+    pub(super) groups: Vec<GroupOrigins>,
+}
+
+/// What a group has been made of.
+#[derive(Debug, Default)]
+pub(super) struct GroupOrigins {
+    /// Pages that begin in it.
+    pub(super) pages: u64,
+    /// Bytes in it by origin.
+    shares: Vec<(Origin, usize)>,
+}
+
+/// What a group came to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Verdict {
+    pub(super) content: usize,
+    pub(super) coded: usize,
+    /// Whether compressing it made it smaller by what undoing it is worth.
+    pub(super) pays: bool,
+}
+
+impl Literals {
+    pub(super) fn clear(&mut self) {
+        self.content.clear();
+        self.groups.clear();
+    }
+
+    fn push(&mut self, origin: Origin, mut content: &[u8]) {
+        while !content.is_empty() {
+            if self.content.len() == self.groups.len() * GROUP_BYTES {
+                self.groups.push(GroupOrigins::default());
+            }
+            let room = self.groups.len() * GROUP_BYTES - self.content.len();
+            let head = content
+                .split_off(..content.len().min(room))
+                .expect("it is no longer than what is there");
+            self.content.extend_from_slice(head);
+            let shares = &mut self.groups.last_mut().expect("there is one with room").shares;
+            match shares.last_mut() {
+                Some((last, bytes)) if *last == origin => *bytes += head.len(),
+                _ => shares.push((origin, head.len())),
+            }
+        }
+    }
 }
 
 impl Packer {
     pub(super) fn new() -> Self {
         Self {
-            encoder: Encoder::new(),
-            group: Vec::with_capacity(GROUP_BYTES),
-            group_pages: 0,
-            shares: Vec::new(),
+            trial: Trial::new(),
+            literals: Literals::default(),
             patience: Patience::default(),
             page_bytes: PAGE_SIZE / 2,
-            packed: Packed::default(),
         }
     }
 
-    /// How hard to compress from now on.
-    pub(super) fn set_effort(&mut self, effort: Effort) {
-        if self.encoder.set_effort(effort) {
-            // A stronger codec may do what the weaker could not.
-            self.patience = Patience::default();
-        }
+    /// The codec is a stronger one from now on, and may do what the weaker could not.
+    pub(super) fn forgive(&mut self) {
+        self.patience = Patience::default();
     }
 
     /// About how many bytes a page of `origin` takes as a literal, by those of late.
@@ -76,7 +101,7 @@ impl Packer {
         }
     }
 
-    /// Whether `content` (at most [`GROUP_BYTES`]) is worth packing.
+    /// Whether `content` (at most a page) is worth packing.
     pub(super) fn is_worth_packing(&mut self, origin: Origin, content: &[u8]) -> bool {
         match self.patience.next(origin) {
             Attempt::Pack => true,
@@ -87,7 +112,7 @@ impl Packer {
                 true
             }
             Attempt::Probe => {
-                let pays = self.encoder.would_pay(content);
+                let pays = self.trial.pays(content);
                 self.patience.learn(origin, pays);
                 pays
             }
@@ -95,69 +120,40 @@ impl Packer {
     }
 
     pub(super) fn push_page(&mut self, origin: Origin, content: &[u8]) {
-        self.group_pages += 1;
+        let begins = self.literals.content.len() / GROUP_BYTES;
         self.push(origin, content);
+        self.literals.groups[begins].pages += 1;
     }
 
-    pub(super) fn push(&mut self, origin: Origin, mut content: &[u8]) {
-        while let Some(head) = content.split_off(..content.len().min(GROUP_BYTES - self.group.len()))
-            && !head.is_empty()
-        {
-            self.group.extend_from_slice(head);
-            match self.shares.last_mut() {
-                Some((last, bytes)) if *last == origin => *bytes += head.len(),
-                _ => self.shares.push((origin, head.len())),
-            }
-            if self.group.len() == GROUP_BYTES {
-                self.close_group();
-            }
-        }
+    pub(super) fn push(&mut self, origin: Origin, content: &[u8]) {
+        self.literals.push(origin, content);
     }
 
-    /// Ends the batch's packing: what it came to, until the next batch begins with [`Self::clear`].
-    pub(super) fn finish(&mut self) -> &Packed {
-        if !self.group.is_empty() {
-            self.close_group();
-        }
-        &self.packed
+    /// Ends the batch's packing. The next one takes the memory of `spare`.
+    pub(super) fn finish(&mut self, mut spare: Literals) -> Literals {
+        spare.clear();
+        std::mem::replace(&mut self.literals, spare)
     }
 
-    pub(super) fn clear(&mut self) {
-        let mut coded = std::mem::take(&mut self.packed.coded);
-        coded.clear();
-        self.packed = Packed {
-            coded,
-            ..Packed::default()
-        };
-    }
-
-    fn close_group(&mut self) {
-        let before = self.packed.coded.len();
-        let pays = self.encoder.encode(&self.group, &mut self.packed.coded);
-        let coded = self.packed.coded.len() - before;
-        if self.group_pages > 0 {
-            let page_bytes = (PAGE_SIZE * coded / self.group.len()).min(PAGE_SIZE);
+    /// Takes in what a group came to.
+    pub(super) fn learn(&mut self, origins: &GroupOrigins, verdict: Verdict) {
+        if origins.pages > 0 {
+            let page_bytes = (PAGE_SIZE * verdict.coded / verdict.content).min(PAGE_SIZE);
             self.page_bytes = (3 * self.page_bytes + page_bytes) / 4;
         }
-        self.packed.content_len += self.group.len();
-        if pays {
-            self.packed.compressed_pages += self.group_pages;
-        } else {
-            self.packed.stored_pages += self.group_pages;
+        // A small group says nothing: the tail of a batch, or a few headers. Nor does a share too small to have decided its group about its origin.
+        if verdict.content < TELLING_BYTES {
+            return;
         }
-        // A share too small to have decided the group says nothing about its origin. Nor does a small group: the tail
-        // of a batch, or a few headers.
-        if !pays && self.group.len() >= TELLING_BYTES {
-            for &(origin, bytes) in &self.shares {
+        self.patience.expect(verdict.pays);
+        if !verdict.pays {
+            for &(origin, bytes) in &origins.shares {
                 let telling = if origin == Origin::Edits { 2 } else { 8 };
-                if bytes * telling >= self.group.len() {
+                if bytes * telling >= verdict.content {
                     self.patience.learn(origin, false);
                 }
             }
         }
-        self.group.clear();
-        self.group_pages = 0;
-        self.shares.clear();
     }
 }
 
@@ -169,6 +165,9 @@ const TELLING_BYTES: usize = 4096;
 struct Patience {
     /// By origin: 0 pack, 1 probe, n skip n - 1 times before the next probe.
     countdowns: Vec<u8>,
+    /// The last groups did not pay. What they came to is known some batches later, and a region is soon over: then the first page of a new one is
+    /// tried by itself.
+    doubts: bool,
 }
 
 enum Attempt {
@@ -179,10 +178,16 @@ enum Attempt {
 
 impl Patience {
     fn next(&mut self, origin: Origin) -> Attempt {
-        match self.countdowns.get_mut(cell(origin)) {
-            None | Some(0) => Attempt::Pack,
-            Some(1) => Attempt::Probe,
-            Some(countdown) => {
+        let cell = cell(origin);
+        if self.countdowns.len() <= cell {
+            self.countdowns.resize(cell + 1, UNKNOWN);
+        }
+        let countdown = &mut self.countdowns[cell];
+        match *countdown {
+            UNKNOWN if self.doubts => Attempt::Probe,
+            UNKNOWN | 0 => Attempt::Pack,
+            1 => Attempt::Probe,
+            _ => {
                 *countdown -= 1;
                 Attempt::Skip
             }
@@ -192,13 +197,18 @@ impl Patience {
     fn is_over(&self, origin: Origin) -> bool {
         self.countdowns
             .get(cell(origin))
-            .is_some_and(|&countdown| countdown > 0)
+            .is_some_and(|&countdown| countdown != UNKNOWN && countdown > 0)
+    }
+
+    /// Whether the last groups paid.
+    fn expect(&mut self, pays: bool) {
+        self.doubts = !pays;
     }
 
     fn learn(&mut self, origin: Origin, pays: bool) {
         let cell = cell(origin);
         if self.countdowns.len() <= cell {
-            self.countdowns.resize(cell + 1, 0);
+            self.countdowns.resize(cell + 1, UNKNOWN);
         }
         self.countdowns[cell] = if pays { 0 } else { PROBE_EVERY };
     }
@@ -216,8 +226,13 @@ fn cell(origin: Origin) -> usize {
 /// One literal in this many of an incompressible origin is tried again.
 const PROBE_EVERY: u8 = 32;
 
+/// Nothing has been tried.
+const UNKNOWN: u8 = u8::MAX;
+
 #[cfg(test)]
 mod tests {
+    use super::super::effort::Effort;
+    use super::super::group::Encoder;
     use super::*;
 
     fn noise(seed: u64) -> Vec<u8> {
@@ -232,6 +247,30 @@ mod tests {
         .collect()
     }
 
+    /// Ends the batch, and takes in what its groups come to with lz4.
+    fn settle(packer: &mut Packer) -> Vec<(u64, bool)> {
+        let literals = packer.finish(Literals::default());
+        let mut encoder = Encoder::new(0);
+        let contents = literals.content.chunks(GROUP_BYTES);
+        assert_eq!(contents.len(), literals.groups.len());
+        let groups = contents.zip(&literals.groups);
+        groups
+            .map(|(content, origins)| {
+                let mut coded = Vec::new();
+                let pays = encoder.encode(Effort::LEAST, content, &mut coded);
+                packer.learn(
+                    origins,
+                    Verdict {
+                        content: content.len(),
+                        coded: coded.len(),
+                        pays,
+                    },
+                );
+                (origins.pages, pays)
+            })
+            .collect()
+    }
+
     #[test]
     fn what_did_not_pay_is_skipped_and_probed_once_in_32() {
         let mut packer = Packer::new();
@@ -242,6 +281,9 @@ mod tests {
             packed.push(pack);
             if pack {
                 packer.push_page(Origin::Region(0), &page);
+            }
+            if seed == 31 {
+                settle(&mut packer);
             }
         }
         assert!(packed[..32].iter().all(|&pack| pack), "the first group is tried");
@@ -254,10 +296,16 @@ mod tests {
         assert_eq!(after.iter().position(|&pack| pack), Some(31));
         assert!(after[31..].iter().all(|&pack| pack));
         assert!(
-            packer.is_worth_packing(Origin::Region(1), &noise(0)),
+            packer.is_worth_packing(Origin::Region(1), &text),
             "another region has its own memory"
         );
-        assert!(packer.is_worth_packing(Origin::Opaque, &noise(0)));
+        assert!(
+            !packer.is_worth_packing(Origin::Region(2), &noise(0)),
+            "but is tried before it is packed, where the last group did not pay"
+        );
+        packer.push_page(Origin::Region(1), &text);
+        settle(&mut packer);
+        assert!(packer.is_worth_packing(Origin::Region(3), &noise(0)));
     }
 
     #[test]
@@ -267,6 +315,7 @@ mod tests {
         for seed in 0..40 {
             packer.push_page(Origin::Region(0), &noise(seed));
         }
+        settle(&mut packer);
         assert!(packer.is_worth_packing(Origin::Opaque, &[7; 100]));
         assert!(!packer.is_worth_packing(Origin::Region(0), &noise(1)));
     }
@@ -280,8 +329,9 @@ mod tests {
         }
         packer.push(Origin::Region(0), &[0; GROUP_BYTES - PAGE_SIZE]);
         packer.push_page(Origin::Region(0), &[2; PAGE_SIZE]);
-        let packed = packer.finish();
-        assert_eq!((packed.stored_pages, packed.compressed_pages), (32, 1));
-        assert_eq!(packed.content_len, 5 + 33 * PAGE_SIZE + GROUP_BYTES - PAGE_SIZE);
+        let literals = packer.finish(Literals::default());
+        assert_eq!(literals.content.len(), 5 + 33 * PAGE_SIZE + GROUP_BYTES - PAGE_SIZE);
+        let pages: Vec<u64> = literals.groups.iter().map(|group| group.pages).collect();
+        assert_eq!(pages, [32, 1, 0]);
     }
 }

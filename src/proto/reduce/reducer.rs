@@ -10,6 +10,7 @@ use super::batch::{Batch, Piece, page_at};
 use super::classify::{Class, classify};
 use super::delta::{Delta, DeltaEncoder};
 use super::dictionary::{DictionaryLimits, SourceDictionary};
+use super::draft::{Coded, Coder, Draft, Parts};
 use super::effort::Effort;
 use super::known::{KeptPages, KnownContent, KnownPages};
 use super::ops::{OpWriter, PageOp};
@@ -23,6 +24,8 @@ use super::varint;
 ///
 /// What a payload means depends on every payload before it, so all of them must reach the [`Restorer`](super::Restorer), in
 /// the order in which they were encoded; what is sent again after a cut is the payload, never the batch encoded once more.
+///
+/// Where one thread is too slow, [`draft`](Self::draft) and [`Coder::code`] go on several.
 pub struct Reducer {
     /// No deltas and no zstd.
     plainly: bool,
@@ -30,11 +33,16 @@ pub struct Reducer {
     /// Names that the destination knows.
     names: HashMap<u16, Vec<u8>>,
     sequence: u64,
+    effort: Effort,
     ops: OpWriter,
     packer: Packer,
     deltas: DeltaEncoder,
     /// Bytes that are carried as they are beside the groups.
     plain: Vec<u8>,
+    /// Memory of drafts that are coded.
+    spare: Option<Parts>,
+    /// Of a session that has one thread.
+    coder: Option<Coder>,
     /// Where contents are kept for the next session.
     kept: Option<Box<dyn PageShelf + Send>>,
 }
@@ -48,10 +56,13 @@ impl Reducer {
             dictionary: SourceDictionary::new(limits, copies),
             names: HashMap::new(),
             sequence: 0,
+            effort: Effort::LEAST,
             ops: OpWriter::default(),
             packer: Packer::new(),
             deltas: DeltaEncoder::default(),
             plain: Vec::new(),
+            spare: None,
+            coder: None,
             kept: None,
         }
     }
@@ -91,27 +102,35 @@ impl Reducer {
 
     /// How hard to compress from the next batch on.
     pub fn set_effort(&mut self, effort: Effort) {
-        if !self.plainly {
-            self.packer.set_effort(effort);
+        if !self.plainly && effort > std::mem::replace(&mut self.effort, effort) {
+            self.packer.forgive();
         }
     }
 
-    /// Appends the payload of `batch` to `out`. Pages and long bytes that cannot be reduced take at most 0.5 % more.
+    /// Appends the payload of `batch` to `out`: [`Self::draft`], [`Coder::code`] and [`Self::learn`] on one thread.
+    ///
+    /// # Panics
+    /// As [`Self::draft`].
+    pub fn encode(&mut self, batch: &Batch<'_>, digests: &[PageDigest], out: &mut Vec<u8>) -> BatchStats {
+        let draft = self.draft(batch, digests);
+        let coded = self.coder.get_or_insert_with(|| Coder::new(0)).code(draft, out);
+        let stats = coded.stats();
+        self.learn(coded);
+        stats
+    }
+
+    /// Decides how each page of `batch` goes. Pages and long bytes that cannot be reduced take at most 0.5 % more in the end.
     ///
     /// `digests` are those that [`Batch::digest_pages`] gives. The destination is sent to content by digest, so a wrong one
     /// is a wrong page.
     ///
     /// # Panics
     /// Where there are fewer digests than pages.
-    pub fn encode(&mut self, batch: &Batch<'_>, digests: &[PageDigest], out: &mut Vec<u8>) -> BatchStats {
-        let start = out.len();
+    pub fn draft(&mut self, batch: &Batch<'_>, digests: &[PageDigest]) -> Draft {
         let mut stats = BatchStats {
             bytes_in: batch.bytes.len() as u64,
             ..BatchStats::default()
         };
-        self.ops.clear();
-        self.packer.clear();
-        self.plain.clear();
         let mut digests = digests.iter();
         for piece in &batch.pieces {
             match *piece {
@@ -131,25 +150,36 @@ impl Reducer {
                 }
             }
         }
-        let ops = self.ops.finish();
-        let packed = self.packer.finish();
-        stats.pages.literal += packed.compressed_pages;
-        stats.pages.raw += packed.stored_pages;
+        let mut spare = self.spare.take().unwrap_or_default();
+        spare.plain.clear();
+        let parts = Parts {
+            ops: self.ops.finish(spare.ops),
+            literals: self.packer.finish(spare.literals),
+            plain: std::mem::replace(&mut self.plain, spare.plain),
+        };
         let head = Head {
             sequence: self.sequence,
             raw_len: batch.bytes.len(),
-            ops_len: ops.len(),
-            packed_len: packed.content_len,
-            plain_len: self.plain.len(),
+            ops_len: parts.ops.len(),
+            packed_len: parts.literals.content.len(),
+            plain_len: parts.plain.len(),
         };
-        head.write(self.plainly, out);
-        out.reserve(ops.len() + packed.coded.len() + head.plain_len);
-        out.extend_from_slice(ops);
-        out.extend_from_slice(&packed.coded);
-        out.extend_from_slice(&self.plain);
         self.sequence += 1;
-        stats.bytes_out = (out.len() - start) as u64;
-        stats
+        Draft {
+            head,
+            plainly: self.plainly,
+            effort: self.effort,
+            stats,
+            parts,
+        }
+    }
+
+    /// Takes in what coding a draft has shown, in any order and at any time: later batches gain from it.
+    pub fn learn(&mut self, coded: Coded) {
+        for (origins, verdict) in coded.verdicts() {
+            self.packer.learn(origins, verdict);
+        }
+        self.spare = Some(coded.into_parts());
     }
 
     /// Bytes that the dictionary takes now.

@@ -1,11 +1,12 @@
 //! From a vmm's bytes to payloads: the source's stages in a row.
 //!
-//! Pure and synchronous; the edge runs it on a thread of its own, since it hashes and compresses.
+//! Pure and synchronous; the edge runs it on threads of their own, since it hashes and compresses: [`Encoder::draft`] on one, [`FrameDraft::code`]
+//! on others.
 
 use bytes::Bytes;
 
 use crate::proto::page::StreamDigest;
-use crate::proto::reduce::{Effort, PageCounts, Reducer, batches};
+use crate::proto::reduce::{Coded, Coder, Draft, Effort, PageCounts, Reducer, batches};
 use crate::proto::vmm_stream::qemu::QemuParser;
 use crate::proto::vmm_stream::{Record, StreamEvent};
 use crate::proto::wire::FrameKind;
@@ -32,6 +33,49 @@ impl EncodedFrame {
     }
 }
 
+/// A frame whose payload is not coded yet.
+#[derive(Debug)]
+pub struct FrameDraft {
+    content: Content,
+    stream_bytes: u32,
+    held: bool,
+}
+
+#[derive(Debug)]
+enum Content {
+    Plain(Bytes),
+    Reduced(Draft),
+}
+
+impl FrameDraft {
+    fn plain(piece: &[u8]) -> Self {
+        Self {
+            content: Content::Plain(Bytes::copy_from_slice(piece)),
+            stream_bytes: u32::try_from(piece.len()).expect("a piece is at most MAX_RAW"),
+            held: false,
+        }
+    }
+
+    /// The frame, and for [`Encoder::learn`] what coding it has shown.
+    pub fn code(self, coder: &mut Coder) -> (EncodedFrame, Option<Coded>) {
+        let (kind, payload, coded) = match self.content {
+            Content::Plain(payload) => (FrameKind::Plain, payload, None),
+            Content::Reduced(draft) => {
+                let mut payload = Vec::new();
+                let coded = coder.code(draft, &mut payload);
+                (FrameKind::Reduced, payload.into(), Some(coded))
+            }
+        };
+        let frame = EncodedFrame {
+            kind,
+            payload,
+            stream_bytes: self.stream_bytes,
+            held: self.held,
+        };
+        (frame, coded)
+    }
+}
+
 /// A whole vmm stream, as its source saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamSummary {
@@ -48,6 +92,8 @@ pub struct Encoder {
     bytes: u64,
     reduction: Option<Reduction>,
     held: bool,
+    /// Of a session that has one thread.
+    coder: Option<Coder>,
 }
 
 #[derive(Debug)]
@@ -78,6 +124,7 @@ impl Encoder {
             bytes: 0,
             reduction,
             held: false,
+            coder: None,
         }
     }
 
@@ -88,14 +135,30 @@ impl Encoder {
         }
     }
 
-    /// Takes the next bytes of the stream and appends the frames they make. Up to a header and a page stay pending until more
-    /// comes.
+    /// Takes the next bytes of the stream and appends the frames they make: [`Self::draft`], [`FrameDraft::code`] and [`Self::learn`] on one
+    /// thread.
     pub fn feed(&mut self, bytes: &[u8], frames: &mut Vec<EncodedFrame>) {
+        let mut drafts = Vec::new();
+        self.draft(bytes, &mut drafts);
+        self.code(drafts, frames);
+    }
+
+    /// Takes the next bytes of the stream and appends drafts of the frames they make. Up to a header and a page stay pending until
+    /// more comes.
+    pub fn draft(&mut self, bytes: &[u8], drafts: &mut Vec<FrameDraft>) {
         self.hasher.update(bytes);
         self.bytes += bytes.len() as u64;
         match &mut self.reduction {
-            Some(reduction) => reduction.feed(bytes, false, &mut self.held, frames),
-            None => frames.extend(bytes.chunks(MAX_RAW).map(plain)),
+            Some(reduction) => reduction.draft(bytes, false, &mut self.held, drafts),
+            None => drafts.extend(bytes.chunks(MAX_RAW).map(FrameDraft::plain)),
+        }
+    }
+
+    /// Takes in what coding a draft has shown, in any order and at any time before the end.
+    pub fn learn(&mut self, coded: Coded) {
+        if let Some(reduction) = &mut self.reduction {
+            reduction.pages += coded.stats().pages;
+            reduction.reducer.learn(coded);
         }
     }
 
@@ -109,34 +172,48 @@ impl Encoder {
     }
 
     /// The stream has ended: appends what was still pending, at least one frame, and sums up.
-    pub fn finish(self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
-        let (summary, pages, _) = self.finish_with_reducer(frames);
-        (summary, pages)
+    pub fn finish(mut self, frames: &mut Vec<EncodedFrame>) -> (StreamSummary, PageCounts) {
+        let mut drafts = Vec::new();
+        let summary = self.end(&mut drafts);
+        self.code(drafts, frames);
+        (summary, self.pages())
     }
 
-    /// The same, and the reducer, which knows what is left for the next session.
-    pub fn finish_with_reducer(
-        mut self,
-        frames: &mut Vec<EncodedFrame>,
-    ) -> (StreamSummary, PageCounts, Option<Reducer>) {
+    /// The stream has ended: appends drafts of what was still pending, at least one, and sums up.
+    pub fn end(&mut self, drafts: &mut Vec<FrameDraft>) -> StreamSummary {
         if let Some(reduction) = &mut self.reduction {
-            reduction.feed(&[], true, &mut self.held, frames);
+            reduction.draft(&[], true, &mut self.held, drafts);
         }
-        frames.push(EncodedFrame {
+        drafts.push(FrameDraft {
             held: true,
-            ..plain(&[])
+            ..FrameDraft::plain(&[])
         });
-        let summary = StreamSummary {
+        StreamSummary {
             digest: StreamDigest(*self.hasher.finalize().as_bytes()),
             bytes: self.bytes,
-        };
-        let pages = self.pages();
-        (summary, pages, self.reduction.map(|reduction| reduction.reducer))
+        }
+    }
+
+    /// The reducer, which knows what is left for the next session once everything is coded.
+    #[must_use]
+    pub fn into_reducer(self) -> Option<Reducer> {
+        self.reduction.map(|reduction| reduction.reducer)
+    }
+
+    fn code(&mut self, drafts: Vec<FrameDraft>, frames: &mut Vec<EncodedFrame>) {
+        for draft in drafts {
+            let coder = self.coder.get_or_insert_with(|| Coder::new(0));
+            let (frame, coded) = draft.code(coder);
+            frames.push(frame);
+            if let Some(coded) = coded {
+                self.learn(coded);
+            }
+        }
     }
 }
 
 impl Reduction {
-    fn feed(&mut self, bytes: &[u8], end: bool, held: &mut bool, frames: &mut Vec<EncodedFrame>) {
+    fn draft(&mut self, bytes: &[u8], end: bool, held: &mut bool, drafts: &mut Vec<FrameDraft>) {
         self.pending.extend_from_slice(bytes);
         self.records.clear();
         let mut events = Vec::new();
@@ -156,26 +233,13 @@ impl Reduction {
         for batch in batches(&self.pending[..taken], &self.records, &self.block_names) {
             digests.clear();
             batch.digest_pages(&mut digests);
-            let mut payload = Vec::new();
-            let stats = self.reducer.encode(&batch, &digests, &mut payload);
-            self.pages += stats.pages;
-            frames.push(EncodedFrame {
-                kind: FrameKind::Reduced,
-                payload: payload.into(),
+            drafts.push(FrameDraft {
+                content: Content::Reduced(self.reducer.draft(&batch, &digests)),
                 stream_bytes: u32::try_from(batch.bytes().len()).expect("a batch is at most MAX_BATCH_BYTES"),
                 held: *held,
             });
         }
         self.pending.drain(..taken);
-    }
-}
-
-fn plain(piece: &[u8]) -> EncodedFrame {
-    EncodedFrame {
-        kind: FrameKind::Plain,
-        payload: Bytes::copy_from_slice(piece),
-        stream_bytes: u32::try_from(piece.len()).expect("a piece is at most MAX_RAW"),
-        held: false,
     }
 }
 

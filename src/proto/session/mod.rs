@@ -19,7 +19,7 @@ pub mod tail;
 
 pub use decoder::{DecodeError, Decoder};
 pub use destination::DestinationSession;
-pub use encoder::{EncodedFrame, Encoder, StreamSummary};
+pub use encoder::{EncodedFrame, Encoder, FrameDraft, StreamSummary};
 pub use source::SourceSession;
 pub use stripe::connection_of;
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::page::JournalId;
 
 /// Newest version of the wire format that this gateway speaks.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// First version in which a stream's end is protected by [`super::repair`]s.
 pub const REPAIRS: u16 = 2;
@@ -18,6 +18,9 @@ pub const DELTAS: u16 = 4;
 
 /// First version in which a session may begin with what an earlier migration left at both sites.
 pub const IMAGES: u16 = 5;
+
+/// First version in which several coders may make the payloads of a session.
+pub const CODERS: u16 = 6;
 
 /// Oldest version that this gateway still speaks.
 pub const OLDEST_VERSION: u16 = 1;

@@ -1,9 +1,11 @@
 //! The source's data path: a vmm's socket → encoder → session → lanes.
 //!
 //! Three parties share one [`SourceSession`]: the *reader* takes bytes off the vmm's socket while the backlog is within its bound,
-//! the *encoder* (a thread of its own: it hashes and compresses) turns them into frames, the *sender* puts frames on lanes as the
+//! the *encoder* ([`encoding`]: threads of its own, since it hashes and compresses) turns them into frames, the *sender* puts frames on lanes as the
 //! migration's limit and its turns on the link admit them. When the path slows down, frames pile up unsent, the reader stops, the vmm's socket fills and the vmm
 //! sees a slower link: that is the only back-pressure there is, and it is the true one.
+
+mod encoding;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,13 +21,15 @@ use super::keeping::{Leftover, LeftoverSlot};
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::precopy::{Backlog, EncoderMeter, Restoring};
-use crate::proto::reduce::{Effort, EffortControl, PageCounts};
+use crate::proto::precopy::{Backlog, Restoring};
+use crate::proto::reduce::{Effort, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary, connection_of};
 use crate::proto::wire::message::Held;
 use crate::shaper::{Flow, Shaper};
 use crate::transport::{Bulk, LaneError, send_lane};
+
+pub(crate) use self::encoding::coders;
 
 /// Chunks between reader and encoder: what the encoder is given next while it works.
 const CHUNKS_AHEAD: usize = 2;
@@ -96,13 +100,14 @@ struct Shared {
 }
 
 impl Outbound {
-    /// Starts reader and encoder on the vmm's socket, with this effort at first. The receiver learns how the stream ended.
+    /// Starts reader and encoder on the vmm's socket, with this effort at first and so many coders. The receiver learns how the stream ended.
     pub(crate) fn start(
         vmm: UnixStream,
         migration: MigrationId,
         window_bytes: u64,
         encoder: Encoder,
         effort: Effort,
+        coders: usize,
     ) -> (Self, oneshot::Receiver<StreamEnd>) {
         let backlog = Backlog::at(UNKNOWN_RATE, 1.0);
         let shared = Arc::new(Shared {
@@ -131,8 +136,9 @@ impl Outbound {
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
-        let encoding = Arc::clone(&shared);
-        let worker = tokio::task::spawn_blocking(move || encode(&encoding, to_encode, encoder, effort));
+        let encoding_shared = Arc::clone(&shared);
+        let worker =
+            tokio::task::spawn_blocking(move || encoding::encode(&encoding_shared, to_encode, encoder, effort, coders));
         let reading = Arc::clone(&shared);
         tokio::spawn(async move {
             let read = read(&reading, vmm, chunks).await;
@@ -249,9 +255,7 @@ impl Outbound {
 
     /// Ends all three parties; the vmm's socket is closed.
     pub(crate) fn stop(&self) {
-        self.shared.stopped.store(true, Ordering::Release);
-        self.shared.to_send.notify_one();
-        self.shared.to_read.notify_one();
+        self.shared.stop();
     }
 
     /// What may wait before the vmm is made to wait.
@@ -380,6 +384,24 @@ impl Shared {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The stream goes on with `frame`; `last`: and ends.
+    fn push(&self, frame: EncodedFrame, last: bool) {
+        let stream_bytes = u64::from(frame.stream_bytes);
+        let mut session = self.session();
+        self.frame_bytes.fetch_add(frame.lane_bytes(), Ordering::Relaxed);
+        session.push(frame, last);
+        drop(session);
+        self.encoding_bytes.fetch_sub(stream_bytes, Ordering::Relaxed);
+        self.to_send.notify_one();
+        self.to_read.notify_one();
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.to_send.notify_one();
+        self.to_read.notify_one();
+    }
+
     fn backlog(&self) -> u64 {
         self.session().unsent_bytes()
             + self.leaving_bytes.load(Ordering::Relaxed)
@@ -456,49 +478,6 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
     }
 }
 
-/// The encoder's thread: until the reader has ended.
-fn encode(shared: &Shared, mut chunks: mpsc::Receiver<Bytes>, mut encoder: Encoder, effort: Effort) -> StreamSummary {
-    let mut frames = Vec::new();
-    let mut control = EffortControl::new(clock::now(), effort);
-    encoder.set_effort(effort);
-    let mut meter = EncoderMeter::default();
-    while let Some(chunk) = chunks.blocking_recv() {
-        let began = clock::now();
-        encoder.feed(&chunk, &mut frames);
-        let now = clock::now();
-        let took = now.saturating_duration_since(began);
-        if let Some(rate) = meter.observe(chunk.len() as u64, took) {
-            shared.encoder_rate.store(rate.0, Ordering::Relaxed);
-        }
-        let starved = shared.starved.swap(false, Ordering::Relaxed);
-        encoder.set_effort(control.observe(now, took, starved));
-        *shared.pages() = encoder.pages();
-        shared.push(&mut frames, false);
-        shared.encoding_bytes.fetch_sub(chunk.len() as u64, Ordering::Relaxed);
-        shared.to_read.notify_one();
-    }
-    let (summary, pages, reducer) = encoder.finish_with_reducer(&mut frames);
-    *shared.pages() = pages;
-    shared.push(&mut frames, true);
-    if let Some(leftover) = reducer.and_then(Leftover::of_reducer) {
-        shared.leftover.put(leftover);
-    }
-    summary
-}
-
-impl Shared {
-    fn push(&self, frames: &mut Vec<EncodedFrame>, end: bool) {
-        let count = frames.len();
-        let mut session = self.session();
-        for (at, frame) in frames.drain(..).enumerate() {
-            self.frame_bytes.fetch_add(frame.lane_bytes(), Ordering::Relaxed);
-            session.push(frame, end && at + 1 == count);
-        }
-        drop(session);
-        self.to_send.notify_one();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -512,7 +491,7 @@ mod tests {
     /// An outbound stream with `frames` frames of plain bytes, and the vmm's end of its socket.
     async fn with_frames(frames: u64) -> (Outbound, UnixStream) {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
-        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST, 1);
         for frame in 1..=frames {
             vmm.write_all(&[1; 1000]).await.unwrap();
             let encoded = async {
@@ -547,7 +526,7 @@ mod tests {
     #[tokio::test]
     async fn more_than_the_backlog_allows_is_never_taken_from_the_vmm() {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
-        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST);
+        let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST, 1);
         let backlog = Backlog::at(ByteRate(5_000_000), 1.0);
         outbound.set_backlog(backlog, ByteRate(5_000_000));
         let most = backlog.limit_bytes + backlog.read_bytes;
