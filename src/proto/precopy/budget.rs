@@ -16,6 +16,19 @@ use crate::proto::page::ByteRate;
 /// one is being admitted and one or two wait at the peer for its vmm.
 pub const BACKLOG: Duration = Duration::from_millis(15);
 
+/// What may wait while the guest is not about to be stopped: enough for every thread on the way to wait for a CPU now and then, and the path to
+/// be busy all the same.
+const AMPLE: Duration = Duration::from_millis(100);
+
+/// That is no more than this, unless [`BACKLOG`] is: it is memory.
+const MOST_AMPLE: u64 = 4 << 20;
+
+/// A vmm that finds only pages of zeroes goes through its memory as fast as this.
+const THROUGH_ZEROES: ByteRate = ByteRate(2_000_000_000);
+
+/// From one look at the vmm to the next.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Most bytes taken from a vmm at once, one batch of the encoder: two of the groups that it compresses as a whole.
 const MOST_READ: u64 = 256 << 10;
 
@@ -47,8 +60,19 @@ impl Backlog {
     /// On a path that takes `goodput`, of a stream that shrinks to a part in `ratio` at least.
     #[must_use]
     pub fn at(goodput: ByteRate, ratio: f64) -> Self {
+        Self::of(goodput.bytes_in(BACKLOG), ratio)
+    }
+
+    /// The same while `to_go` bytes of memory have to be gone through before the vmm may stop the guest: more may wait where that will be gone by then.
+    #[must_use]
+    pub fn before_the_stop(goodput: ByteRate, ratio: f64, to_go: u64) -> Self {
+        let time = THROUGH_ZEROES.time_for(to_go).saturating_sub(LOOK).min(AMPLE);
+        let ample = goodput.bytes_in(time).min(MOST_AMPLE);
+        Self::of(goodput.bytes_in(BACKLOG).max(ample), ratio)
+    }
+
+    fn of(bytes: u64, ratio: f64) -> Self {
         let ratio = (ratio as u64).clamp(1, MOST_RATIO);
-        let bytes = goodput.bytes_in(BACKLOG);
         let read_bytes = (bytes.saturating_mul(ratio) / 3).clamp(LEAST_READ, MOST_READ);
         let read_as_frames = read_bytes / ratio;
         Self {
@@ -182,6 +206,23 @@ mod tests {
         }
         let hot = Backlog::at(ByteRate(12_500_000), 100.0);
         assert_eq!((hot.read_bytes, hot.ratio), (MOST_READ, 8));
+    }
+
+    #[test]
+    fn what_may_wait_is_gone_before_the_guest_can_be_stopped() {
+        let waits = |bytes_per_second, to_go| {
+            let goodput = ByteRate(bytes_per_second);
+            let backlog = Backlog::before_the_stop(goodput, 2.0, to_go);
+            assert!(backlog.limit_bytes >= Backlog::at(goodput, 2.0).limit_bytes);
+            backlog.time_at(goodput)
+        };
+        assert_eq!(waits(12_500_000, 2 << 30), MS(100));
+        assert_eq!(waits(12_500_000, 300_000_000), MS(50));
+        let least = Backlog::at(ByteRate(12_500_000), 2.0).time_at(ByteRate(12_500_000));
+        assert_eq!(waits(12_500_000, 200_000_000), least);
+        assert_eq!(waits(12_500_000, 0), least);
+        assert!(waits(118_000_000, 2 << 30) < MS(36), "memory bounds it on a fast path");
+        assert_eq!(waits(1_180_000_000, 2 << 30), MS(15));
     }
 
     #[test]
