@@ -41,9 +41,9 @@ const DESTINATION_SLOT: u64 = 16;
 /// Batches that are encoded or restored, frames that wait for the vmm, and those kept for repairs.
 const WORK: u64 = 8 << 20;
 
-/// What zstd holds to compress: of the first coder, and of each other one.
+/// What zstd holds to compress: of the first coder, and of each other one, with the drafts on their way to it and back.
 const ZSTD_AT_SOURCE: u64 = 8 << 20;
-const ZSTD_MORE_AT_SOURCE: u64 = 4 << 20;
+const ZSTD_MORE_AT_SOURCE: u64 = 6 << 20;
 
 /// What it holds to restore what as many coders as there may be have made.
 const ZSTD_AT_DESTINATION: u64 = (5 << 20) + (MAX_CODERS as u64 - 1) * (3 << 19);

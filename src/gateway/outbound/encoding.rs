@@ -60,7 +60,7 @@ struct Line<'a> {
     in_order: Mutex<InOrder>,
 }
 
-/// Frames that are ready before one that precedes them.
+/// Frames that are ready before one that precedes them: no more than the backlog lets the reader take.
 #[derive(Default)]
 struct InOrder {
     next: u64,
@@ -75,6 +75,7 @@ pub(super) fn encode(
     effort: Effort,
     coders: usize,
 ) -> StreamSummary {
+    let _guard = StopOnPanic(shared);
     // Each coder has one to go on with.
     let (to_code, queue) = sync_channel(coders);
     let line = Line {
@@ -86,9 +87,14 @@ pub(super) fn encode(
     encoder.set_effort(effort);
     let summary = thread::scope(|scope| {
         let queue = Arc::new(Mutex::new(queue));
-        for number in 0..coders {
-            line.start(scope, Arc::clone(&queue), number);
-        }
+        let started = (0..coders)
+            .filter(|&number| line.start(scope, Arc::clone(&queue), number))
+            .count();
+        assert!(
+            started > 0,
+            "the system has no thread for a migration that it has begun"
+        );
+        drafter.coders = started as u32;
         drop(queue);
         let (mut drafts, mut sequence) = (Vec::new(), 0);
         let mut send = |drafts: &mut Vec<FrameDraft>, end: bool| {
@@ -179,14 +185,14 @@ impl<'a> Drafter<'a> {
 }
 
 impl Line<'_> {
-    fn start<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, queue: Queue, number: usize) {
+    fn start<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, queue: Queue, number: usize) -> bool {
         thread::Builder::new()
             .name(format!("coder {number}"))
             .spawn_scoped(scope, move || {
                 let _guard = StopOnPanic(self.shared);
                 self.code(&queue, &mut Coder::new(number));
             })
-            .expect("the system has a thread left for a migration that it has begun");
+            .is_ok()
     }
 
     fn code(&self, queue: &Queue, coder: &mut Coder) {
@@ -225,7 +231,7 @@ impl InOrder {
     }
 }
 
-/// Without one of its coders a stream would wait for ever.
+/// Without one of its threads a stream would wait for ever.
 struct StopOnPanic<'a>(&'a Shared);
 
 impl Drop for StopOnPanic<'_> {

@@ -54,7 +54,7 @@ pub(crate) struct Outbound {
 pub(crate) enum StreamEnd {
     /// The vmm closed its socket after this stream. Whether that was success, the vmm has to be asked.
     Eof(StreamSummary),
-    /// The vmm's socket failed.
+    /// The vmm's socket failed, or the encoder.
     Failed(std::io::Error),
     /// The migration was given up before.
     Stopped,
@@ -146,7 +146,8 @@ impl Outbound {
             let _ = ended.send(match (read, summary) {
                 (Ok(true), Ok(summary)) => StreamEnd::Eof(summary),
                 (Err(error), _) => StreamEnd::Failed(error),
-                (Ok(false), _) | (_, Err(_)) => StreamEnd::Stopped,
+                (_, Err(error)) => StreamEnd::Failed(std::io::Error::other(error)),
+                (Ok(false), Ok(_)) => StreamEnd::Stopped,
             });
         });
         (Self { shared }, end)

@@ -31,7 +31,7 @@ use crate::proto::ownership::{
 use crate::proto::page::JournalId;
 use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
-use crate::proto::wire::SessionMessage;
+use crate::proto::wire::{SessionMessage, hello};
 use crate::transport::LaneError;
 
 /// Between looks at the vmm while the guest runs.
@@ -387,7 +387,11 @@ impl SourceDriver {
         let agreement = link.agreement();
         let window_bytes = agreement.limits.window_bytes;
         let encoder = Encoder::new(copying.reducer(agreement.version));
-        let coders = copying.coders();
+        // The link may be another one than the migration was agreed on.
+        let coders = match agreement.version >= hello::CODERS {
+            true => copying.coders(),
+            false => 1,
+        };
         let effort = Effort::for_link(link.capacity(), coders);
         let (outbound, end) = Outbound::start(stream, self.entry.migration, window_bytes, encoder, effort, coders);
         let outbound = Arc::new(outbound);

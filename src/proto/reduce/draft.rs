@@ -29,6 +29,7 @@ pub(super) struct Parts {
 /// What coding a draft has shown, for [`Reducer::learn`](super::Reducer::learn).
 #[derive(Debug)]
 pub struct Coded {
+    effort: Effort,
     stats: BatchStats,
     verdicts: Vec<Verdict>,
     parts: Parts,
@@ -98,7 +99,12 @@ impl Coder {
         out.extend_from_slice(&self.coded);
         out.extend_from_slice(&parts.plain);
         stats.bytes_out = (out.len() - start) as u64;
-        Coded { stats, verdicts, parts }
+        Coded {
+            effort,
+            stats,
+            verdicts,
+            parts,
+        }
     }
 }
 
@@ -107,6 +113,10 @@ impl Coded {
     #[must_use]
     pub fn stats(&self) -> BatchStats {
         self.stats
+    }
+
+    pub(super) fn effort(&self) -> Effort {
+        self.effort
     }
 
     pub(super) fn verdicts(&self) -> impl Iterator<Item = (&GroupOrigins, Verdict)> {

@@ -2,6 +2,7 @@
 
 use crate::proto::page::PAGE_SIZE;
 
+use super::effort::Effort;
 use super::group::{GROUP_BYTES, Trial};
 
 /// Where literal bytes come from. What was incompressible is remembered by origin.
@@ -87,9 +88,12 @@ impl Packer {
         }
     }
 
-    /// The codec is a stronger one from now on, and may do what the weaker could not.
-    pub(super) fn forgive(&mut self) {
-        self.patience = Patience::default();
+    /// The codec is another one from now on. A stronger one may do what the weaker could not.
+    pub(super) fn set_effort(&mut self, before: Effort, effort: Effort) {
+        if effort > before {
+            self.patience = Patience::default();
+        }
+        self.patience.trial_tells = effort == Effort::LEAST;
     }
 
     /// About how many bytes a page of `origin` takes as a literal, by those of late.
@@ -146,12 +150,15 @@ impl Packer {
             return;
         }
         self.patience.expect(verdict.pays);
-        if !verdict.pays {
-            for &(origin, bytes) in &origins.shares {
-                let telling = if origin == Origin::Edits { 2 } else { 8 };
-                if bytes * telling >= verdict.content {
-                    self.patience.learn(origin, false);
-                }
+        for &(origin, bytes) in &origins.shares {
+            let telling = if origin == Origin::Edits { 2 } else { 8 };
+            if bytes * telling < verdict.content {
+                continue;
+            }
+            if verdict.pays {
+                self.patience.meet(origin);
+            } else {
+                self.patience.learn(origin, false);
             }
         }
     }
@@ -161,10 +168,12 @@ impl Packer {
 const TELLING_BYTES: usize = 4096;
 
 /// Remembers by origin that compressing did not pay, and tries again now and then.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Patience {
     /// By origin: 0 pack, 1 probe, n skip n - 1 times before the next probe.
     countdowns: Vec<u8>,
+    /// A page that is tried by itself is tried with the codec that is used.
+    trial_tells: bool,
     /// The last groups did not pay. What they came to is known some batches later, and a region is soon over: then the first page of a new one is
     /// tried by itself.
     doubts: bool,
@@ -176,6 +185,16 @@ enum Attempt {
     Probe,
 }
 
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            countdowns: Vec::new(),
+            trial_tells: true,
+            doubts: false,
+        }
+    }
+}
+
 impl Patience {
     fn next(&mut self, origin: Origin) -> Attempt {
         let cell = cell(origin);
@@ -184,7 +203,7 @@ impl Patience {
         }
         let countdown = &mut self.countdowns[cell];
         match *countdown {
-            UNKNOWN if self.doubts => Attempt::Probe,
+            UNKNOWN if self.doubts && self.trial_tells => Attempt::Probe,
             UNKNOWN | 0 => Attempt::Pack,
             1 => Attempt::Probe,
             _ => {
@@ -198,6 +217,15 @@ impl Patience {
         self.countdowns
             .get(cell(origin))
             .is_some_and(|&countdown| countdown != UNKNOWN && countdown > 0)
+    }
+
+    /// A group of the origin has paid. What did not pay since is still remembered.
+    fn meet(&mut self, origin: Origin) {
+        if let Some(countdown) = self.countdowns.get_mut(cell(origin))
+            && *countdown == UNKNOWN
+        {
+            *countdown = 0;
+        }
     }
 
     /// Whether the last groups paid.
@@ -231,7 +259,6 @@ const UNKNOWN: u8 = u8::MAX;
 
 #[cfg(test)]
 mod tests {
-    use super::super::effort::Effort;
     use super::super::group::Encoder;
     use super::*;
 
@@ -306,6 +333,24 @@ mod tests {
         packer.push_page(Origin::Region(1), &text);
         settle(&mut packer);
         assert!(packer.is_worth_packing(Origin::Region(3), &noise(0)));
+        for seed in 0..32 {
+            packer.push_page(Origin::Region(4), &noise(seed));
+        }
+        settle(&mut packer);
+        assert!(
+            packer.is_worth_packing(Origin::Region(1), &noise(0)),
+            "it has paid before"
+        );
+        assert!(!packer.is_worth_packing(Origin::Region(5), &noise(0)));
+        packer.set_effort(Effort::LEAST, Effort::MOST);
+        for seed in 0..32 {
+            packer.push_page(Origin::Region(6), &noise(seed));
+        }
+        settle(&mut packer);
+        assert!(
+            packer.is_worth_packing(Origin::Region(7), &noise(0)),
+            "what lz4 does to a page does not tell what zstd does to a group"
+        );
     }
 
     #[test]

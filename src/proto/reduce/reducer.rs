@@ -102,8 +102,9 @@ impl Reducer {
 
     /// How hard to compress from the next batch on.
     pub fn set_effort(&mut self, effort: Effort) {
-        if !self.plainly && effort > std::mem::replace(&mut self.effort, effort) {
-            self.packer.forgive();
+        if !self.plainly {
+            self.packer.set_effort(self.effort, effort);
+            self.effort = effort;
         }
     }
 
@@ -176,8 +177,11 @@ impl Reducer {
 
     /// Takes in what coding a draft has shown, in any order and at any time: later batches gain from it.
     pub fn learn(&mut self, coded: Coded) {
-        for (origins, verdict) in coded.verdicts() {
-            self.packer.learn(origins, verdict);
+        // What a weaker codec did not do, the one that is used now may.
+        if coded.effort() >= self.effort {
+            for (origins, verdict) in coded.verdicts() {
+                self.packer.learn(origins, verdict);
+            }
         }
         self.spare = Some(coded.into_parts());
     }
