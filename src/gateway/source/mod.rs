@@ -29,13 +29,11 @@ use crate::proto::ownership::{
     Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
 };
 use crate::proto::page::JournalId;
+use crate::proto::precopy::budget::LOOK;
 use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
 use crate::proto::wire::{SessionMessage, hello};
 use crate::transport::LaneError;
-
-/// Between looks at the vmm while the guest runs.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// Between looks at the vmm once its stream has ended: the guest stands still.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);

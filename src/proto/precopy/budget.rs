@@ -26,8 +26,8 @@ const MOST_AMPLE: u64 = 4 << 20;
 /// A vmm that finds only pages of zeroes goes through its memory as fast as this.
 const THROUGH_ZEROES: ByteRate = ByteRate(2_000_000_000);
 
-/// From one look at the vmm to the next.
-const LOOK: Duration = Duration::from_millis(100);
+/// Between looks at the vmm while the guest runs.
+pub const LOOK: Duration = Duration::from_millis(100);
 
 /// Most bytes taken from a vmm at once, one batch of the encoder: two of the groups that it compresses as a whole.
 const MOST_READ: u64 = 256 << 10;

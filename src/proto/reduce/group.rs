@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! u8 codec      0 stored, 1 lz4 block, 2 zstd from a new frame on, 3 zstd in the frame that the last group of 2 or 3 began or went on with;
-//!               16 n is added for zstd of thread n, which has frames of its own
+//!               16 n is added for zstd of coder n, which has frames of its own
 //! varint n      coded length; absent where stored
 //! coded[n]
 //! ```

@@ -275,27 +275,27 @@ mod tests {
     }
 
     /// Ends the batch, and takes in what its groups come to with lz4.
-    fn settle(packer: &mut Packer) -> Vec<(u64, bool)> {
+    fn settle(packer: &mut Packer) {
         let literals = packer.finish(Literals::default());
         let mut encoder = Encoder::new(0);
-        let contents = literals.content.chunks(GROUP_BYTES);
-        assert_eq!(contents.len(), literals.groups.len());
-        let groups = contents.zip(&literals.groups);
-        groups
-            .map(|(content, origins)| {
-                let mut coded = Vec::new();
-                let pays = encoder.encode(Effort::LEAST, content, &mut coded);
-                packer.learn(
-                    origins,
-                    Verdict {
-                        content: content.len(),
-                        coded: coded.len(),
-                        pays,
-                    },
-                );
-                (origins.pages, pays)
-            })
-            .collect()
+        for (content, origins) in literals.content.chunks(GROUP_BYTES).zip(&literals.groups) {
+            let mut coded = Vec::new();
+            let pays = encoder.encode(Effort::LEAST, content, &mut coded);
+            let verdict = Verdict {
+                content: content.len(),
+                coded: coded.len(),
+                pays,
+            };
+            packer.learn(origins, verdict);
+        }
+    }
+
+    /// A batch of one group of this region, which does not pay.
+    fn disappoint(packer: &mut Packer, region: u32) {
+        for seed in 0..32 {
+            packer.push_page(Origin::Region(region), &noise(seed));
+        }
+        settle(packer);
     }
 
     #[test]
@@ -333,20 +333,14 @@ mod tests {
         packer.push_page(Origin::Region(1), &text);
         settle(&mut packer);
         assert!(packer.is_worth_packing(Origin::Region(3), &noise(0)));
-        for seed in 0..32 {
-            packer.push_page(Origin::Region(4), &noise(seed));
-        }
-        settle(&mut packer);
+        disappoint(&mut packer, 4);
         assert!(
             packer.is_worth_packing(Origin::Region(1), &noise(0)),
             "it has paid before"
         );
         assert!(!packer.is_worth_packing(Origin::Region(5), &noise(0)));
         packer.set_effort(Effort::LEAST, Effort::MOST);
-        for seed in 0..32 {
-            packer.push_page(Origin::Region(6), &noise(seed));
-        }
-        settle(&mut packer);
+        disappoint(&mut packer, 6);
         assert!(
             packer.is_worth_packing(Origin::Region(7), &noise(0)),
             "what lz4 does to a page does not tell what zstd does to a group"
