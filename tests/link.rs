@@ -8,7 +8,7 @@ use common::guest::Machine;
 use common::process::Running;
 use common::relay::Relay;
 use common::site::free_port;
-use common::{Rig, Site, need, qemu, until};
+use common::{Rig, Site, need, qemu, until, until_some};
 
 #[test]
 fn a_link_is_tested_between_two_gateways_without_a_vm() {
@@ -96,6 +96,80 @@ fn a_migration_that_crawls_is_let_go_while_it_runs() {
     assert_eq!(moved.code, Some(0), "{moved:?}");
     let over = rig.a.run(&["limit", &id, "--weight", "2"]);
     assert_eq!(over.code, Some(2), "{over:?}");
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_vm_of_weight_3_that_starts_later_has_three_quarters_of_the_link_beside_one_of_weight_1() {
+    need!(qemu());
+    let vms = [("early", Machine::filled(96)), ("late", Machine::filled(96))];
+    let mut rig = Rig::planned(&vms, |a, _| {
+        a.settings = "[link]\nrtt = \"10ms\"\nrate = \"60mbit\"\n".to_owned()
+    });
+    rig.a.boot("early");
+    rig.a.boot("late");
+    let early = rig.a.begin(&["migrate", "early", "--to", "b", "--output", "json"]);
+    rig.a.until_phase("precopy");
+    let late = rig
+        .a
+        .begin(&["migrate", "late", "--to", "b", "--weight", "3", "--output", "json"]);
+    // Both are looked at in one moment; their memory is of one size, so that percent compare.
+    let percent = |late_has: f64| {
+        until_some("the late one has come that far", || {
+            let list = rig.a.run(&["list", "--output", "json"]).json();
+            let of = |vm: &str| {
+                let mut listed = list.as_array().unwrap().iter();
+                Some(listed.find(|each| each["vm"] == vm)?["percent"].as_f64().unwrap())
+            };
+            let (early, late) = (of("early")?, of("late")?);
+            (late >= late_has).then_some((early, late))
+        })
+    };
+    let (begin, end) = (percent(10.0), percent(75.0));
+    assert!(end.0 < 88.0, "the early one was still in its first pass: {end:?}");
+    let share = (end.1 - begin.1) / (end.1 - begin.1 + end.0 - begin.0);
+    println!("the late one of weight 3 beside 1: {share:.4}");
+    assert!((share / 0.75 - 1.0).abs() <= 0.05, "{share}: from {begin:?} to {end:?}");
+    for client in [early, late] {
+        let moved = client.wait();
+        assert_eq!(moved.code, Some(0), "{moved:?}");
+    }
+    rig.assert_only(&[(&rig.b, "early"), (&rig.b, "late")]);
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the calendar goes by the real clock")]
+fn a_migration_goes_faster_from_the_minute_on_at_which_the_calendar_says_so() {
+    need!(qemu());
+    let mut rig = Rig::apart(&[("vm", Machine::filled(48))], |_, _| ());
+    rig.b.start();
+    rig.a.boot("vm");
+    // Far enough away that the migration has begun by then.
+    let now = jiff::Timestamp::now();
+    let change = jiff::Timestamp::from_second((now.as_second() + 10) / 60 * 60 + 60).unwrap();
+    let [from, to] = [now, change].map(|at| at.strftime("%H:%M").to_string());
+    rig.a.plan().settings +=
+        &format!("[[link.calendar]]\ndays = \"daily\"\nhours = \"{from}-{to}\"\nrate = \"1mbit\"\n");
+    rig.a.start();
+    rig.pair();
+    let client = rig.a.begin(&[
+        "migrate",
+        "vm",
+        "--to",
+        "b",
+        "--downtime-limit",
+        "9s",
+        "--output",
+        "json",
+    ]);
+    rig.a.until_phase("precopy");
+    assert!(jiff::Timestamp::now() < change, "the machine is too busy for this test");
+    // At 1 Mbit/s its 48 MiB would take seven minutes, longer than a test waits for anything.
+    let moved = client.wait();
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert!(jiff::Timestamp::now() >= change, "{moved:?}");
+    let said = rig.a.log();
+    assert!(said.contains("the link has another rate by its calendar"), "{said}");
     rig.assert_only(&[(&rig.b, "vm")]);
 }
 
