@@ -206,6 +206,7 @@ async fn agree(
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
+    let agreement_held = checked.link.hold_agreement().await;
     let agreement = checked.link.agreement();
     let window_bytes = agreement.limits.window_bytes;
     let slots = checked.slots();
@@ -248,6 +249,7 @@ async fn agree(
     };
     let sample = checked.begin_sample().await;
     let (mut channel, image) = offered.await?;
+    drop(agreement_held);
     let image = images.into_iter().find(|held| Some(held.head().id) == image);
     let dictionary = limits(slots.with(image.as_ref().map(Image::head)))?;
     memory.shrink(most, need(dictionary));

@@ -325,10 +325,41 @@ async fn requests_out_of_turn_are_refused_in_words() {
         }
     }
 
-    let link = stranger.link(JOURNAL).await;
-    let again = Request::Hello(Hello::new("a".into(), JOURNAL, limits(64 << 20)));
-    let mut channel = Channel::open(&link.control, &again).await;
+    // Before version 7 a hello comes once.
+    let link = stranger.dial().await;
+    let mut old = Hello::new("a".into(), JOURNAL, limits(64 << 20));
+    old.newest_version = 6;
+    let mut channel = Channel::open(&link.control, &Request::Hello(old.clone())).await;
+    assert!(matches!(channel.receive().await, Some(Reply::Hello(_))));
+    let mut channel = Channel::open(&link.control, &Request::Hello(old)).await;
     assert!(matches!(channel.receive().await, Some(Reply::Refused(reason)) if reason.contains("twice")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hello_may_come_again_and_another_gateways_may_not() {
+    let mut rig = Rig::apart(&[], |_, _| {});
+    rig.b.start();
+    let stranger = Stranger::paired_with(&rig.b);
+    let link = stranger.link(JOURNAL).await;
+    let limits = |window_bytes| Limits {
+        window_bytes,
+        dictionary_pages: 9,
+    };
+    let say = async |journal, limits| {
+        let hello = Request::Hello(Hello::new("a".into(), journal, limits));
+        Channel::open(&link.control, &hello).await.receive().await
+    };
+    for _ in 0..3 {
+        assert!(matches!(say(JOURNAL, limits(64 << 20)).await, Some(Reply::Hello(_))));
+    }
+    for (journal, window, word) in [(JournalId([9; 16]), 64 << 20, "another"), (JOURNAL, 1, "memory_budget")] {
+        match say(journal, limits(window)).await {
+            Some(Reply::Refused(reason)) => assert!(reason.contains(word), "{reason}"),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+    let mut channel = Channel::open(&link.control, &Request::Ping(7)).await;
+    assert_eq!(channel.receive().await, Some(Reply::Pong(7)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

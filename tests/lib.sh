@@ -141,17 +141,27 @@ clean_up() {
     rm -f "$SKIPPED" "$FAILED"
 }
 
-# Prints `--test=NAME` for each family that takes the QEMU to test with from the environment, itself or by a module that it shares.
-tests_with_a_choice_of_qemu() {
-    local main name module places
+# Prints `--test=NAME` for each family of tests.
+all_tests() {
+    local main
     for main in tests/*.rs tests/*/main.rs; do
-        name=${main#tests/} name=${name%.rs} name=${name%/main}
+        main=${main#tests/} main=${main%.rs}
+        echo "--test=${main%/main}"
+    done
+}
+
+# The same for each that takes the QEMU to test with from the environment, itself or by a module that it shares.
+tests_with_a_choice_of_qemu() {
+    local test name main module places
+    for test in $(all_tests); do
+        name=${test#--test=} main=tests/$name.rs
+        [[ -f $main ]] || main=tests/$name/main.rs
         places=("$main")
         [[ ! -d tests/$name ]] || places+=("tests/$name")
         while read -r module; do
             [[ ! -d tests/$module ]] || places+=("tests/$module")
         done < <(sed -nE 's/^(pub )?mod ([a-z_]+);$/\2/p' "$main")
-        ! grep -qR LONGHAUL_TEST_QEMU "${places[@]}" || echo "--test=$name"
+        ! grep -qR LONGHAUL_TEST_QEMU "${places[@]}" || echo "$test"
     done
 }
 

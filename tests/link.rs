@@ -9,6 +9,7 @@ use common::process::Running;
 use common::relay::Relay;
 use common::site::free_port;
 use common::{Rig, Site, need, qemu, until, until_some};
+use rustix::process::Signal;
 
 #[test]
 fn a_link_is_tested_between_two_gateways_without_a_vm() {
@@ -57,6 +58,19 @@ fn a_link_is_tested_between_two_gateways_without_a_vm() {
         assert_eq!(refused.code, Some(2), "{refused:?}");
         assert!(refused.stderr.contains(sentence), "{refused:?}");
     }
+}
+
+#[test]
+fn gateways_are_linked_before_anybody_asks_and_again_when_one_of_them_comes_back() {
+    let mut rig = Rig::new(&[]);
+    let linked = |site: &Site| site.log().matches(" linked ").count();
+    until("both have linked after pairing", || {
+        linked(&rig.a) == 1 && linked(&rig.b) == 1
+    });
+    rig.b.gateway().signal(Signal::KILL);
+    rig.b.start();
+    until("b has linked from its start on", || linked(&rig.b) == 1);
+    until("a has linked again", || linked(&rig.a) == 2);
 }
 
 #[test]
@@ -135,42 +149,6 @@ fn a_vm_of_weight_3_that_starts_later_has_three_quarters_of_the_link_beside_one_
         assert_eq!(moved.code, Some(0), "{moved:?}");
     }
     rig.assert_only(&[(&rig.b, "early"), (&rig.b, "late")]);
-}
-
-#[test]
-#[expect(clippy::disallowed_methods, reason = "the calendar goes by the real clock")]
-fn a_migration_goes_faster_from_the_minute_on_at_which_the_calendar_says_so() {
-    need!(qemu());
-    let mut rig = Rig::apart(&[("vm", Machine::filled(48))], |_, _| ());
-    rig.b.start();
-    rig.a.boot("vm");
-    // Far enough away that the migration has begun by then.
-    let now = jiff::Timestamp::now();
-    let change = jiff::Timestamp::from_second((now.as_second() + 10) / 60 * 60 + 60).unwrap();
-    let [from, to] = [now, change].map(|at| at.strftime("%H:%M").to_string());
-    rig.a.plan().settings +=
-        &format!("[[link.calendar]]\ndays = \"daily\"\nhours = \"{from}-{to}\"\nrate = \"1mbit\"\n");
-    rig.a.start();
-    rig.pair();
-    let client = rig.a.begin(&[
-        "migrate",
-        "vm",
-        "--to",
-        "b",
-        "--downtime-limit",
-        "9s",
-        "--output",
-        "json",
-    ]);
-    rig.a.until_phase("precopy");
-    assert!(jiff::Timestamp::now() < change, "the machine is too busy for this test");
-    // At 1 Mbit/s its 48 MiB would take seven minutes, longer than a test waits for anything.
-    let moved = client.wait();
-    assert_eq!(moved.code, Some(0), "{moved:?}");
-    assert!(jiff::Timestamp::now() >= change, "{moved:?}");
-    let said = rig.a.log();
-    assert!(said.contains("the link has another rate by its calendar"), "{said}");
-    rig.assert_only(&[(&rig.b, "vm")]);
 }
 
 /// Two paired sites that reach each other only through relays, and `settings` of both about the other.

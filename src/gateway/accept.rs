@@ -13,7 +13,7 @@ use super::lanes::{LaneMemory, Lanes};
 use super::link_test::sink;
 use super::{offer, recovery};
 use crate::proto::page::{JournalId, MigrationId};
-use crate::proto::wire::hello::Agreement;
+use crate::proto::wire::hello::{self, Agreement, Hello};
 use crate::proto::wire::message::Reply;
 use crate::proto::wire::{Request, SessionMessage};
 use crate::transport::{Bundle, CloseCode, PeerConnection};
@@ -21,11 +21,18 @@ use crate::transport::{Bundle, CloseCode, PeerConnection};
 /// How long a peer may take to say what it opened a channel for.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What a peer said first, and what follows from it and from its answer.
+/// What a peer said, and what follows from it and from its answer.
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) journal: JournalId,
-    pub(super) agreement: Agreement,
+    agreement: Mutex<Agreement>,
+}
+
+impl Known {
+    /// What sessions that the peer opens now go by: the peer opens none while it says hello again.
+    pub(super) fn agreement(&self) -> Agreement {
+        *self.agreement.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Serves a peer's control connection until it closes.
@@ -84,13 +91,31 @@ async fn greet(core: &Core, peer: &str, mut channel: Channel) -> Result<Option<K
             reply(channel, Reply::Hello(ours)).await?;
             Ok(Some(Known {
                 journal: theirs.journal,
-                agreement,
+                agreement: Mutex::new(agreement),
             }))
         }
         Err(error) => {
             reply(channel, Reply::Refused(error.to_string())).await?;
             Ok(None)
         }
+    }
+}
+
+/// What was agreed may be old: from the answer on what follows from both hellos of now holds.
+async fn greet_again(core: &Core, known: &Known, theirs: &Hello, channel: Channel) -> Result<(), ChannelError> {
+    if known.agreement().version < hello::HELLO_AGAIN {
+        return reply(channel, Reply::Refused("the hello came twice".to_owned())).await;
+    }
+    if theirs.journal != known.journal {
+        return reply(channel, Reply::Refused("another gateway says hello here".to_owned())).await;
+    }
+    let ours = core.links.answer().await;
+    match ours.agree(theirs) {
+        Ok(agreement) => {
+            *known.agreement.lock().unwrap_or_else(PoisonError::into_inner) = agreement;
+            reply(channel, Reply::Hello(ours)).await
+        }
+        Err(error) => reply(channel, Reply::Refused(error.to_string())).await,
     }
 }
 
@@ -104,14 +129,14 @@ async fn request(channel: &mut Channel) -> Result<Request, ChannelError> {
 async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Channel) -> Result<(), ChannelError> {
     let request = request(&mut channel).await?;
     match request {
-        Request::Hello(_) => reply(channel, Reply::Refused("the hello came twice".to_owned())).await,
+        Request::Hello(theirs) => greet_again(core, known, &theirs, channel).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
         Request::Drives { migration } => {
             let drives = recovery::drives(core, peer, migration).await;
             reply(channel, Reply::Drives(drives)).await
         }
         Request::Check(offered) => {
-            let against = offer::check(core, peer, known.agreement.limits, &offered).await;
+            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
             reply(channel, Reply::Checked(against)).await
         }
         Request::Open(offered) => {

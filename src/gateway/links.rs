@@ -1,6 +1,6 @@
-//! Links to peers: dialled when a migration needs one, kept, replaced when they break.
+//! Links to peers: dialled beforehand or when a migration needs one, kept, replaced when they break.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::channel::{Channel, ChannelError};
 use super::clock;
 use super::memory::LEAST_PAGES;
+use super::standing::{Held, Standing};
 use crate::config::{Config, PeerAddress};
 use crate::proto::page::{ByteRate, JournalId, MigrationId};
 use crate::proto::wire::hello::{self, Agreement};
@@ -40,7 +41,7 @@ const LANES_IN_REPAIR: u64 = 4 << 20;
 /// A migration that has not asked for this long has ended, or uses another link. While it copies it asks ten times a second.
 const ASKED: Duration = Duration::from_secs(1);
 
-/// What was agreed on a link that nobody uses holds for this long; then both ends may have more or less room.
+/// What was agreed on a link holds for this long where nobody uses it and its peer cannot say hello again; then both ends may have more or less room.
 const AGREED: Duration = Duration::from_secs(60);
 
 /// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
@@ -64,10 +65,9 @@ type Slot = Mutex<Option<Arc<Link>>>;
 pub(crate) struct Link {
     link: PeerLink,
     peer: Hello,
-    agreement: Agreement,
+    standing: Standing,
     turns: Arc<Turns>,
     asks: std::sync::Mutex<Asks>,
-    made: Instant,
 }
 
 /// What the migrations on a link ask of it, each by its own measure of the path.
@@ -129,7 +129,7 @@ impl Links {
         let now = clock::now();
         self.link_if(peer, |link| {
             // One is the slot's own.
-            Arc::strong_count(link) > 1 || now.saturating_duration_since(link.made) < AGREED
+            Arc::strong_count(link) > 1 || link.standing.age(now) < AGREED
         })
         .await
     }
@@ -143,6 +143,77 @@ impl Links {
         let link = Arc::new(self.dial(peer).await?);
         *slot = Some(Arc::clone(&link));
         Ok(link)
+    }
+
+    /// Paired peers of which it is known where they are.
+    pub(crate) fn peers_with_address(&self) -> BTreeSet<String> {
+        let trusted = self.trust.peers().into_iter();
+        let with_address = trusted.filter(|(name, peer)| {
+            let configured = self.config.peer(name);
+            peer.address.is_some()
+                || configured.is_some_and(|peer| peer.address.is_some() || peer.second_address.is_some())
+        });
+        with_address.map(|(name, _)| name).collect()
+    }
+
+    /// Sees to a link on which migrations can begin at once: dials where there is none, and says hello again where the last time is `old`. Leaves a
+    /// link alone that somebody is dialling.
+    ///
+    /// # Errors
+    /// [`LinkError`], with what to do.
+    pub(crate) async fn keep(&self, peer: &str, old: Duration) -> Result<(), LinkError> {
+        let slot = Arc::clone(self.links.lock().await.entry(peer.to_owned()).or_default());
+        let Ok(mut slot) = slot.try_lock() else { return Ok(()) };
+        let silent = |_| LinkError::Silent {
+            peer: peer.to_owned(),
+            seconds: self.patience(peer).as_secs(),
+        };
+        match slot.as_ref().filter(|link| link.is_alive()).map(Arc::clone) {
+            None => {
+                let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer)).await;
+                *slot = Some(Arc::new(dialled.map_err(silent)??));
+                Ok(())
+            }
+            Some(link) if link.standing.age(clock::now()) < old || link.agreement().version < hello::HELLO_AGAIN => {
+                Ok(())
+            }
+            Some(link) => {
+                drop(slot);
+                let Some(_renewing) = link.standing.renew() else {
+                    return Ok(());
+                };
+                let hello = Request::Hello(self.hello.clone());
+                let asked = tokio::time::timeout(self.patience(peer), Channel::ask(link.control(), &hello)).await;
+                let agreed = asked.map_err(silent).and_then(|reply| self.agreed(peer, reply));
+                match agreed {
+                    Ok((_, agreement)) => {
+                        link.standing.set(agreement, clock::now());
+                        Ok(())
+                    }
+                    // The peer may go by another agreement now.
+                    Err(error) => {
+                        link.close_broken(&error.to_string());
+                        Err(error)
+                    }
+                }
+            }
+        }
+    }
+
+    /// What follows from a peer's answer to a hello.
+    fn agreed(&self, peer: &str, reply: Result<Reply, ChannelError>) -> Result<(Hello, Agreement), LinkError> {
+        let name = || peer.to_owned();
+        let hello = match reply.map_err(|source| LinkError::Channel { peer: name(), source })? {
+            Reply::Hello(hello) => hello,
+            Reply::Refused(reason) => return Err(LinkError::Refused { peer: name(), reason }),
+            _ => {
+                let source = ChannelError::Closed;
+                return Err(LinkError::Channel { peer: name(), source });
+            }
+        };
+        let agreement = self.hello.agree(&hello);
+        let agreement = agreement.map_err(|source| LinkError::Hello { peer: name(), source })?;
+        Ok((hello, agreement))
     }
 
     /// Time for which bulk waited since this was last asked, because the capacity of its link was used up. A link that is being
@@ -176,25 +247,15 @@ impl Links {
             let (link, mut hello) = self.dial_by_any_way(peer).await?;
             let reply = hello.join_next().await.expect("one question was asked");
             let reply = reply.expect("asking is not aborted and does not panic");
-            match reply.map_err(|source| LinkError::Channel { peer: name(), source })? {
-                Reply::Hello(hello) => Ok((link, hello)),
-                Reply::Refused(reason) => Err(LinkError::Refused { peer: name(), reason }),
-                _ => Err(LinkError::Channel {
-                    peer: name(),
-                    source: ChannelError::Closed,
-                }),
-            }
+            Ok((link, self.agreed(peer, reply)?))
         };
-        let (link, hello) = tokio::time::timeout(HELLO_DEADLINE, attempt)
-            .await
-            .map_err(|_| LinkError::Silent {
-                peer: name(),
-                seconds: HELLO_DEADLINE.as_secs(),
-            })??;
-        let agreement = self
-            .hello
-            .agree(&hello)
-            .map_err(|source| LinkError::Hello { peer: name(), source })?;
+        let (link, (hello, agreement)) =
+            tokio::time::timeout(HELLO_DEADLINE, attempt)
+                .await
+                .map_err(|_| LinkError::Silent {
+                    peer: name(),
+                    seconds: HELLO_DEADLINE.as_secs(),
+                })??;
         tracing::info!(
             peer,
             site = hello.site,
@@ -207,10 +268,9 @@ impl Links {
         Ok(Link {
             link,
             peer: hello,
-            agreement,
+            standing: Standing::new(agreement, clock::now()),
             turns,
             asks: std::sync::Mutex::default(),
-            made: clock::now(),
         })
     }
 
@@ -247,7 +307,10 @@ impl Links {
                 asked
             };
             let dialled = self.transport.dial_and(&target, hello).await;
-            dialled.map_err(|source| LinkError::Dial { peer: name(), source })
+            dialled.map_err(|source| LinkError::Dial {
+                peer: name(),
+                source: Box::new(source),
+            })
         };
         let (first, second) = match (first, second) {
             (Some(first), Some(second)) => (first, second),
@@ -280,7 +343,7 @@ impl Link {
 
     /// Whether parity is sent behind a stream's end: the peer knows it, and waiting for QUIC's own repair would be long.
     pub(crate) fn protects_tail(&self) -> bool {
-        self.agreement.version >= hello::REPAIRS && self.rtt() >= PROTECTED_RTT
+        self.agreement().version >= hello::REPAIRS && self.rtt() >= PROTECTED_RTT
     }
 
     /// For lanes.
@@ -290,7 +353,12 @@ impl Link {
 
     /// What both sides speak and hold.
     pub(crate) fn agreement(&self) -> Agreement {
-        self.agreement
+        self.standing.agreement()
+    }
+
+    /// Keeps the agreement as it is: for whoever opens a session by it, until the peer has answered.
+    pub(crate) async fn hold_agreement(&self) -> Held {
+        self.standing.hold().await
     }
 
     /// The journal behind the peer.
@@ -430,7 +498,7 @@ pub(crate) enum LinkError {
         /// The name.
         peer: String,
         /// Why.
-        source: DialError,
+        source: Box<DialError>,
     },
     /// Neither address.
     #[error("{first}; and at its second address: {second}")]

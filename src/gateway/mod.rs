@@ -3,7 +3,7 @@
 //! ```text
 //! commands (api) ─▶ commands ─▶ migrate ─▶ source ──── contact, outbound ──▶ peer
 //!                                            │
-//!                       registry, journal, memory, links
+//!                       registry, journal, memory, links ◀── standing
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
 //!             └────▶ link_test
@@ -41,6 +41,7 @@ pub(crate) mod registry;
 pub(crate) mod share;
 pub(crate) mod source;
 pub(crate) mod source_vmm;
+mod standing;
 mod stream_socket;
 pub(crate) mod vm_context;
 mod vmm_output;
@@ -192,6 +193,7 @@ pub async fn run(
         tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
         tokio::spawn(rates::follow(Arc::clone(&core), rates, MEASURE)),
         tokio::spawn(keeping::watch(Arc::clone(&core))),
+        tokio::spawn(standing::keep(Arc::clone(&core))),
     ];
     core.metrics.set_ready(true);
     tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),

@@ -123,7 +123,8 @@ async fn accept(
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
     }
-    let agreed = known.agreement.limits;
+    let agreement = known.agreement();
+    let agreed = agreement.limits;
     let (decoder, image, memory) = dictionary(core, peer, offer, agreed, images).await?;
     let (entry, orders) = core
         .registry
@@ -165,7 +166,7 @@ async fn accept(
             source_journal: known.journal,
             decoder: Some(decoder),
             image,
-            keeps: core.store.is_some() && known.agreement.version >= hello::IMAGES,
+            keeps: core.store.is_some() && agreement.version >= hello::IMAGES,
             window_bytes: agreed.window_bytes,
         },
     );

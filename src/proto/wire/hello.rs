@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::page::JournalId;
 
 /// Newest version of the wire format that this gateway speaks.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// First version in which a stream's end is protected by [`super::repair`]s.
 pub const REPAIRS: u16 = 2;
@@ -22,10 +22,13 @@ pub const IMAGES: u16 = 5;
 /// First version in which several coders may make the payloads of a session.
 pub const CODERS: u16 = 6;
 
+/// First version in which a hello may come again: what was agreed on a link is made anew.
+pub const HELLO_AGAIN: u16 = 7;
+
 /// Oldest version that this gateway still speaks.
 pub const OLDEST_VERSION: u16 = 1;
 
-/// First message of both sides on a control connection.
+/// First message of both sides on a control connection, and again when a link has been standing for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Oldest wire version spoken.

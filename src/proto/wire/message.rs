@@ -28,7 +28,7 @@ pub const MAX_MESSAGE: usize = 512 << 10;
 /// Opens a channel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// First on every control connection.
+    /// First on every control connection; since version 7 also later.
     Hello(Hello),
     /// Would this migration be accepted? Nothing is kept or started.
     Check(Offer),
