@@ -202,11 +202,17 @@ async fn agree(
     if !failed.is_empty() {
         return Err(in_one_line(&failed));
     }
-    let checked = checked.ok_or("the checks did not come to an end")?;
+    let mut checked = checked.ok_or("the checks did not come to an end")?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
-    let agreement_held = checked.link.hold_agreement().await;
+    let mut agreement_held = checked.link.hold_agreement().await;
+    if !checked.link.is_alive() {
+        // It was lost since, perhaps while both said hello again.
+        let link = core.links.fresh_link(&request.peer).await;
+        checked.link = link.map_err(|error| error.to_string())?;
+        agreement_held = checked.link.hold_agreement().await;
+    }
     let agreement = checked.link.agreement();
     let window_bytes = agreement.limits.window_bytes;
     let slots = checked.slots();
@@ -283,6 +289,7 @@ async fn agree(
         costs,
         deadline: deadline.map(|deadline| now + deadline),
         share: Arc::clone(&entry.share),
+        agreement,
         dictionary: Some(dictionary),
         coders,
         prepared,

@@ -111,6 +111,13 @@ async fn greet_again(core: &Core, known: &Known, theirs: &Hello, channel: Channe
     }
     let ours = core.links.answer().await;
     match ours.agree(theirs) {
+        Ok(agreement) if agreement.version != known.agreement().version => {
+            reply(
+                channel,
+                Reply::Refused("the hello has other versions than before".to_owned()),
+            )
+            .await
+        }
         Ok(agreement) => {
             *known.agreement.lock().unwrap_or_else(PoisonError::into_inner) = agreement;
             reply(channel, Reply::Hello(ours)).await

@@ -390,7 +390,7 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
         let mut open: HashMap<usize, ConnectionMeasures> = HashMap::new();
         let mut reached: HashSet<String> = HashSet::new();
         // Of each link, in the order in which links were made.
-        let mut controllers: Vec<(Bundle, PeerMetrics, ByteRate)> = Vec::new();
+        let mut controllers: Vec<(Bundle, PeerMetrics, bool, ByteRate)> = Vec::new();
         for connection in core.transport.open_connections() {
             let Some(peer) = connection.peer().filter(|peer| trusted.contains(*peer)) else {
                 continue;
@@ -411,13 +411,15 @@ pub(crate) async fn measure(core: Arc<Core>, every: Duration) {
                     let bundle = connection.bundle();
                     match controllers.iter_mut().find(|(known, ..)| *known == bundle) {
                         Some((.., all)) => all.0 = all.0.saturating_add(rate.0),
-                        None => controllers.push((bundle, metrics, rate)),
+                        None => controllers.push((bundle, metrics, connection.is_dialled(), rate)),
                     }
                 }
                 (ConnectionKind::Bulk | ConnectionKind::Pairing, None) => {}
             }
         }
-        for (_, metrics, rate) in controllers {
+        // The last one that is set stays: where there is one, of a link that was made from here, on which VMs go.
+        controllers.sort_by_key(|(_, _, is_dialled, _)| *is_dialled);
+        for (.., metrics, _, rate) in controllers {
             metrics.set_controller_rate(rate);
         }
         for peer in reached.difference(&connected) {

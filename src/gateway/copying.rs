@@ -21,7 +21,7 @@ use crate::proto::precopy::{
     Sample, usable_ratio,
 };
 use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer};
-use crate::proto::wire::hello;
+use crate::proto::wire::hello::{self, Agreement};
 use crate::transport::tuning::UNSENT;
 
 /// Whatever is measured, a path is not taken for slower: queues of bytes would not hold a lane.
@@ -45,6 +45,7 @@ pub(crate) struct Copying {
     ratio: RatioMeter,
     rounds: Rounds,
     share: Arc<Share>,
+    agreement: Agreement,
     dictionary: Option<DictionaryLimits>,
     coders: usize,
     prepared: Prepared,
@@ -71,6 +72,8 @@ pub(crate) struct CopyingStart {
     pub(crate) costs: FixedCosts,
     pub(crate) deadline: Option<Instant>,
     pub(crate) share: Arc<Share>,
+    /// With the peer, when the session was opened.
+    pub(crate) agreement: Agreement,
     pub(crate) dictionary: Option<DictionaryLimits>,
     /// Threads that code what the dictionary leaves.
     pub(crate) coders: usize,
@@ -106,6 +109,7 @@ impl Copying {
             ratio: RatioMeter::default(),
             rounds: Rounds::new(start.now),
             share: start.share,
+            agreement: start.agreement,
             dictionary: start.dictionary,
             coders: start.coders,
             known_pages: start.prepared.known_pages(),
@@ -134,6 +138,11 @@ impl Copying {
             std::mem::take(&mut self.prepared).equip(&mut reducer);
             reducer
         })
+    }
+
+    /// What the session goes by.
+    pub(crate) fn agreement(&self) -> Agreement {
+        self.agreement
     }
 
     /// Threads that code what the reducer leaves.

@@ -44,6 +44,9 @@ const ASKED: Duration = Duration::from_secs(1);
 /// What was agreed on a link holds for this long where nobody uses it and its peer cannot say hello again; then both ends may have more or less room.
 const AGREED: Duration = Duration::from_secs(60);
 
+/// A link over the second address that nobody uses is made anew after this long: the first may be back.
+const BACK_TO_FIRST: Duration = Duration::from_secs(300);
+
 /// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
 const PROTECTED_RTT: Duration = Duration::from_millis(5);
 
@@ -68,6 +71,19 @@ pub(crate) struct Link {
     standing: Standing,
     turns: Arc<Turns>,
     asks: std::sync::Mutex<Asks>,
+    made: Instant,
+    by_second: bool,
+}
+
+/// What [`Links::keep`] found or did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// It was there, for so long.
+    Ready(Duration),
+    /// It has been dialled.
+    Made,
+    /// Somebody else dials.
+    Busy,
 }
 
 /// What the migrations on a link ask of it, each by its own measure of the path.
@@ -156,46 +172,71 @@ impl Links {
         with_address.map(|(name, _)| name).collect()
     }
 
-    /// Sees to a link on which migrations can begin at once: dials where there is none, and says hello again where the last time is `old`. Leaves a
-    /// link alone that somebody is dialling.
+    /// Sees to a link on which migrations can begin at once: dials where there is none, and says hello again where the last time is `old`. Leaves
+    /// links alone that somebody uses.
     ///
     /// # Errors
     /// [`LinkError`], with what to do.
-    pub(crate) async fn keep(&self, peer: &str, old: Duration) -> Result<(), LinkError> {
+    pub(crate) async fn keep(&self, peer: &str, old: Duration) -> Result<Kept, LinkError> {
         let slot = Arc::clone(self.links.lock().await.entry(peer.to_owned()).or_default());
-        let Ok(mut slot) = slot.try_lock() else { return Ok(()) };
+        let Ok(mut slot) = slot.try_lock() else {
+            return Ok(Kept::Busy);
+        };
+        let now = clock::now();
         let silent = |_| LinkError::Silent {
             peer: peer.to_owned(),
             seconds: self.patience(peer).as_secs(),
         };
-        match slot.as_ref().filter(|link| link.is_alive()).map(Arc::clone) {
-            None => {
-                let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer)).await;
-                *slot = Some(Arc::new(dialled.map_err(silent)??));
-                Ok(())
+        if let Some(link) = slot.as_ref().filter(|link| link.is_alive()) {
+            let ready = Kept::Ready(now.saturating_duration_since(link.made));
+            // One is the slot's own. A failure would cut the sessions on it.
+            if Arc::strong_count(link) > 1 {
+                return Ok(ready);
             }
-            Some(link) if link.standing.age(clock::now()) < old || link.agreement().version < hello::HELLO_AGAIN => {
-                Ok(())
-            }
-            Some(link) => {
-                drop(slot);
-                let Some(_renewing) = link.standing.renew() else {
-                    return Ok(());
-                };
-                let hello = Request::Hello(self.hello.clone());
-                let asked = tokio::time::timeout(self.patience(peer), Channel::ask(link.control(), &hello)).await;
-                let agreed = asked.map_err(silent).and_then(|reply| self.agreed(peer, reply));
-                match agreed {
-                    Ok((_, agreement)) => {
-                        link.standing.set(agreement, clock::now());
-                        Ok(())
-                    }
-                    // The peer may go by another agreement now.
-                    Err(error) => {
-                        link.close_broken(&error.to_string());
-                        Err(error)
-                    }
+            if !link.by_second || now.saturating_duration_since(link.made) < BACK_TO_FIRST {
+                if link.standing.age(now) >= old && link.agreement().version >= hello::HELLO_AGAIN {
+                    let link = Arc::clone(link);
+                    drop(slot);
+                    self.agree_again(peer, &link).await?;
                 }
+                return Ok(ready);
+            }
+        }
+        let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer)).await;
+        *slot = Some(Arc::new(dialled.map_err(silent)??));
+        Ok(Kept::Made)
+    }
+
+    async fn agree_again(&self, peer: &str, link: &Link) -> Result<(), LinkError> {
+        let Some(_renewing) = link.standing.renew() else {
+            return Ok(());
+        };
+        let hello = Request::Hello(self.hello.clone());
+        let patience = self.patience(peer);
+        let reply = tokio::time::timeout(patience, Channel::ask(link.control(), &hello)).await;
+        let silent = |_| LinkError::Silent {
+            peer: peer.to_owned(),
+            seconds: patience.as_secs(),
+        };
+        let agreed = reply.map_err(silent).and_then(|reply| {
+            let (theirs, agreement) = self.agreed(peer, reply)?;
+            if theirs.journal != link.peer.journal || agreement.version != link.agreement().version {
+                return Err(LinkError::Refused {
+                    peer: peer.to_owned(),
+                    reason: "it says to be another gateway now".to_owned(),
+                });
+            }
+            Ok(agreement)
+        });
+        match agreed {
+            Ok(agreement) => {
+                link.standing.set(agreement, clock::now());
+                Ok(())
+            }
+            // The peer may go by another agreement now. Who waits for this one finds the link closed.
+            Err(error) => {
+                link.close_broken(&error.to_string());
+                Err(error)
             }
         }
     }
@@ -244,12 +285,12 @@ impl Links {
     async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
         let name = || peer.to_owned();
         let attempt = async {
-            let (link, mut hello) = self.dial_by_any_way(peer).await?;
+            let (link, mut hello, by_second) = self.dial_by_any_way(peer).await?;
             let reply = hello.join_next().await.expect("one question was asked");
             let reply = reply.expect("asking is not aborted and does not panic");
-            Ok((link, self.agreed(peer, reply)?))
+            Ok((link, by_second, self.agreed(peer, reply)?))
         };
-        let (link, (hello, agreement)) =
+        let (link, by_second, (hello, agreement)) =
             tokio::time::timeout(HELLO_DEADLINE, attempt)
                 .await
                 .map_err(|_| LinkError::Silent {
@@ -271,12 +312,14 @@ impl Links {
             standing: Standing::new(agreement, clock::now()),
             turns,
             asks: std::sync::Mutex::default(),
+            made: clock::now(),
+            by_second,
         })
     }
 
     /// Calls the peer at its first address, and where that does not answer, at its second; and says hello. One at a time: lanes are taken
-    /// from one link of a peer, and the later of two would end the earlier.
-    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Asked), LinkError> {
+    /// from one link of a peer, and the later of two would end the earlier. Whether it was the second comes last.
+    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Asked, bool), LinkError> {
         let name = || peer.to_owned();
         let configured = self.config.peer(peer);
         let trusted = self.trust.get(peer).ok_or_else(|| match configured {
@@ -314,24 +357,29 @@ impl Links {
         };
         let (first, second) = match (first, second) {
             (Some(first), Some(second)) => (first, second),
-            (Some(only), None) | (None, Some(only)) => return dial(&only).await,
+            (Some(only), None) | (None, Some(only)) => {
+                let (link, hello) = dial(&only).await?;
+                return Ok((link, hello, false));
+            }
             (None, None) => return Err(LinkError::NoAddress { peer: name() }),
         };
         let head_start = self.configured_rtt(peer) * 3 + HEAD_START;
-        if let Ok(Ok(link)) = tokio::time::timeout(head_start, dial(&first)).await {
-            return Ok(link);
+        if let Ok(Ok((link, hello))) = tokio::time::timeout(head_start, dial(&first)).await {
+            return Ok((link, hello, false));
         }
         tracing::info!(peer, %second, "the first address does not answer: calling the second");
         let by_second = match tokio::time::timeout(head_start, dial(&second)).await {
-            Ok(Ok(link)) => return Ok(link),
+            Ok(Ok((link, hello))) => return Ok((link, hello, true)),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("{second} did not answer within {head_start:?}"),
         };
         // It may only be slow.
-        dial(&first).await.map_err(|by_first| LinkError::NoAnswer {
+        let dialled = dial(&first).await;
+        let (link, hello) = dialled.map_err(|by_first| LinkError::NoAnswer {
             first: by_first.to_string(),
             second: by_second,
-        })
+        })?;
+        Ok((link, hello, false))
     }
 }
 

@@ -193,8 +193,8 @@ pub async fn run(
         tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
         tokio::spawn(rates::follow(Arc::clone(&core), rates, MEASURE)),
         tokio::spawn(keeping::watch(Arc::clone(&core))),
-        tokio::spawn(standing::keep(Arc::clone(&core))),
     ];
+    let standing = tokio::spawn(standing::keep(Arc::clone(&core)));
     core.metrics.set_ready(true);
     tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),
         fingerprint = %core.identity.fingerprint(), "ready");
@@ -202,6 +202,7 @@ pub async fn run(
     drain.cancelled().await;
     core.metrics.set_ready(false);
     core.wait_for_open_migrations().await;
+    standing.abort();
     core.transport
         .shutdown(CloseCode::Draining, "the gateway is being stopped")
         .await;

@@ -1,8 +1,8 @@
 //! Links that stand ready: to every paired peer that has an address, from the start on, so that a migration does not begin with dialling.
 //!
 //! ```text
-//! start, pairing, every second ─▶ a peer without a link: dialled, again and again where it does not answer
-//!                              ─▶ a link whose agreement is old: both ends say hello again
+//! every second ─▶ a peer without a link: dialled, again and again where it does not answer
+//!              ─▶ a link that nobody uses, whose agreement is old: both ends say hello again
 //! ```
 //!
 //! What is agreed on follows from the room that a destination has, which changes. A session goes by one agreement at both ends: while one is being
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use tokio::task::JoinSet;
 
+use super::links::Kept;
 use super::{Core, clock};
 use crate::proto::wire::hello::Agreement;
 
@@ -27,6 +28,9 @@ const OLD: Duration = Duration::from_secs(30);
 /// First and longest pause before a peer that did not answer is called again.
 const RETRY_FIRST: Duration = Duration::from_secs(2);
 const RETRY_LONGEST: Duration = Duration::from_secs(60);
+
+/// A link that lives shorter is as good as none: its peer is called again after a pause.
+const LASTING: Duration = Duration::from_secs(10);
 
 /// What both ends of a link agreed on.
 #[derive(Debug)]
@@ -74,7 +78,7 @@ impl Standing {
     }
 }
 
-/// When a peer that did not answer is called again.
+/// When a peer that did not answer, or whose link did not last, is called again.
 #[derive(Clone, Copy, Debug)]
 struct Silent {
     due: Instant,
@@ -99,7 +103,11 @@ pub(crate) async fn keep(core: Arc<Core>) {
         let peers = core.links.peers_with_address();
         silent.retain(|peer, _| peers.contains(peer));
         let now = clock::now();
-        let due = |peer: &String| silent.get(peer).is_none_or(|silent| silent.due <= now);
+        // A migration looks for its peer itself.
+        let migrating = core.registry.open();
+        let due = |peer: &String| {
+            silent.get(peer).is_none_or(|silent| silent.due <= now) && migrating.iter().all(|entry| entry.peer != *peer)
+        };
         let mut attempts = JoinSet::new();
         for peer in peers.iter().filter(|peer| due(peer)).cloned() {
             let links = Arc::clone(&core.links);
@@ -111,7 +119,13 @@ pub(crate) async fn keep(core: Arc<Core>) {
         while let Some(attempt) = attempts.join_next().await {
             let (peer, kept) = attempt.expect("keeping a link is not aborted and does not panic");
             match kept {
-                Ok(()) => drop(silent.remove(&peer)),
+                Ok(Kept::Busy) => {}
+                Ok(Kept::Ready(since)) if since < LASTING => {}
+                Ok(Kept::Ready(_)) => drop(silent.remove(&peer)),
+                Ok(Kept::Made) => {
+                    let next = Silent::after(silent.get(&peer).copied(), clock::now());
+                    silent.insert(peer, next);
+                }
                 Err(error) => {
                     if silent.contains_key(&peer) {
                         tracing::debug!(peer, "no link: {error}");

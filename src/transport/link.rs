@@ -122,6 +122,12 @@ impl PeerConnection {
         self.0.fingerprint
     }
 
+    /// Whether it was made from here, to send lanes.
+    #[must_use]
+    pub fn is_dialled(&self) -> bool {
+        self.0.path.endpoint.is_some()
+    }
+
     /// What the connection is for.
     #[must_use]
     pub fn kind(&self) -> ConnectionKind {

@@ -382,11 +382,12 @@ impl SourceDriver {
         // The vmm connects before it answers the command.
         let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
         copying.begin_stream(clock::now());
-        let agreement = link.agreement();
+        let agreement = copying.agreement();
         let window_bytes = agreement.limits.window_bytes;
-        let encoder = Encoder::new(copying.reducer(agreement.version));
         // The link may be another one than the migration was agreed on.
-        let coders = match agreement.version >= hello::CODERS {
+        let version = agreement.version.min(link.agreement().version);
+        let encoder = Encoder::new(copying.reducer(version));
+        let coders = match version >= hello::CODERS {
             true => copying.coders(),
             false => 1,
         };
