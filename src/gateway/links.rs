@@ -44,7 +44,7 @@ const ASKED: Duration = Duration::from_secs(1);
 /// What was agreed on a link holds for this long where nobody uses it and its peer cannot say hello again; then both ends may have more or less room.
 const AGREED: Duration = Duration::from_secs(60);
 
-/// A link over the second address that nobody uses is made anew after this long: the first may be back.
+/// Where a link over the second address is not used, the first address is tried this often: it may be back.
 const BACK_TO_FIRST: Duration = Duration::from_secs(300);
 
 /// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
@@ -72,7 +72,17 @@ pub(crate) struct Link {
     turns: Arc<Turns>,
     asks: std::sync::Mutex<Asks>,
     made: Instant,
-    by_second: bool,
+    /// Of one that was made over the peer's second address: when the first was last tried.
+    first_tried: Option<std::sync::Mutex<Instant>>,
+}
+
+/// Over which of a peer's addresses it is dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// The first, and where that does not answer, the second.
+    Any,
+    /// The first alone, where there is one.
+    First,
 }
 
 /// What [`Links::keep`] found or did.
@@ -82,8 +92,8 @@ pub(crate) enum Kept {
     Ready(Duration),
     /// It has been dialled.
     Made,
-    /// Somebody else dials.
-    Busy,
+    /// There is none yet: somebody else dials, or it is not the time to.
+    Missing,
 }
 
 /// What the migrations on a link ask of it, each by its own measure of the path.
@@ -137,7 +147,7 @@ impl Links {
         self.link_if(peer, |_| true).await
     }
 
-    /// The same for a migration that begins: what is agreed on it holds now.
+    /// The same for a migration that begins: what is agreed on it holds now, unless others use it.
     ///
     /// # Errors
     /// [`LinkError`], with what to do.
@@ -156,7 +166,7 @@ impl Links {
         if let Some(link) = slot.as_ref().filter(|link| link.is_alive() && is_fit(link)) {
             return Ok(Arc::clone(link));
         }
-        let link = Arc::new(self.dial(peer).await?);
+        let link = Arc::new(self.dial(peer, Way::Any).await?);
         *slot = Some(Arc::clone(&link));
         Ok(link)
     }
@@ -172,15 +182,15 @@ impl Links {
         with_address.map(|(name, _)| name).collect()
     }
 
-    /// Sees to a link on which migrations can begin at once: dials where there is none, and says hello again where the last time is `old`. Leaves
-    /// links alone that somebody uses.
+    /// Sees to a link on which migrations can begin at once: dials where there is none and it may, and says hello again where the last time is
+    /// `old`. Leaves links alone that somebody uses.
     ///
     /// # Errors
     /// [`LinkError`], with what to do.
-    pub(crate) async fn keep(&self, peer: &str, old: Duration) -> Result<Kept, LinkError> {
+    pub(crate) async fn keep(&self, peer: &str, old: Duration, may_dial: bool) -> Result<Kept, LinkError> {
         let slot = Arc::clone(self.links.lock().await.entry(peer.to_owned()).or_default());
         let Ok(mut slot) = slot.try_lock() else {
-            return Ok(Kept::Busy);
+            return Ok(Kept::Missing);
         };
         let now = clock::now();
         let silent = |_| LinkError::Silent {
@@ -193,16 +203,25 @@ impl Links {
             if Arc::strong_count(link) > 1 {
                 return Ok(ready);
             }
-            if !link.by_second || now.saturating_duration_since(link.made) < BACK_TO_FIRST {
-                if link.standing.age(now) >= old && link.agreement().version >= hello::HELLO_AGAIN {
-                    let link = Arc::clone(link);
-                    drop(slot);
-                    self.agree_again(peer, &link).await?;
+            if link.should_try_first(now) {
+                let head_start = self.head_start(peer);
+                if let Ok(Ok(first)) = tokio::time::timeout(head_start, self.dial(peer, Way::First)).await {
+                    *slot = Some(Arc::new(first));
+                    return Ok(Kept::Made);
                 }
                 return Ok(ready);
             }
+            if link.standing.age(now) >= old && link.agreement().version >= hello::HELLO_AGAIN {
+                let link = Arc::clone(link);
+                drop(slot);
+                self.agree_again(peer, &link).await?;
+            }
+            return Ok(ready);
         }
-        let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer)).await;
+        if !may_dial {
+            return Ok(Kept::Missing);
+        }
+        let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer, Way::Any)).await;
         *slot = Some(Arc::new(dialled.map_err(silent)??));
         Ok(Kept::Made)
     }
@@ -276,16 +295,21 @@ impl Links {
         configured.second_address.as_ref().map(|_| self.patience(peer))
     }
 
+    /// How long an address may take to answer before another is called.
+    fn head_start(&self, peer: &str) -> Duration {
+        self.configured_rtt(peer) * 3 + HEAD_START
+    }
+
     /// The round trip time to a peer as it is configured.
     pub(crate) fn configured_rtt(&self, peer: &str) -> Duration {
         let peer = self.config.peer(peer);
         peer.and_then(|peer| peer.rtt).unwrap_or(self.config.link.rtt)
     }
 
-    async fn dial(&self, peer: &str) -> Result<Link, LinkError> {
+    async fn dial(&self, peer: &str, way: Way) -> Result<Link, LinkError> {
         let name = || peer.to_owned();
         let attempt = async {
-            let (link, mut hello, by_second) = self.dial_by_any_way(peer).await?;
+            let (link, mut hello, by_second) = self.dial_by(peer, way).await?;
             let reply = hello.join_next().await.expect("one question was asked");
             let reply = reply.expect("asking is not aborted and does not panic");
             Ok((link, by_second, self.agreed(peer, reply)?))
@@ -313,13 +337,13 @@ impl Links {
             turns,
             asks: std::sync::Mutex::default(),
             made: clock::now(),
-            by_second,
+            first_tried: by_second.then(|| std::sync::Mutex::new(clock::now())),
         })
     }
 
     /// Calls the peer at its first address, and where that does not answer, at its second; and says hello. One at a time: lanes are taken
     /// from one link of a peer, and the later of two would end the earlier. Whether it was the second comes last.
-    async fn dial_by_any_way(&self, peer: &str) -> Result<(PeerLink, Asked, bool), LinkError> {
+    async fn dial_by(&self, peer: &str, way: Way) -> Result<(PeerLink, Asked, bool), LinkError> {
         let name = || peer.to_owned();
         let configured = self.config.peer(peer);
         let trusted = self.trust.get(peer).ok_or_else(|| match configured {
@@ -356,6 +380,10 @@ impl Links {
             })
         };
         let (first, second) = match (first, second) {
+            (Some(first), Some(_)) if way == Way::First => {
+                let (link, hello) = dial(&first).await?;
+                return Ok((link, hello, false));
+            }
             (Some(first), Some(second)) => (first, second),
             (Some(only), None) | (None, Some(only)) => {
                 let (link, hello) = dial(&only).await?;
@@ -363,7 +391,7 @@ impl Links {
             }
             (None, None) => return Err(LinkError::NoAddress { peer: name() }),
         };
-        let head_start = self.configured_rtt(peer) * 3 + HEAD_START;
+        let head_start = self.head_start(peer);
         if let Ok(Ok((link, hello))) = tokio::time::timeout(head_start, dial(&first)).await {
             return Ok((link, hello, false));
         }
@@ -470,6 +498,17 @@ impl Link {
     /// IP bytes in both directions since the link was made.
     pub(crate) fn wire_bytes(&self) -> u64 {
         self.link.stats().wire_bytes()
+    }
+
+    /// Whether it was made over the second address, and the first may be back. Not again before a while has passed.
+    fn should_try_first(&self, now: Instant) -> bool {
+        let Some(tried) = &self.first_tried else { return false };
+        let mut tried = tried.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = now.saturating_duration_since(*tried) >= BACK_TO_FIRST;
+        if due {
+            *tried = now;
+        }
+        due
     }
 
     /// Whether all of its connections are up.

@@ -16,7 +16,9 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use tokio::task::JoinSet;
 
 use super::links::Kept;
+use super::registry::Entry;
 use super::{Core, clock};
+use crate::api::Role;
 use crate::proto::wire::hello::Agreement;
 
 /// Between two looks at the links.
@@ -103,23 +105,22 @@ pub(crate) async fn keep(core: Arc<Core>) {
         let peers = core.links.peers_with_address();
         silent.retain(|peer, _| peers.contains(peer));
         let now = clock::now();
-        // A migration looks for its peer itself.
-        let migrating = core.registry.open();
-        let due = |peer: &String| {
-            silent.get(peer).is_none_or(|silent| silent.due <= now) && migrating.iter().all(|entry| entry.peer != *peer)
-        };
+        let open = core.registry.open();
         let mut attempts = JoinSet::new();
-        for peer in peers.iter().filter(|peer| due(peer)).cloned() {
+        for peer in peers {
+            // A source that has lost its peer looks for it itself.
+            let looks = |entry: &Arc<Entry>| entry.peer == peer && entry.role == Role::Source && !entry.needs_person();
+            let may_dial = silent.get(&peer).is_none_or(|silent| silent.due <= now) && !open.iter().any(looks);
             let links = Arc::clone(&core.links);
             attempts.spawn(async move {
-                let kept = links.keep(&peer, OLD).await;
+                let kept = links.keep(&peer, OLD, may_dial).await;
                 (peer, kept)
             });
         }
         while let Some(attempt) = attempts.join_next().await {
             let (peer, kept) = attempt.expect("keeping a link is not aborted and does not panic");
             match kept {
-                Ok(Kept::Busy) => {}
+                Ok(Kept::Missing) => {}
                 Ok(Kept::Ready(since)) if since < LASTING => {}
                 Ok(Kept::Ready(_)) => drop(silent.remove(&peer)),
                 Ok(Kept::Made) => {

@@ -1,0 +1,322 @@
+//! Whatever comes from a peer, a hypervisor or a disk: bytes of any kind, and what was right before some of its bytes were changed.
+//!
+//! ```text
+//! cargo test --release --test fuzz         a second for each
+//! tests/run --long                         five minutes for each, after everything else
+//! ```
+//!
+//! A failure says the seed that brings it again (`BOLERO_RANDOM_SEED`). What has failed once gets a test of its own where it was mended.
+
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use bolero::{check, produce};
+use bytes::{Bytes, BytesMut};
+use longhaul::proto::page::PAGE_SIZE;
+use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, RestoreError, Restorer, ShelfError};
+use longhaul::proto::session::Encoder;
+use longhaul::proto::vmm_stream::Record;
+use longhaul::proto::vmm_stream::qemu::QemuParser;
+use longhaul::proto::wire::frame::{HEADER_LEN, MAX_RAW};
+use longhaul::proto::wire::message::{Reply, decode, encode};
+use longhaul::proto::wire::{Frame, FrameKind, Request, SessionMessage, TestMessage};
+use longhaul::store::pages::{PageStore, Whose};
+
+/// Pages of the guest whose stream is damaged.
+const PAGES: u64 = 24;
+
+/// Slots of its dictionary: fewer than pages, so that slots are used again.
+const SLOTS: u32 = 16;
+
+/// Regions of the guest's memory that it remembers: 4 MiB each.
+const REGIONS: u32 = 4;
+
+/// What a restorer may hold for them without its shelf: a table for each region, and what finds them.
+const MOST_MEMORY: usize = REGIONS as usize * 4104 + 4096;
+
+/// Magic and version of every frame.
+const FRONT: [u8; 2] = [0x4c, 1];
+
+fn limits() -> DictionaryLimits {
+    DictionaryLimits::new(SLOTS, REGIONS).unwrap()
+}
+
+/// Bytes of any kind, up to so many.
+macro_rules! any_bytes {
+    ($most:expr) => {
+        check!().with_generator(produce::<Vec<u8>>().with().len(0usize..=$most))
+    };
+}
+
+/// What page `number` holds in this round: text, noise, zeroes, or what another page holds.
+fn page(number: u64, round: u64) -> [u8; PAGE_SIZE] {
+    let mut page = [0; PAGE_SIZE];
+    match number % 4 {
+        0 => {}
+        1 => {
+            for (place, byte) in page.iter_mut().enumerate() {
+                *byte = b"what moves between continents "[place % 30];
+            }
+            page[..8].copy_from_slice(&(number + round).to_le_bytes());
+        }
+        2 => {
+            let mut state = number * 7 + 1;
+            for byte in &mut page {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                *byte = (state >> 56) as u8;
+            }
+            page[100..108].copy_from_slice(&round.to_le_bytes());
+        }
+        _ => page.fill(7),
+    }
+    page
+}
+
+/// A migration stream of QEMU with two rounds over all pages.
+fn stream() -> Vec<u8> {
+    let ram = PAGES * PAGE_SIZE as u64;
+    let mut stream = b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+    stream.extend((ram | 4).to_be_bytes());
+    stream.extend(b"\x01r");
+    stream.extend(ram.to_be_bytes());
+    stream.extend(0x10_u64.to_be_bytes());
+    for round in 0..2 {
+        stream.extend(b"\x02\0\0\0\x02");
+        for number in 0..PAGES {
+            let page = page(number, round);
+            let flag = if page == [0; PAGE_SIZE] { 2 } else { 8 };
+            let named = if number == 0 { 0 } else { 0x20 };
+            stream.extend(((number * PAGE_SIZE as u64) | flag | named).to_be_bytes());
+            if named == 0 {
+                stream.extend(b"\x01r");
+            }
+            stream.extend(if flag == 2 { &page[..1] } else { &page[..] });
+        }
+        stream.extend(0x10_u64.to_be_bytes());
+    }
+    stream
+}
+
+/// Its payloads, at each effort.
+fn payloads() -> &'static Vec<Vec<Bytes>> {
+    static PAYLOADS: OnceLock<Vec<Vec<Bytes>>> = OnceLock::new();
+    PAYLOADS.get_or_init(|| {
+        let encode = |effort: &Effort| {
+            let mut encoder = Encoder::new(Some(Reducer::new(limits(), SLOTS)));
+            encoder.set_effort(*effort);
+            let mut frames = Vec::new();
+            for piece in stream().chunks(20_000) {
+                encoder.feed(piece, &mut frames);
+            }
+            encoder.finish(&mut frames);
+            frames.retain(|frame| frame.kind == FrameKind::Reduced);
+            frames.into_iter().map(|frame| frame.payload).collect()
+        };
+        Effort::ALL.iter().map(encode).collect()
+    })
+}
+
+/// Changes `bytes` as the input says: at a place, a byte; or cuts them off there.
+fn damage(bytes: &mut Vec<u8>, input: &[u8]) {
+    for change in input.chunks_exact(4) {
+        let place = u32::from_le_bytes([change[0], change[1], change[2], 0]) as usize % bytes.len().max(1);
+        match (change[3], bytes.get_mut(place)) {
+            (0, _) => bytes.truncate(place),
+            (by, Some(byte)) => *byte ^= by,
+            (_, None) => {}
+        }
+    }
+}
+
+/// Pages in memory.
+struct Shelf(Vec<[u8; PAGE_SIZE]>);
+
+impl PageShelf for Shelf {
+    fn put(&mut self, slot: u32, page: &[u8]) -> Result<(), ShelfError> {
+        let held = self.0.get_mut(slot as usize).ok_or(ShelfError::NoSuchSlot { slot })?;
+        held.copy_from_slice(page);
+        Ok(())
+    }
+
+    fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+        page.copy_from_slice(self.0.get(slot as usize).ok_or(ShelfError::NoSuchSlot { slot })?);
+        Ok(())
+    }
+}
+
+fn restorer() -> Restorer<Shelf> {
+    Restorer::new(limits(), Shelf(vec![[0; PAGE_SIZE]; SLOTS as usize]))
+}
+
+/// Restores what comes, and holds the restorer to its word.
+fn restore(restorer: &mut Restorer<Shelf>, payload: &[u8]) -> Option<Vec<u8>> {
+    let mut out = b"before".to_vec();
+    let restored = restorer.restore(payload, &mut out);
+    assert!(out.starts_with(b"before") && out.len() <= b"before".len() + MAX_RAW);
+    assert!(restorer.memory_bytes() <= MOST_MEMORY);
+    if restored.is_err() {
+        assert_eq!(out, b"before");
+        assert!(matches!(
+            restorer.restore(payload, &mut out),
+            Err(RestoreError::AfterFailure)
+        ));
+        return None;
+    }
+    Some(out.split_off(b"before".len()))
+}
+
+#[test]
+fn any_bytes_are_parsed_without_gap_however_they_are_sliced() {
+    let whole = stream();
+    any_bytes!(8192).for_each(|input: &Vec<u8>| {
+        // Behind fronts of all lengths: what may come at each place of a stream.
+        let front = input.first().map_or(0, |first| usize::from(*first));
+        let step = input.get(1).map_or(1, |second| 1 + usize::from(*second));
+        parse(&[&whole[..front], &input[..]].concat(), step);
+    });
+}
+
+#[test]
+fn a_damaged_stream_is_parsed_without_gap_however_it_is_sliced() {
+    let whole = stream();
+    any_bytes!(128).for_each(|input: &Vec<u8>| {
+        let mut stream = whole.clone();
+        damage(&mut stream, input);
+        parse(&stream, 1 + input.len() * 331 % 5000);
+    });
+}
+
+fn parse(stream: &[u8], step: usize) {
+    let mut parser = QemuParser::default();
+    let (mut at, mut given) = (0, 0);
+    while at < stream.len() || given < stream.len() {
+        given = (given + step).min(stream.len());
+        let end = given == stream.len();
+        let (mut records, mut events) = (Vec::new(), Vec::new());
+        let taken = parser.parse(&stream[at..given], end, &mut records, &mut events);
+        let covered: usize = records
+            .iter()
+            .map(|record: &Record| record.stream_len(parser.blocks()))
+            .sum();
+        assert_eq!(covered, taken);
+        at += taken;
+        assert!(given - at <= QemuParser::MAX_PENDING);
+        assert!(!end || at == stream.len());
+    }
+}
+
+#[test]
+fn a_payload_of_any_bytes_is_refused_or_restores_within_its_limit() {
+    // Its head begins with the format and a sequence number.
+    let front = &payloads()[0][0][..2];
+    any_bytes!(8192).for_each(|input: &Vec<u8>| {
+        restore(&mut restorer(), input);
+        restore(&mut restorer(), &[front, &input[..]].concat());
+    });
+}
+
+#[test]
+fn damaged_payloads_are_refused_or_restore_within_their_limit_and_what_is_whole_restores_exactly() {
+    let whole = stream();
+    any_bytes!(64).for_each(|input: &Vec<u8>| {
+        let (chosen, changes) = input.split_first_chunk::<2>().unwrap_or((&[0, 0], &[]));
+        let payloads = &payloads()[usize::from(chosen[0]) % payloads().len()];
+        let damaged = usize::from(chosen[1]) % payloads.len();
+        let mut restorer = restorer();
+        let mut at = 0;
+        for (number, payload) in payloads.iter().enumerate() {
+            let mut bytes = payload.to_vec();
+            if number == damaged {
+                damage(&mut bytes, changes);
+            }
+            let is_whole = number < damaged || bytes == payload[..];
+            let Some(restored) = restore(&mut restorer, &bytes) else {
+                assert!(!is_whole, "payload {number} was not damaged");
+                return;
+            };
+            if !is_whole {
+                return;
+            }
+            assert!(whole[at..].starts_with(&restored));
+            at += restored.len();
+        }
+        assert_eq!(at, whole.len());
+    });
+}
+
+#[test]
+fn a_lane_of_any_bytes_is_refused_or_is_a_frame_that_has_these_bytes() {
+    any_bytes!(2048).for_each(|input: &Vec<u8>| {
+        // As it is, and with the magic, the version and the length of a frame.
+        let mut framed = input.clone();
+        let payload = input.len().saturating_sub(HEADER_LEN);
+        if let Some(front) = framed.first_chunk_mut::<8>() {
+            front[..2].copy_from_slice(&FRONT);
+            front[4..].copy_from_slice(&u32::try_from(payload).unwrap().to_le_bytes());
+        }
+        for lane in [input, &framed] {
+            if let Ok(frame) = Frame::decode(Bytes::copy_from_slice(lane)) {
+                assert_eq!([&frame.encode_header()[..], &frame.payload].concat(), *lane);
+            }
+        }
+    });
+    // One that is right, so that what is compared above can be reached.
+    let mut frame = [0; HEADER_LEN + 5];
+    frame[..2].copy_from_slice(&FRONT);
+    (frame[2], frame[4], frame[28]) = (1, 5, 5);
+    assert!(Frame::decode(Bytes::copy_from_slice(&frame)).is_ok());
+}
+
+#[test]
+fn messages_of_any_bytes_are_refused_or_are_the_message_that_has_them() {
+    fn read<M: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug>(input: &[u8]) {
+        let mut bytes = BytesMut::from(input);
+        if let Ok(Some(message)) = decode::<M>(&mut bytes) {
+            // Numbers may be written longer than they need be, so that the bytes may be others; the message is the same.
+            let again = encode(&message).unwrap();
+            assert_eq!(decode::<M>(&mut BytesMut::from(&again[..])).unwrap(), Some(message));
+        }
+    }
+    any_bytes!(2048).for_each(|input: &Vec<u8>| {
+        let mut framed = u32::try_from(input.len()).unwrap().to_le_bytes().to_vec();
+        framed.extend(input);
+        for bytes in [&input[..], &framed] {
+            read::<Request>(bytes);
+            read::<Reply>(bytes);
+            read::<SessionMessage>(bytes);
+            read::<TestMessage>(bytes);
+        }
+    });
+}
+
+#[test]
+fn a_damaged_image_of_the_store_gives_its_pages_or_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk: Vec<u8> = (0..PAGES).flat_map(|number| page(number, 0)).collect();
+    let disk_file = folder.path().join("disk.raw");
+    std::fs::write(&disk_file, &disk).unwrap();
+    let store = |dir: &Path| PageStore::open(dir, 1 << 30).unwrap();
+    let dir = folder.path().join("store");
+    let id = store(&dir).seed(&disk_file, "", 1).unwrap().unwrap().head.id;
+    let path = store(&dir).path_of(id);
+    let whole = std::fs::read(&path).unwrap();
+    any_bytes!(16).for_each(|input: &Vec<u8>| {
+        let mut image = whole.clone();
+        damage(&mut image, input);
+        std::fs::write(&path, &image).unwrap();
+        let store = store(&dir);
+        store.take_in(&mut HashSet::new()).unwrap();
+        let Some(found) = store.image(id, &Whose::seed("")) else {
+            assert_ne!(image, whole);
+            return;
+        };
+        let mut page = [0; PAGE_SIZE];
+        for number in 0..found.head().contents {
+            found.read(number, &mut page).unwrap();
+            assert!(disk.chunks_exact(PAGE_SIZE).any(|block| block == page));
+        }
+    });
+}
