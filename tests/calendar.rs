@@ -14,7 +14,7 @@ fn a_migration_goes_faster_from_the_minute_on_at_which_the_calendar_says_so() {
     rig.a.boot("vm");
     // Far enough away that the migration has begun by then.
     let now = jiff::Timestamp::now();
-    let change = jiff::Timestamp::from_second((now.as_second() + 10) / 60 * 60 + 60).unwrap();
+    let change = jiff::Timestamp::from_second((now.as_second() + 30) / 60 * 60 + 60).unwrap();
     let [from, to] = [now, change].map(|at| at.strftime("%H:%M").to_string());
     rig.a.plan().settings +=
         &format!("[[link.calendar]]\ndays = \"daily\"\nhours = \"{from}-{to}\"\nrate = \"1mbit\"\n");

@@ -193,10 +193,6 @@ impl Links {
             return Ok(Kept::Missing);
         };
         let now = clock::now();
-        let silent = |_| LinkError::Silent {
-            peer: peer.to_owned(),
-            seconds: self.patience(peer).as_secs(),
-        };
         if let Some(link) = slot.as_ref().filter(|link| link.is_alive()) {
             let ready = Kept::Ready(now.saturating_duration_since(link.made));
             // One is the slot's own. A failure would cut the sessions on it.
@@ -221,8 +217,9 @@ impl Links {
         if !may_dial {
             return Ok(Kept::Missing);
         }
-        let dialled = tokio::time::timeout(self.patience(peer), self.dial(peer, Way::Any)).await;
-        *slot = Some(Arc::new(dialled.map_err(silent)??));
+        let patience = self.patience(peer);
+        let dialled = tokio::time::timeout(patience, self.dial(peer, Way::Any)).await;
+        *slot = Some(Arc::new(dialled.map_err(|_| LinkError::silent(peer, patience))??));
         Ok(Kept::Made)
     }
 
@@ -233,11 +230,7 @@ impl Links {
         let hello = Request::Hello(self.hello.clone());
         let patience = self.patience(peer);
         let reply = tokio::time::timeout(patience, Channel::ask(link.control(), &hello)).await;
-        let silent = |_| LinkError::Silent {
-            peer: peer.to_owned(),
-            seconds: patience.as_secs(),
-        };
-        let agreed = reply.map_err(silent).and_then(|reply| {
+        let agreed = reply.map_err(|_| LinkError::silent(peer, patience)).and_then(|reply| {
             let (theirs, agreement) = self.agreed(peer, reply)?;
             if theirs.journal != link.peer.journal || agreement.version != link.agreement().version {
                 return Err(LinkError::Refused {
@@ -307,20 +300,15 @@ impl Links {
     }
 
     async fn dial(&self, peer: &str, way: Way) -> Result<Link, LinkError> {
-        let name = || peer.to_owned();
         let attempt = async {
             let (link, mut hello, by_second) = self.dial_by(peer, way).await?;
             let reply = hello.join_next().await.expect("one question was asked");
             let reply = reply.expect("asking is not aborted and does not panic");
             Ok((link, by_second, self.agreed(peer, reply)?))
         };
-        let (link, by_second, (hello, agreement)) =
-            tokio::time::timeout(HELLO_DEADLINE, attempt)
-                .await
-                .map_err(|_| LinkError::Silent {
-                    peer: name(),
-                    seconds: HELLO_DEADLINE.as_secs(),
-                })??;
+        let (link, by_second, (hello, agreement)) = tokio::time::timeout(HELLO_DEADLINE, attempt)
+            .await
+            .map_err(|_| LinkError::silent(peer, HELLO_DEADLINE))??;
         tracing::info!(
             peer,
             site = hello.site,
@@ -352,7 +340,7 @@ impl Links {
         })?;
         let first = configured.and_then(|peer| peer.address.clone()).or(trusted.address);
         let second = configured.and_then(|peer| peer.second_address.clone());
-        let dial = async |address: &PeerAddress| {
+        let dial = async |address: &PeerAddress, is_second: bool| {
             let control_address = resolve_address(address)
                 .await
                 .map_err(|reason| LinkError::NoSuchHost { peer: name(), reason })?;
@@ -374,40 +362,33 @@ impl Links {
                 asked
             };
             let dialled = self.transport.dial_and(&target, hello).await;
-            dialled.map_err(|source| LinkError::Dial {
+            let (link, hello) = dialled.map_err(|source| LinkError::Dial {
                 peer: name(),
                 source: Box::new(source),
-            })
+            })?;
+            Ok((link, hello, is_second))
         };
         let (first, second) = match (first, second) {
-            (Some(first), Some(_)) if way == Way::First => {
-                let (link, hello) = dial(&first).await?;
-                return Ok((link, hello, false));
-            }
+            (Some(first), Some(_)) if way == Way::First => return dial(&first, false).await,
             (Some(first), Some(second)) => (first, second),
-            (Some(only), None) | (None, Some(only)) => {
-                let (link, hello) = dial(&only).await?;
-                return Ok((link, hello, false));
-            }
+            (Some(only), None) | (None, Some(only)) => return dial(&only, false).await,
             (None, None) => return Err(LinkError::NoAddress { peer: name() }),
         };
         let head_start = self.head_start(peer);
-        if let Ok(Ok((link, hello))) = tokio::time::timeout(head_start, dial(&first)).await {
-            return Ok((link, hello, false));
+        if let Ok(Ok(link)) = tokio::time::timeout(head_start, dial(&first, false)).await {
+            return Ok(link);
         }
         tracing::info!(peer, %second, "the first address does not answer: calling the second");
-        let by_second = match tokio::time::timeout(head_start, dial(&second)).await {
-            Ok(Ok((link, hello))) => return Ok((link, hello, true)),
+        let by_second = match tokio::time::timeout(head_start, dial(&second, true)).await {
+            Ok(Ok(link)) => return Ok(link),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("{second} did not answer within {head_start:?}"),
         };
         // It may only be slow.
-        let dialled = dial(&first).await;
-        let (link, hello) = dialled.map_err(|by_first| LinkError::NoAnswer {
+        dial(&first, false).await.map_err(|by_first| LinkError::NoAnswer {
             first: by_first.to_string(),
             second: by_second,
-        })?;
-        Ok((link, hello, false))
+        })
     }
 }
 
@@ -627,6 +608,15 @@ pub(crate) enum LinkError {
         /// Why.
         source: HelloError,
     },
+}
+
+impl LinkError {
+    fn silent(peer: &str, waited: Duration) -> Self {
+        Self::Silent {
+            peer: peer.to_owned(),
+            seconds: waited.as_secs(),
+        }
+    }
 }
 
 #[cfg(test)]
