@@ -132,10 +132,12 @@ impl LinkController {
     }
 
     /// The link has another capacity from now on. Less takes effect at once. More takes effect at once if the link was full before,
-    /// and is approached as after a brake otherwise.
+    /// and eightfold each clean round otherwise: the evidence for a brake is of a rate that no longer holds.
     pub fn set_capacity(&mut self, capacity: ByteRate) {
         if self.rate == self.capacity {
             self.rate = capacity;
+        } else if capacity > self.capacity {
+            self.resume = Some(capacity);
         }
         self.capacity = capacity;
         self.rate = self.rate.min(capacity);
@@ -201,7 +203,7 @@ impl LinkController {
         }
         let loss = self.round.loss();
         let round_rtt = self.round.least_rtt.unwrap_or(self.configured_rtt);
-        self.queue.observe(round_rtt);
+        self.queue.observe(round_rtt, self.rate().time_for(self.mtu));
         let queued = self.queue.length(round_rtt) > MIN_QUEUE.max(self.least_rtt() / 4);
         if loss > SEVERE * self.loss_tolerance {
             self.brake(self.round.fit(), trip.now);

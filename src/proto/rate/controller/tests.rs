@@ -252,6 +252,43 @@ fn a_new_capacity_is_obeyed_at_once() {
 }
 
 #[test]
+fn a_capacity_that_was_small_and_braked_and_becomes_large_is_there_within_seconds() {
+    let start = origin();
+    let mut controller = controller(megabit(1), start);
+    let mut link = Link::new(ByteRate(megabit(1).0 / 2), Duration::from_secs(1), 0.0, start);
+    drive(&mut controller, &mut link, start, Duration::from_secs(30));
+    assert!(controller.rate() < megabit(1), "{}", controller.rate());
+    link.rate = megabit(1_000);
+    controller.set_capacity(megabit(1_000));
+    drive(
+        &mut controller,
+        &mut link,
+        start + Duration::from_secs(30),
+        Duration::from_secs(5),
+    );
+    assert_eq!(controller.rate(), megabit(1_000));
+}
+
+#[test]
+fn packets_that_wait_for_each_other_in_the_pacer_are_no_queue() {
+    let start = origin();
+    let mut controller = controller(megabit(1), start);
+    let packet = megabit(1).time_for(MTU.into());
+    let mut now = start;
+    for number in 0..3_000 {
+        // Idle at first; then each waits for four others, on a path of 1 ms.
+        let waited = if number < 10 { Duration::ZERO } else { 4 * packet };
+        now += packet;
+        let trip = RoundTrip {
+            sent: now - waited - Duration::from_millis(1),
+            now,
+        };
+        controller.on_ack(trip, MTU.into());
+    }
+    assert_eq!(controller.rate(), megabit(1));
+}
+
+#[test]
 fn a_trickle_with_a_lost_packet_is_not_congestion() {
     let start = origin();
     let mut controller = controller(megabit(1_000), start);
