@@ -131,7 +131,7 @@ impl Pages {
                 }
             };
             offset += match record {
-                Record::Bytes { len } => len,
+                Record::Bytes { len } | Record::Chunk { len } => len,
                 Record::Zero(page) => header(page) + 1,
                 Record::Page(page) => {
                     let at = offset + header(page);

@@ -100,13 +100,18 @@ fn stream() -> Vec<u8> {
     stream
 }
 
-/// Its payloads, at each effort.
+/// Its payloads, at each effort as what it is, and as a stream of which nothing is known.
 fn payloads() -> &'static Vec<Vec<Bytes>> {
     static PAYLOADS: OnceLock<Vec<Vec<Bytes>>> = OnceLock::new();
     PAYLOADS.get_or_init(|| {
-        let encode = |effort: &Effort| {
-            let mut encoder = Encoder::new(Some(Reducer::new(limits(), SLOTS)));
-            encoder.set_effort(*effort);
+        let encode = |effort: Effort, opaque: bool| {
+            let reducer = Reducer::new(limits(), SLOTS);
+            let mut encoder = if opaque {
+                Encoder::of_opaque(reducer)
+            } else {
+                Encoder::new(Some(reducer))
+            };
+            encoder.set_effort(effort);
             let mut frames = Vec::new();
             for piece in stream().chunks(20_000) {
                 encoder.feed(piece, &mut frames);
@@ -115,7 +120,8 @@ fn payloads() -> &'static Vec<Vec<Bytes>> {
             frames.retain(|frame| frame.kind == FrameKind::Reduced);
             frames.into_iter().map(|frame| frame.payload).collect()
         };
-        Effort::ALL.iter().map(encode).collect()
+        let known = Effort::ALL.iter().map(|&effort| encode(effort, false));
+        known.chain([encode(Effort::LEAST, true)]).collect()
     })
 }
 

@@ -1,12 +1,14 @@
 //! Reduction from end to end: what goes into a `Reducer` comes out of a `Restorer`, and nothing a peer sends can hurt.
 
-use longhaul::proto::page::{PAGE_SIZE, PageAddress, PageDigest};
+use longhaul::proto::page::{MigrationId, PAGE_SIZE, PageAddress, PageDigest};
 use longhaul::proto::reduce::{
     BatchStats, Coder, DictionaryLimits, Effort, KeptPages, KnownContent, KnownPages, MAX_BATCH_BYTES,
     MAX_BATCH_RECORDS, MAX_CODERS, MAX_PAYLOAD_BYTES, PageCounts, PageShelf, PayloadError, Reducer, RestoreError,
     Restorer, ShelfError, batches,
 };
+use longhaul::proto::session::{Decoder, EncodedFrame, Encoder};
 use longhaul::proto::vmm_stream::{PageRecord, Record};
+use longhaul::proto::wire::{Frame, FrameHeader};
 use longhaul::store::spill::SpillShelf;
 use proptest::prelude::*;
 
@@ -68,6 +70,11 @@ impl Stream {
     fn opaque(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
         self.records.push(Record::Bytes { len: bytes.len() });
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        self.records.push(Record::Chunk { len: bytes.len() });
     }
 }
 
@@ -160,6 +167,11 @@ enum Part {
         seed: u64,
         len: usize,
     },
+    /// Bytes that may come again. Not all of these lengths are those of a chunk.
+    Chunk {
+        seed: u64,
+        len: usize,
+    },
     /// A page record whose header is not what the record says.
     Crooked(PageRecord),
 }
@@ -201,6 +213,7 @@ fn part() -> impl Strategy<Value = Part> {
         8 => (record.clone(), content).prop_map(|(record, content)| Part::Page { record, content }),
         2 => record.clone().prop_map(Part::Zero),
         1 => (any::<u64>(), 0_usize..9000).prop_map(|(seed, len)| Part::Opaque { seed, len }),
+        2 => (0_u64..6, prop_oneof![8 => Just(2000_usize), 1 => 0..=PAGE_SIZE + 1]).prop_map(|(seed, len)| Part::Chunk { seed, len }),
         1 => record.prop_map(Part::Crooked),
     ]
 }
@@ -241,6 +254,7 @@ fn stream() -> impl Strategy<Value = Stream> {
                     }
                     Part::Zero(record) => stream.zero(next(*record)),
                     Part::Opaque { seed, len } => stream.opaque(&noise(*seed, *len)),
+                    Part::Chunk { seed, len } => stream.chunk(&noise(seed + step, *len)),
                     Part::Crooked(record) => {
                         let start = stream.bytes.len();
                         stream.page(*record, &text(step));
@@ -286,7 +300,7 @@ fn record_len(record: &Record) -> usize {
         }
     };
     match record {
-        Record::Bytes { len } => *len,
+        Record::Bytes { len } | Record::Chunk { len } => *len,
         Record::Page(page) => header(page) + PAGE_SIZE,
         Record::Zero(page) => header(page) + 1,
     }
@@ -807,6 +821,76 @@ fn each_page_is_carried_in_the_cheapest_way_that_is_right() {
     );
 }
 
+/// Bytes of frames that a stream of which nothing is known takes, in pieces of so many bytes. `waits`: nothing follows a piece before it has arrived.
+fn carry_opaque(slots: u32, bytes: &[u8], piece: usize, waits: bool) -> u64 {
+    let mut encoder = Encoder::of_opaque(Reducer::new(limits(slots), 0));
+    let mut decoder = Decoder::new(Some((limits(slots), Pages::default())));
+    let (mut frames, mut sequence) = (Vec::new(), 0);
+    let (mut restored, mut taken) = (Vec::new(), 0);
+    let mut deliver = |frames: &mut Vec<EncodedFrame>| {
+        for frame in frames.drain(..) {
+            taken += frame.lane_bytes();
+            assert!(!frame.held || frame.stream_bytes == 0, "a program waits for it");
+            let header = FrameHeader {
+                kind: frame.kind,
+                held: frame.held,
+                last: false,
+                migration: MigrationId([1; 16]),
+                epoch: 0,
+                sequence,
+                stream_offset: restored.len() as u64,
+                stream_bytes: frame.stream_bytes,
+            };
+            sequence += 1;
+            let frame = Frame {
+                header,
+                payload: frame.payload,
+            };
+            restored.extend_from_slice(&decoder.restore(&frame).expect("it restores"));
+        }
+        restored.len()
+    };
+    for (number, piece_bytes) in bytes.chunks(piece).enumerate() {
+        encoder.feed(piece_bytes, &mut frames);
+        if waits {
+            encoder.feed_nothing_more(&mut frames);
+        }
+        let until = bytes.len().min((number + 1) * piece);
+        let arrived = deliver(&mut frames);
+        assert!(arrived + PAGE_SIZE > until, "at most a chunk waits for more");
+        assert!(arrived == until || !waits, "and nothing where nothing more comes");
+    }
+    let (summary, _) = encoder.finish(&mut frames);
+    deliver(&mut frames);
+    assert_eq!(summary, decoder.summary());
+    assert!(restored == bytes, "the restored stream differs");
+    taken
+}
+
+#[test]
+fn what_comes_again_in_a_stream_of_which_nothing_is_known_goes_as_references() {
+    let part = noise(1, 3 << 20);
+    let twice = [
+        &part[..],
+        &noise(2, 777),
+        &part[..1 << 20],
+        b"changed",
+        &part[1 << 20..],
+    ]
+    .concat();
+    let (once, both) = (
+        carry_opaque(4096, &part, 100_000, false),
+        carry_opaque(4096, &twice, 100_000, false),
+    );
+    assert!(once <= part.len() as u64 * 1005 / 1000, "{once}");
+    assert!(both - once <= part.len() as u64 / 50, "{both} after {once}");
+    // Whoever waits for an answer has it.
+    carry_opaque(4096, &part[..9000], 7, true);
+    // What is forgotten is sent again.
+    let forgotten = carry_opaque(16, &twice, 100_000, false);
+    assert!(forgotten >= 2 * part.len() as u64, "{forgotten}");
+}
+
 #[test]
 fn content_that_was_evicted_is_sent_again() {
     let mut stream = Stream::default();
@@ -942,14 +1026,16 @@ fn a_shelf_that_fails_ends_the_session() {
 }
 
 #[test]
-fn the_digests_of_a_batch_are_those_of_its_pages_in_order() {
+fn the_digests_of_a_batch_are_those_of_its_pages_and_chunks_in_order() {
     let mut stream = Stream::default();
     let mut expected = Vec::new();
     for page in 0..40 {
         stream.opaque(&noise(page, page as usize));
         stream.page(at(0, page, page % 3 > 0), &text(page));
         stream.zero(at(1, page, false));
+        stream.chunk(&noise(page, 1500));
         expected.push(PageDigest::of(&text(page)));
+        expected.push(PageDigest::of(&noise(page, 1500)));
     }
     let mut digests = Vec::new();
     batches(&stream.bytes, &stream.records, &names()).for_each(|batch| batch.digest_pages(&mut digests));

@@ -248,7 +248,7 @@ impl Marked {
             for record in &records {
                 let len = record.stream_len(parser.blocks());
                 let (page, kind, content) = match *record {
-                    Record::Bytes { .. } => {
+                    Record::Bytes { .. } | Record::Chunk { .. } => {
                         rebuilt.extend_from_slice(&stream[consumed..consumed + len]);
                         consumed += len;
                         continue;

@@ -24,16 +24,20 @@ impl<'a> Batch<'a> {
         self.bytes
     }
 
-    /// Appends the digest of each page's content to `out`, in the order of the pages.
+    /// Appends the digest of each page's content, and of each chunk, to `out`, in their order.
     pub fn digest_pages(&self, out: &mut Vec<PageDigest>) {
-        let pages: Vec<&[u8; PAGE_SIZE]> = self
-            .pieces
-            .iter()
-            .filter_map(|piece| match *piece {
-                Piece::Page { content, .. } => Some(page_at(self.bytes, content)),
-                Piece::Bytes { .. } | Piece::Zero(_) => None,
-            })
-            .collect();
+        let mut pages: Vec<&[u8; PAGE_SIZE]> = Vec::new();
+        for piece in &self.pieces {
+            match *piece {
+                Piece::Page { content, .. } => pages.push(page_at(self.bytes, content)),
+                Piece::Chunk { start, len } => {
+                    digest_many(&pages, out);
+                    pages.clear();
+                    out.push(PageDigest::of(&self.bytes[start..start + len]));
+                }
+                Piece::Bytes { .. } | Piece::Zero(_) => {}
+            }
+        }
         digest_many(&pages, out);
     }
 }
@@ -54,6 +58,8 @@ pub(super) enum Piece {
     Page { record: PageRecord, content: usize },
     /// A zero-page record.
     Zero(PageRecord),
+    /// Bytes that may come again: 1 to a page's length.
+    Chunk { start: usize, len: usize },
 }
 
 /// Cuts `bytes`, which `records` describe, into batches.
@@ -112,6 +118,18 @@ impl<'a> Iterator for Batches<'a> {
             let (record, kind) = match *record {
                 Record::Bytes { len: bytes } => {
                     self.plain = bytes.min(left);
+                    self.records.next();
+                    continue;
+                }
+                Record::Chunk { len: chunk } => {
+                    if chunk == 0 || chunk > PAGE_SIZE.min(left) {
+                        self.plain = chunk.min(left);
+                    } else if len + chunk > MAX_BATCH_BYTES {
+                        break;
+                    } else {
+                        pieces.push(Piece::Chunk { start: len, len: chunk });
+                        len += chunk;
+                    }
                     self.records.next();
                     continue;
                 }

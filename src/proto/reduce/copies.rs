@@ -99,6 +99,13 @@ impl Copies {
         }
     }
 
+    /// `slot` holds something else now, of which no copy is kept.
+    pub(super) fn forget(&mut self, slot: u32) {
+        if let Some(frame) = self.unmap(slot) {
+            self.release(frame);
+        }
+    }
+
     pub(super) fn memory_bytes(&self) -> usize {
         self.chunks.len() * CHUNK * PAGE_SIZE
             + self.frames.capacity() * size_of::<Frame>()

@@ -201,6 +201,20 @@ impl SourceDictionary {
     ) -> Option<u32> {
         let slot = self.ring.take()?;
         self.copies.put(slot, at, previous, content);
+        self.hold(slot, digest);
+        self.sent.set(at, slot);
+        Some(slot)
+    }
+
+    /// Gives the next slot to a chunk, which is of no page.
+    pub(super) fn insert_chunk(&mut self, digest: PageDigest) {
+        if let Some(slot) = self.ring.take() {
+            self.copies.forget(slot);
+            self.hold(slot, digest);
+        }
+    }
+
+    fn hold(&mut self, slot: u32, digest: PageDigest) {
         match self.digests.get_mut(slot as usize) {
             Some(held) => {
                 self.index.remove(*held, slot);
@@ -209,8 +223,6 @@ impl SourceDictionary {
             None => self.digests.push(digest),
         }
         self.index.insert(digest, slot);
-        self.sent.set(at, slot);
-        Some(slot)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

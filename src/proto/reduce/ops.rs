@@ -11,11 +11,13 @@
 //!  6 literal              pages, content from the groups
 //!  7 raw                  pages, content from plain
 //!  8 bytes                varint len; from the groups, or with flag 1 from plain
-//!  9                      kept: reference to stream bytes
+//!  9 chunk reference       varint slot: zigzag of its distance from the slot after the last reference's; varint len, 1 to 4096: the first bytes
+//!                         of what the slot holds
 //! 10 blank                page records with content that is all zeroes
 //! 11 block                varint number: the block of what follows, from its page 0 on; with flag 1 then u8 n, name[n]: its name from now on
 //! 12 delta                pages, each with its previous version as dictionary: varint n, lz4 block[n] from plain
-//! 13 to 15                kept
+//! 13 chunk                 varint len, 1 to 4096; from the groups, or with flag 1 from plain: takes the next slot, filled up with zeroes
+//! 14, 15                  kept
 //!
 //! pages: a run of adjacent pages (and of adjacent slots)
 //!  flag 8                 the first record carries the block's name; all others continue
@@ -28,7 +30,7 @@
 //! So a page that is sent again unchanged takes one byte and its distance: 3 bytes up to 64 MiB, 4 up to 8 GiB. A payload
 //! starts with no block, page 0 and slot 0; the names of blocks and the dictionary last beyond it.
 
-use crate::proto::page::PageAddress;
+use crate::proto::page::{PAGE_SIZE, PageAddress};
 use crate::proto::vmm_stream::PageRecord;
 
 use super::payload::PayloadError;
@@ -89,7 +91,9 @@ impl PageOp {
 }
 
 const OP_BYTES: u8 = 8;
+const OP_CHUNK_REFERENCE: u8 = 9;
 const OP_BLOCK: u8 = 11;
+const OP_CHUNK: u8 = 13;
 
 const NAMED: u8 = 8;
 const BACK: u8 = 4;
@@ -114,6 +118,8 @@ pub(super) struct Run {
 pub(super) enum Op<'a> {
     Pages(Run),
     Bytes { plain: bool, len: usize },
+    Chunk { plain: bool, len: usize },
+    ChunkReference { slot: u32, len: usize },
     Name { block: u16, name: &'a [u8] },
 }
 
@@ -205,6 +211,22 @@ impl OpWriter {
         self.open = Open::Bytes { plain, len: added };
     }
 
+    /// Adds a chunk that takes the next slot.
+    pub(super) fn chunk(&mut self, plain: bool, len: usize) {
+        self.close();
+        self.ops.push(OP_CHUNK << 4 | if plain { PLAIN } else { 0 });
+        varint::write(len as u64, &mut self.ops);
+    }
+
+    /// Adds a chunk that a slot holds.
+    pub(super) fn chunk_reference(&mut self, slot: u32, len: usize) {
+        self.close();
+        self.ops.push(OP_CHUNK_REFERENCE << 4);
+        self.write_slot(slot);
+        varint::write(len as u64, &mut self.ops);
+        self.cursor.slot = slot.wrapping_add(1);
+    }
+
     /// Ends the ops of the batch. Those of the next one take the memory of `spare`.
     pub(super) fn finish(&mut self, mut spare: Vec<u8>) -> Vec<u8> {
         self.close();
@@ -245,10 +267,14 @@ impl OpWriter {
             varint::write(run.count - 2, &mut self.ops);
         }
         if run.op == PageOp::Reference {
-            let distance = i64::from(run.slot) - i64::from(self.cursor.slot);
-            varint::write(varint::zigzag(distance), &mut self.ops);
+            self.write_slot(run.slot);
         }
         self.cursor.advance(run);
+    }
+
+    fn write_slot(&mut self, slot: u32) {
+        let distance = i64::from(slot) - i64::from(self.cursor.slot);
+        varint::write(varint::zigzag(distance), &mut self.ops);
     }
 }
 
@@ -257,7 +283,8 @@ impl OpWriter {
 pub(super) struct OpReader<'a> {
     ops: &'a [u8],
     cursor: Cursor,
-    pages: u64,
+    /// Pages and chunks.
+    records: u64,
 }
 
 impl<'a> OpReader<'a> {
@@ -265,7 +292,7 @@ impl<'a> OpReader<'a> {
         Self {
             ops,
             cursor: Cursor::default(),
-            pages: 0,
+            records: 0,
         }
     }
 
@@ -285,6 +312,22 @@ impl<'a> OpReader<'a> {
                     return Ok(Some(Op::Bytes {
                         plain: flags & PLAIN != 0,
                         len,
+                    }));
+                }
+                OP_CHUNK if flags & !PLAIN == 0 => {
+                    self.count(1)?;
+                    return Ok(Some(Op::Chunk {
+                        plain: flags & PLAIN != 0,
+                        len: self.chunk_len()?,
+                    }));
+                }
+                OP_CHUNK_REFERENCE if flags == 0 => {
+                    self.count(1)?;
+                    let slot = self.slot()?;
+                    self.cursor.slot = slot.wrapping_add(1);
+                    return Ok(Some(Op::ChunkReference {
+                        slot,
+                        len: self.chunk_len()?,
                     }));
                 }
                 OP_BLOCK if flags & !DEFINE == 0 => {
@@ -332,21 +375,11 @@ impl<'a> OpReader<'a> {
         } else {
             self.varint()?.saturating_add(2)
         };
-        self.pages = self.pages.saturating_add(count);
-        if self.pages > MAX_BATCH_RECORDS as u64 {
-            return Err(PayloadError::TooManyRecords);
-        }
+        self.count(count)?;
         if count > PAGE_NUMBER_LIMIT - page {
             return Err(PayloadError::AddressOutOfRange);
         }
-        let slot = if op == PageOp::Reference {
-            let distance = varint::unzigzag(self.varint()?);
-            let slot = i64::from(self.cursor.slot).checked_add(distance);
-            slot.and_then(|slot| u32::try_from(slot).ok())
-                .ok_or(PayloadError::SlotOutOfRange)?
-        } else {
-            0
-        };
+        let slot = if op == PageOp::Reference { self.slot()? } else { 0 };
         let first = PageRecord {
             at: PageAddress { block, page },
             continues: flags & NAMED == 0,
@@ -354,6 +387,30 @@ impl<'a> OpReader<'a> {
         let run = Run { op, first, count, slot };
         self.cursor.advance(&run);
         Ok(run)
+    }
+
+    /// Each may make the destination look something up.
+    fn count(&mut self, more: u64) -> Result<(), PayloadError> {
+        self.records = self.records.saturating_add(more);
+        if self.records > MAX_BATCH_RECORDS as u64 {
+            return Err(PayloadError::TooManyRecords);
+        }
+        Ok(())
+    }
+
+    fn slot(&mut self) -> Result<u32, PayloadError> {
+        let distance = varint::unzigzag(self.varint()?);
+        let slot = i64::from(self.cursor.slot).checked_add(distance);
+        slot.and_then(|slot| u32::try_from(slot).ok())
+            .ok_or(PayloadError::SlotOutOfRange)
+    }
+
+    fn chunk_len(&mut self) -> Result<usize, PayloadError> {
+        let len = self.varint()?;
+        if len == 0 || len > PAGE_SIZE as u64 {
+            return Err(PayloadError::ChunkOutOfRange { len });
+        }
+        Ok(len as usize)
     }
 
     fn varint(&mut self) -> Result<u64, PayloadError> {
@@ -441,10 +498,49 @@ mod tests {
     #[test]
     fn ops_and_flags_that_are_kept_for_later_are_refused() {
         let block = [0xb0, 3];
-        for op in [0x30, 0x82, 0x90, 0xb2, 0xd0, 0xe0, 0xf0, 0x06] {
+        for op in [0x30, 0x82, 0x91, 0xb2, 0xd2, 0xe0, 0xf0, 0x06] {
             let ops = [block.as_slice(), &[op, 1, 1, 1]].concat();
             assert_eq!(read_all(&ops), Err(PayloadError::UnknownOp { op }), "{op:#x}");
         }
+    }
+
+    /// Golden, as above.
+    #[test]
+    fn ops_of_chunks_have_these_bytes() {
+        let mut writer = OpWriter::default();
+        writer.chunk(false, 1024);
+        writer.chunk(true, 4096);
+        writer.chunk_reference(300, 2000);
+        writer.chunk_reference(301, 1);
+        let expected: &[&[u8]] = &[
+            b"\xd0\x80\x08",
+            b"\xd1\x80\x20",
+            b"\x90\xd8\x04\xd0\x0f",
+            b"\x90\x00\x01",
+        ];
+        assert_eq!(writer.finish(Vec::new()), expected.concat());
+        let ops = vec![
+            Op::Chunk {
+                plain: false,
+                len: 1024,
+            },
+            Op::Chunk { plain: true, len: 4096 },
+            Op::ChunkReference { slot: 300, len: 2000 },
+            Op::ChunkReference { slot: 301, len: 1 },
+        ];
+        assert_eq!(read_all(&expected.concat()), Ok(ops));
+        for op in [&[0xd0][..], &[0x90, 0]] {
+            assert_eq!(
+                read_all(&[op, &[0]].concat()),
+                Err(PayloadError::ChunkOutOfRange { len: 0 })
+            );
+            assert_eq!(
+                read_all(&[op, &[0x81, 0x20]].concat()),
+                Err(PayloadError::ChunkOutOfRange { len: 4097 })
+            );
+        }
+        let many = [0x90, 0, 1].repeat(MAX_BATCH_RECORDS + 1);
+        assert_eq!(read_all(&many), Err(PayloadError::TooManyRecords));
     }
 
     #[test]

@@ -107,9 +107,15 @@ pub enum PayloadError {
     /// [`MAX_PAYLOAD_BYTES`].
     #[error("it has or claims more bytes than a batch may have")]
     TooLarge,
-    /// More than [`MAX_BATCH_RECORDS`] pages.
+    /// More than [`MAX_BATCH_RECORDS`] pages and chunks.
     #[error("it claims more pages than a batch may have")]
     TooManyRecords,
+    /// A chunk of no bytes, or of more than a slot holds.
+    #[error("it has a chunk of {len} bytes, which no slot can hold")]
+    ChunkOutOfRange {
+        /// The length.
+        len: u64,
+    },
     /// The ops make more or fewer bytes than the payload says.
     #[error("its ops do not make the length that it states")]
     WrongLength,

@@ -126,7 +126,7 @@ impl Reducer {
     /// is a wrong page.
     ///
     /// # Panics
-    /// Where there are fewer digests than pages.
+    /// Where there are fewer digests than pages and chunks.
     pub fn draft(&mut self, batch: &Batch<'_>, digests: &[PageDigest]) -> Draft {
         let mut stats = BatchStats {
             bytes_in: batch.bytes.len() as u64,
@@ -136,6 +136,10 @@ impl Reducer {
         for piece in &batch.pieces {
             match *piece {
                 Piece::Bytes { start, len } => self.encode_bytes(batch.bytes, start, len),
+                Piece::Chunk { start, len } => {
+                    let digest = next_digest(&mut digests);
+                    self.encode_chunk(&batch.bytes[start..start + len], digest);
+                }
                 Piece::Zero(record) => {
                     self.select_block(batch, record);
                     self.ops.page(PageOp::Zero, record, 0);
@@ -143,9 +147,7 @@ impl Reducer {
                     stats.pages.zero += 1;
                 }
                 Piece::Page { record, content } => {
-                    let digest = *digests
-                        .next()
-                        .expect("a batch is encoded with a digest for each of its pages");
+                    let digest = next_digest(&mut digests);
                     self.select_block(batch, record);
                     self.encode_page(record, page_at(batch.bytes, content), digest, &mut stats);
                 }
@@ -293,6 +295,22 @@ impl Reducer {
         }
     }
 
+    fn encode_chunk(&mut self, content: &[u8], digest: PageDigest) {
+        if let Some(slot) = self.dictionary.find(digest) {
+            return self.ops.chunk_reference(slot, content.len());
+        }
+        // Slots that hold no pages cannot be what the next session begins with.
+        self.kept = None;
+        self.dictionary.insert_chunk(digest);
+        let packed = self.packer.is_worth_packing(Origin::Opaque, content);
+        self.ops.chunk(!packed, content.len());
+        if packed {
+            self.packer.push(Origin::Opaque, content);
+        } else {
+            self.plain.extend_from_slice(content);
+        }
+    }
+
     /// Long bytes are judged a page's length at a time, like pages. Short ones are always packed: they are headers.
     fn encode_bytes(&mut self, bytes: &[u8], mut start: usize, len: usize) {
         let end = start + len;
@@ -309,6 +327,12 @@ impl Reducer {
             start = part.end;
         }
     }
+}
+
+fn next_digest(digests: &mut std::slice::Iter<'_, PageDigest>) -> PageDigest {
+    *digests
+        .next()
+        .expect("a batch is encoded with a digest for each of its pages and chunks")
 }
 
 impl fmt::Debug for Reducer {

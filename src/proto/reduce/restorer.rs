@@ -125,6 +125,25 @@ impl<S: PageShelf> Restorer<S> {
                     output.need(len)?;
                     output.out.extend_from_slice(literals.take(plain, len)?);
                 }
+                Op::Chunk { plain, len } => {
+                    output.need(len)?;
+                    let chunk = literals.take(plain, len)?;
+                    if let Some(slot) = self.ring.take() {
+                        let mut content = [0; PAGE_SIZE];
+                        content[..len].copy_from_slice(chunk);
+                        self.shelf.put(slot, &content)?;
+                    }
+                    output.out.extend_from_slice(chunk);
+                }
+                Op::ChunkReference { slot, len } => {
+                    output.need(len)?;
+                    if !self.ring.holds(slot) {
+                        return Err(RestoreError::EmptySlot { slot });
+                    }
+                    let mut content = [0; PAGE_SIZE];
+                    self.shelf.get(slot, &mut content)?;
+                    output.out.extend_from_slice(&content[..len]);
+                }
                 Op::Name { block, name } => {
                     self.names.insert(block, name.into());
                 }

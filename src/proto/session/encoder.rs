@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::proto::page::StreamDigest;
 use crate::proto::reduce::{Coded, Coder, Draft, Effort, PageCounts, Reducer, batches};
+use crate::proto::vmm_stream::opaque::Chunker;
 use crate::proto::vmm_stream::qemu::QemuParser;
 use crate::proto::vmm_stream::{Record, StreamEvent};
 use crate::proto::wire::FrameKind;
@@ -98,7 +99,7 @@ pub struct Encoder {
 
 #[derive(Debug)]
 struct Reduction {
-    parser: QemuParser,
+    parser: Parser,
     reducer: Reducer,
     /// Bytes that the parser has not taken yet: part of a header and a page at most.
     pending: Vec<u8>,
@@ -107,12 +108,28 @@ struct Reduction {
     pages: PageCounts,
 }
 
+#[derive(Debug)]
+enum Parser {
+    Qemu(Box<QemuParser>),
+    Opaque(Chunker),
+}
+
 impl Encoder {
     /// An encoder that carries the bytes as they are (`None`), or reduces them.
     #[must_use]
     pub fn new(reducer: Option<Reducer>) -> Self {
+        Self::with(reducer, Parser::Qemu(Box::default()))
+    }
+
+    /// The same for a stream that is not of a vmm we know: nothing of it is held.
+    #[must_use]
+    pub fn of_opaque(reducer: Reducer) -> Self {
+        Self::with(Some(reducer), Parser::Opaque(Chunker::default()))
+    }
+
+    fn with(reducer: Option<Reducer>, parser: Parser) -> Self {
         let reduction = reducer.map(|reducer| Reduction {
-            parser: QemuParser::default(),
+            parser,
             reducer,
             pending: Vec::new(),
             records: Vec::new(),
@@ -143,6 +160,13 @@ impl Encoder {
         self.code(drafts, frames);
     }
 
+    /// [`Self::flush`] on one thread.
+    pub fn feed_nothing_more(&mut self, frames: &mut Vec<EncodedFrame>) {
+        let mut drafts = Vec::new();
+        self.flush(&mut drafts);
+        self.code(drafts, frames);
+    }
+
     /// Takes the next bytes of the stream and appends drafts of the frames they make. Up to a header and a page stay pending until
     /// more comes.
     pub fn draft(&mut self, bytes: &[u8], drafts: &mut Vec<FrameDraft>) {
@@ -151,6 +175,16 @@ impl Encoder {
         match &mut self.reduction {
             Some(reduction) => reduction.draft(bytes, false, &mut self.held, drafts),
             None => drafts.extend(bytes.chunks(MAX_RAW).map(FrameDraft::plain)),
+        }
+    }
+
+    /// Nothing more has come for now. Whoever reads a stream that we do not know may wait for its last byte: it is not kept until more comes.
+    pub fn flush(&mut self, drafts: &mut Vec<FrameDraft>) {
+        if let Some(reduction) = &mut self.reduction
+            && matches!(reduction.parser, Parser::Opaque(_))
+            && !reduction.pending.is_empty()
+        {
+            reduction.draft(&[], true, &mut self.held, drafts);
         }
     }
 
@@ -217,7 +251,10 @@ impl Reduction {
         self.pending.extend_from_slice(bytes);
         self.records.clear();
         let mut events = Vec::new();
-        let taken = self.parser.parse(&self.pending, end, &mut self.records, &mut events);
+        let taken = match &mut self.parser {
+            Parser::Qemu(parser) => parser.parse(&self.pending, end, &mut self.records, &mut events),
+            Parser::Opaque(chunker) => chunker.cut(&self.pending, !end, &mut self.records),
+        };
         for event in events {
             match event {
                 StreamEvent::RamBlocks(blocks) => {

@@ -1,7 +1,7 @@
 //! Stage 1: a hypervisor's byte stream as records.
 //!
 //! ```text
-//! bytes of any slicing → QemuParser → Record, Record, …     (source)
+//! bytes of any slicing → QemuParser or Chunker → Record, Record, …     (source)
 //! Record → write_page_header + content, or the bytes as they were → the same bytes     (destination, no parser there)
 //! ```
 //!
@@ -9,8 +9,9 @@
 //! suffers, never correctness, because QEMU's device sections carry no length and a stream cannot be delimited from the
 //! wire alone. Nothing that follows from a record or an event may be relied on for who owns the VM.
 //!
-//! `qemu` is the parser of QEMU's format. The format of a page record is here, because both ends need it.
+//! `qemu` is the parser of QEMU's format, `opaque` is for any other stream. The format of a page record is here, because both ends need it.
 
+pub mod opaque;
 pub mod qemu;
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,11 @@ pub enum Record {
     Page(PageRecord),
     /// A zero-page record: canonical header, one zero byte.
     Zero(PageRecord),
+    /// `len` bytes that may come again, at most [`PAGE_SIZE`]: a chunk that its content ends.
+    Chunk {
+        /// Length in the stream.
+        len: usize,
+    },
 }
 
 impl Record {
@@ -40,7 +46,7 @@ impl Record {
     #[must_use]
     pub fn stream_len(&self, blocks: &[RamBlock]) -> usize {
         let (record, kind) = match self {
-            Self::Bytes { len } => return *len,
+            Self::Bytes { len } | Self::Chunk { len } => return *len,
             Self::Page(record) => (record, PageKind::Page),
             Self::Zero(record) => (record, PageKind::Zero),
         };

@@ -205,7 +205,7 @@ impl Parsed {
     /// Block, page and kind of every page, in order.
     fn pages(&self) -> Vec<(u16, u64, PageKind)> {
         let page = |record: &Record| match *record {
-            Record::Bytes { .. } => None,
+            Record::Bytes { .. } | Record::Chunk { .. } => None,
             Record::Page(PageRecord { at, .. }) => Some((at.block, at.page, PageKind::Page)),
             Record::Zero(PageRecord { at, .. }) => Some((at.block, at.page, PageKind::Zero)),
         };
@@ -228,7 +228,7 @@ fn rebuild(records: &[Record], blocks: &[RamBlock], bytes: &[u8]) -> Vec<u8> {
     for record in records {
         let len = record.stream_len(blocks);
         match *record {
-            Record::Bytes { .. } => out.extend_from_slice(&bytes[at..at + len]),
+            Record::Bytes { .. } | Record::Chunk { .. } => out.extend_from_slice(&bytes[at..at + len]),
             Record::Page(page) => {
                 write_page_header(page, PageKind::Page, &blocks[usize::from(page.at.block)].name, &mut out);
                 out.extend_from_slice(&bytes[at + len - PAGE_SIZE..at + len]);
