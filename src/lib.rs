@@ -20,7 +20,7 @@
 //! | module | is | |
 //! |---|---|---|
 //! | [`proto`] | pure | everything hard: parsing, reduction, order and resume, ownership, convergence, rate control |
-//! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, pairing, recovery |
+//! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, tunnels, pairing, recovery |
 //! | [`migrate`] | edge | one migration seen from its source: phases in a straight line, one exit that says where the VM is |
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
 //! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |

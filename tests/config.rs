@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Problem, stated_state_dir};
+use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Place, Problem, stated_state_dir};
 use longhaul::hypervisor::qemu::LaunchValues;
 use longhaul::proto::page::ByteRate;
 
@@ -64,7 +64,8 @@ fn the_reference_file_documents_every_key_that_is_read() {
     let mut read = BTreeSet::new();
     let entry = "days = \"mon\"\nhours = \"08:00-18:00\"\nrate = \"1mbit\"\nno_such = 1\n";
     let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[store]\nno_such = 1\n[migration]\nno_such = 1\n[log]\nno_such = 1\n\
-                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n";
+                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n\
+                 [[tunnel]]\nname = \"t\"\nconnect = \"/c\"\nno_such = 1\n";
     for problem in parse(&probe.replace("ENTRY", entry)).unwrap_err() {
         let table = problem
             .key
@@ -317,6 +318,84 @@ fn a_calendar_needs_a_rate_above_it_and_a_time_zone_that_exists() {
     // A rate that is there and wrong is the only mistake.
     let problems = parse(&format!("site = \"a\"\n[link]\nrate = \"fast\"\n{}", night("link"))).unwrap_err();
     assert_eq!(problems.len(), 1, "{problems:#?}");
+}
+
+#[test]
+fn a_tunnel_begins_here_or_ends_here() {
+    let config = parse(
+        "site = \"x\"\n[[tunnel]]\nname = \"t\"\nlisten = \"127.0.0.1:7000\"\npeer = \"y\"\n\
+         [[tunnel]]\nname = \"t\"\nconnect = \"/run/t.sock\"\nfrom = [\"y\", \"z\"]\n",
+    )
+    .unwrap();
+    let [entrance] = &config.entrances[..] else {
+        panic!("{config:?}");
+    };
+    assert_eq!(entrance.listen, Place::Tcp("127.0.0.1:7000".parse().unwrap()));
+    assert_eq!((entrance.name.as_str(), entrance.peer.as_str()), ("t", "y"));
+    let [exit] = &config.exits[..] else {
+        panic!("{config:?}");
+    };
+    assert_eq!(exit.connect, Place::Unix("/run/t.sock".into()));
+    assert_eq!(exit.from.as_deref(), Some(&["y".to_owned(), "z".to_owned()][..]));
+}
+
+#[test]
+fn each_mistake_in_a_tunnel_is_named() {
+    for (lines, key, message) in [
+        ("name = \"t\"", "tunnel[1].name", "either `listen`"),
+        (
+            "name = \"t\"\nlisten = \"/l\"\npeer = \"y\"\nconnect = \"/c\"",
+            "tunnel[1].connect",
+            "either `listen`",
+        ),
+        ("name = \"t\"\nlisten = \"/l\"", "tunnel[1].listen", "needs `peer`"),
+        (
+            "name = \"t\"\nconnect = \"/c\"\npeer = \"y\"",
+            "tunnel[1].peer",
+            "`from`",
+        ),
+        (
+            "name = \"t\"\nlisten = \"/l\"\npeer = \"y\"\nfrom = [\"y\"]",
+            "tunnel[1].from",
+            "`peer`",
+        ),
+        (
+            "name = \"t\"\nconnect = \"/c\"\nfrom = [\"no name\"]",
+            "tunnel[1].from",
+            "no name",
+        ),
+        (
+            "name = \"t\"\nconnect = \"/c\"\nfrom = []",
+            "tunnel[1].from",
+            "names no site",
+        ),
+        (
+            "name = \"t\"\nconnect = \"localhost\"",
+            "tunnel[1].connect",
+            "127.0.0.1:16509",
+        ),
+        (
+            "name = \"t\"\nconnect = \"127.0.0.1:0\"",
+            "tunnel[1].connect",
+            "127.0.0.1:16509",
+        ),
+        ("connect = \"/c\"", "tunnel[1].name", "missing"),
+        (
+            "name = \"t\"\nconnect = \"/c\"\n[[tunnel]]\nname = \"t\"\nconnect = \"/d\"",
+            "tunnel[2].name",
+            "there already",
+        ),
+        (
+            "name = \"t\"\nlisten = \"/l\"\npeer = \"y\"\n[[tunnel]]\nname = \"u\"\nlisten = \"/l\"\npeer = \"y\"",
+            "tunnel[2].listen",
+            "the tunnel \"t\" listens",
+        ),
+    ] {
+        let problems = parse(&format!("site = \"x\"\n[[tunnel]]\n{lines}\n")).unwrap_err();
+        let named = |problem: &&Problem| problem.key == key && problem.message.contains(message);
+        assert_eq!(problems.iter().filter(named).count(), 1, "{lines}: {problems:?}");
+        assert_eq!(problems.len(), 1, "{lines}: {problems:?}");
+    }
 }
 
 #[test]

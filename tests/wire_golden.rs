@@ -19,7 +19,7 @@ use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, Page
 use longhaul::proto::reduce::{Coder, DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
-use longhaul::proto::wire::message::{Held, KnownImage, Reply, decode, encode};
+use longhaul::proto::wire::message::{Held, KnownImage, Reply, TunnelOffer, decode, encode};
 use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{
     Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
@@ -47,6 +47,7 @@ impl Goldens {
             include_str!("data/wire-v4.txt"),
             include_str!("data/wire-v5.txt"),
             include_str!("data/wire-v6.txt"),
+            include_str!("data/wire-v8.txt"),
         ];
         let lines = files
             .into_iter()
@@ -159,6 +160,16 @@ fn requests_have_these_bytes() {
                 digest: ImageDigest([0xc3; 32]),
             }],
         },
+        Request::Tunnel(TunnelOffer {
+            stream: MIGRATION,
+            tunnel: "libvirt".into(),
+            window_bytes: 32 << 20,
+            dictionary_pages: 1 << 16,
+        }),
+        Request::AttachTunnel {
+            stream: MIGRATION,
+            epoch: 7,
+        },
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -172,6 +183,8 @@ fn requests_have_these_bytes() {
             Request::Drives { .. } => "request/drives",
             Request::Test { .. } => "request/test",
             Request::OpenKnowing { .. } => "request/open-knowing",
+            Request::Tunnel(_) => "request/tunnel",
+            Request::AttachTunnel { .. } => "request/attach-tunnel",
         };
         goldens.message(name, request);
     }
@@ -248,6 +261,15 @@ fn session_messages_of_version_1_have_these_bytes() {
         SessionMessage::Ownership(Message::Cancel),
         SessionMessage::Loaded,
         SessionMessage::AcceptedKnowing { image: MIGRATION },
+        SessionMessage::Answer {
+            offset: 300,
+            bytes: b"hi".to_vec(),
+        },
+        SessionMessage::Answer {
+            offset: 302,
+            bytes: Vec::new(),
+        },
+        SessionMessage::AnswersTaken { until: 303 },
     ];
     for message in &messages {
         let name = match message {
@@ -259,6 +281,9 @@ fn session_messages_of_version_1_have_these_bytes() {
             SessionMessage::Ownership(_) => "session/ownership",
             SessionMessage::Loaded => "session/loaded",
             SessionMessage::AcceptedKnowing { .. } => "session/accepted-knowing",
+            SessionMessage::Answer { bytes, .. } if bytes.is_empty() => "session/answers-end",
+            SessionMessage::Answer { .. } => "session/answer",
+            SessionMessage::AnswersTaken { .. } => "session/answers-taken",
         };
         goldens.message(name, message);
     }

@@ -6,6 +6,7 @@
 
 mod calendar;
 mod section;
+mod tunnel;
 pub mod units;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::section::{Overrides, Problem};
 use self::section::{Section, Source};
+pub use self::tunnel::{Entrance, Exit, Place};
 pub use self::units::PeerAddress;
 use self::units::{DEFAULT_PORT, parse_duration, parse_name, parse_size};
 use crate::hypervisor::qemu::{LaunchTemplate, LaunchValues, TemplateError};
@@ -58,6 +60,10 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// VMs that may leave or arrive here, in the order of the file.
     pub vms: Vec<Vm>,
+    /// Tunnels that begin here, in the order of the file.
+    pub entrances: Vec<Entrance>,
+    /// Tunnels that end here, in the order of the file.
+    pub exits: Vec<Exit>,
     /// What is logged.
     pub log: Log,
 }
@@ -231,6 +237,8 @@ impl Config {
             },
             peers: Vec::new(),
             vms: Vec::new(),
+            entrances: Vec::new(),
+            exits: Vec::new(),
             log: Log {
                 level: LogLevel::Info,
                 format: LogFormat::Text,
@@ -432,6 +440,10 @@ impl Config {
             }
             section.finish();
             config.vms.push(vm);
+        }
+
+        for section in top.sections("tunnel") {
+            tunnel::read(section, &mut config.entrances, &mut config.exits);
         }
         top.finish();
         config

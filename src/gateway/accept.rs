@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::Core;
 use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
 use super::lanes::{LaneMemory, Lanes};
 use super::link_test::sink;
-use super::{offer, recovery};
+use super::{offer, recovery, tunnel};
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::hello::{self, Agreement, Hello};
 use crate::proto::wire::message::Reply;
@@ -154,6 +154,19 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             offer::open(Arc::clone(core), peer.to_owned(), known, offer, images, channel).await;
             Ok(())
         }
+        Request::Tunnel(offered) => {
+            tunnel::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+            Ok(())
+        }
+        Request::AttachTunnel { stream, epoch } => {
+            let attachment = Attachment {
+                channel,
+                epoch: Some(epoch),
+                peer_journal: known.journal,
+            };
+            tunnel::attach(core, peer, stream, attachment).await;
+            Ok(())
+        }
         Request::Test { test } => sink::serve(core, peer, test, channel).await,
         Request::Attach { migration, epoch } => {
             let attachment = Attachment {
@@ -179,25 +192,28 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
     // One at a time, so that two channels for one migration do not start two drivers.
     let starting = core.starting_drivers.lock().await;
     if let Some(driver) = core.drivers.get(migration, &peer) {
-        match driver.send(attachment).await {
+        match driver.try_send(attachment) {
             Ok(()) => return,
             // It ended this moment: what it left in the journal answers.
-            Err(mpsc::error::SendError(back)) => attachment = back,
+            Err(TrySendError::Closed(back)) => attachment = back,
+            Err(TrySendError::Full(back)) => {
+                return refuse(back, "it has other channels to look at first".to_owned()).await;
+            }
         }
     }
     if let Err(reason) = recovery::answer_for(&core, &peer, migration, &mut attachment).await {
         tracing::warn!(%migration, peer, "{reason}");
-        let _ = attachment
-            .channel
-            .sender
-            .send(&SessionMessage::Refused { reason })
-            .await;
-        return;
+        return refuse(attachment, reason).await;
     }
     drop(starting);
     if let Some(driver) = core.drivers.get(migration, &peer) {
         let _ = driver.send(attachment).await;
     }
+}
+
+async fn refuse(mut attachment: Attachment, reason: String) {
+    let refused = SessionMessage::Refused { reason };
+    let _ = attachment.channel.sender.send(&refused).await;
 }
 
 /// The bulk connections on which each peer may open lanes: those of the newest link that it made. What lanes may hold is bounded for a link, so a

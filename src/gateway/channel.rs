@@ -67,6 +67,12 @@ impl ChannelSender {
         Ok(())
     }
 
+    /// What is sent here waits for what others send on the connection.
+    pub(crate) fn wait_for_others(&self) {
+        // An error here says that the stream is closed already: nothing is sent on it.
+        let _ = self.0.set_priority(-1);
+    }
+
     /// Nothing follows; what was sent still arrives.
     pub(crate) fn finish(&mut self) {
         // An error here says that the stream is closed already, which is what was asked for.
@@ -99,6 +105,9 @@ pub(crate) enum ChannelError {
     /// The peer does not take messages any more.
     #[error("the peer ended the channel: {0}")]
     Write(#[from] quinn::WriteError),
+    /// The peer does not read what is sent.
+    #[error("the peer does not read what is sent to it")]
+    NotRead,
     /// The peer does not send messages any more.
     #[error("the peer ended the channel: {0}")]
     Read(#[from] quinn::ReadError),

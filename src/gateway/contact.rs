@@ -10,12 +10,16 @@ use super::channel::{Channel, ChannelError, ChannelSender};
 use super::links::{Link, LinkError, Links};
 use super::outbound::Outbound;
 use crate::proto::page::{JournalId, MigrationId};
+use crate::proto::wire::hello;
 use crate::proto::wire::message::{Held, Reply};
 use crate::proto::wire::{Request, SessionMessage};
 
 /// First and longest pause between attempts to reach the peer.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
+
+/// A peer that reads takes a message in a round trip. One whose link is dead is found out sooner.
+const SEND_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What a driver hears from its channel.
 #[derive(Debug)]
@@ -32,8 +36,19 @@ pub(crate) enum ContactEvent {
     Impossible { reason: String },
     /// The channel of this number is gone.
     Lost { channel: u64, reason: String },
+    /// The peer does not take the stream on: told where that is final.
+    Refused { reason: String },
     /// The source has been asked and does not drive the migration any more; its journal is this one.
     GivenUp { journal: JournalId },
+}
+
+/// What a new channel is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Search {
+    /// A migration, and the incarnation of its stream, where it has one. Where the peer says no it is asked again: its journal knows the migration.
+    Migration(Option<u32>),
+    /// The next incarnation of a tunnel's stream. Where the peer says no, nothing is left there to go on with.
+    Tunnel(u32),
 }
 
 /// The sending half of the current channel, if there is one.
@@ -129,10 +144,11 @@ impl Contact {
         self.sender.is_some()
     }
 
-    /// Says something, if there is a channel. A message may be lost; a channel that fails is given up.
+    /// Says something, if there is a channel. A message may be lost; a channel that fails, or on which the peer does not let us speak, is given up.
     pub(crate) async fn send(&mut self, message: &SessionMessage) {
         let Some(sender) = &mut self.sender else { return };
-        if let Err(error) = sender.send(message).await {
+        let sent = tokio::time::timeout(SEND_DEADLINE, sender.send(message)).await;
+        if let Err(error) = sent.unwrap_or(Err(ChannelError::NotRead)) {
             tracing::debug!("a message to the peer was lost: {error}");
             let channel = self.channel;
             self.drop_channel();
@@ -160,11 +176,16 @@ impl Contact {
     }
 
     /// Looks for the peer until there is a channel again, which comes as [`ContactEvent::Made`] and is not yet adopted.
-    pub(crate) fn search(&mut self, links: Arc<Links>, peer: String, migration: MigrationId, epoch: Option<u32>) {
+    pub(crate) fn search(&mut self, links: Arc<Links>, peer: String, migration: MigrationId, search: Search) {
         self.stop_search();
         let events = self.events.clone();
         let task = tokio::spawn(async move {
-            let attempt = || attach(&links, &peer, migration, epoch);
+            let attempt = || async {
+                match (attach(&links, &peer, migration, search).await, search) {
+                    (Err(AttachError::Refused { reason }), Search::Tunnel(_)) => Ok(ContactEvent::Refused { reason }),
+                    (attached, _) => attached,
+                }
+            };
             let made = repeat(&links, &peer, migration, attempt).await;
             let _ = events.send(made).await;
         });
@@ -233,10 +254,22 @@ async fn attach(
     links: &Links,
     peer: &str,
     migration: MigrationId,
-    epoch: Option<u32>,
+    search: Search,
 ) -> Result<ContactEvent, AttachError> {
     let link = links.link(peer).await?;
-    let mut channel = Channel::open(link.control(), &Request::Attach { migration, epoch }).await?;
+    let request = match search {
+        Search::Migration(epoch) => Request::Attach { migration, epoch },
+        Search::Tunnel(epoch) => Request::AttachTunnel {
+            stream: migration,
+            epoch,
+        },
+    };
+    if matches!(search, Search::Tunnel(_)) && link.agreement().version < hello::TUNNELS {
+        return Err(AttachError::Refused {
+            reason: format!("{peer} has an older release now, which knows no tunnels"),
+        });
+    }
+    let mut channel = Channel::open(link.control(), &request).await?;
     match channel.receiver.receive::<SessionMessage>().await? {
         Some(SessionMessage::Accepted { held }) => Ok(ContactEvent::Made { link, channel, held }),
         Some(SessionMessage::Refused { reason }) => Err(AttachError::Refused { reason }),

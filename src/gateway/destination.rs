@@ -15,6 +15,7 @@ use super::keeping;
 use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
+use super::vmm_output::Tail;
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
@@ -329,7 +330,13 @@ impl DestinationDriver {
         };
         let path = self.core.stream_socket(self.entry.migration);
         let stream = vmm.receive(&path).await?;
-        let inbound = Arc::new(Inbound::start(stream, self.window_bytes, decoder, self.keeps));
+        let inbound = Arc::new(Inbound::start(
+            stream,
+            self.window_bytes,
+            decoder,
+            self.keeps,
+            Tail::Held,
+        ));
         self.progress = Some(inbound.progress());
         self.core
             .inbound
@@ -508,6 +515,7 @@ impl DestinationDriver {
             ContactEvent::Made { .. }
             | ContactEvent::Message { .. }
             | ContactEvent::Impossible { .. }
+            | ContactEvent::Refused { .. }
             | ContactEvent::Lost { .. }
             | ContactEvent::GivenUp { .. } => {}
         }

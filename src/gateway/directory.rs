@@ -1,6 +1,7 @@
-//! Who serves a migration, by its id and the peer that it belongs to: a peer reaches its own migrations and no others.
+//! Who serves a migration, or a stream of a tunnel, by its id and the peer that it belongs to: a peer reaches its own migrations and no others.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::proto::page::MigrationId;
@@ -19,6 +20,17 @@ impl<T: Clone> Directory<T> {
     /// Names who serves the migration from now on.
     pub(crate) fn insert(&self, migration: MigrationId, peer: &str, value: T) {
         self.entries().insert(migration, (peer.to_owned(), value));
+    }
+
+    /// The same, where nobody serves it yet; whether that was so.
+    pub(crate) fn claim(&self, migration: MigrationId, peer: &str, value: T) -> bool {
+        match self.entries().entry(migration) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(vacant) => {
+                vacant.insert((peer.to_owned(), value));
+                true
+            }
+        }
     }
 
     /// Who serves it, where it is a migration of this peer.

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::keeping::{Leftover, LeftoverSlot};
 use super::memory::Reservation;
-use super::vmm_output::VmmOutput;
+use super::vmm_output::{Tail, VmmOutput};
 use crate::metrics::{Stage, Waiting};
 use crate::proto::reduce::{PageCounts, PageShelf, RestoreError, ShelfError};
 use crate::proto::session::{DecodeError, Decoder, DestinationSession, SessionError, StreamSummary};
@@ -87,12 +87,14 @@ struct Receiving {
 }
 
 impl Inbound {
-    /// Starts decoder and writer towards the vmm's socket. `keeps`: what the stream leaves is for the next one.
+    /// Starts decoder and writer towards the vmm's socket. `keeps`: what the stream leaves is for the next one. `tail`: whether it waits for
+    /// [`Self::release_tail`].
     pub(crate) fn start<S: PageShelf + Send + 'static>(
         vmm: UnixStream,
         window_bytes: u64,
         decoder: Decoder<S>,
         keeps: bool,
+        tail: Tail,
     ) -> Self {
         let shared = Arc::new(Shared {
             session: Mutex::new(Receiving {
@@ -146,7 +148,7 @@ impl Inbound {
 
         let writing = Arc::clone(&shared);
         tokio::spawn(async move {
-            match write(&writing, VmmOutput::new(vmm), to_write, released).await {
+            match write(&writing, VmmOutput::new(vmm, tail), to_write, released).await {
                 Ok(delivered) => progress.send_modify(|progress| progress.delivered = delivered),
                 Err(error) => {
                     let text = format!("the destination's hypervisor stopped reading its migration stream: {error}");
@@ -154,11 +156,15 @@ impl Inbound {
                 }
             }
         });
-        Self {
+        let inbound = Self {
             shared,
             release: Mutex::new(Some(release)),
             outcome,
+        };
+        if tail == Tail::Passed {
+            inbound.release_tail();
         }
+        inbound
     }
 
     /// Sorts a frame in.
@@ -286,6 +292,7 @@ impl Shared {
 struct Restored {
     bytes: Bytes,
     held: bool,
+    last: bool,
     lane_bytes: u64,
 }
 
@@ -304,6 +311,7 @@ fn decode<S: PageShelf + Send + 'static>(
             .blocking_send(Restored {
                 bytes,
                 held: frame.header.held,
+                last: frame.header.last,
                 lane_bytes,
             })
             .is_err()
@@ -330,12 +338,15 @@ async fn write(
     mut restored: mpsc::Receiver<Restored>,
     released: oneshot::Receiver<()>,
 ) -> std::io::Result<bool> {
+    let mut is_whole = false;
     while let Some(Restored {
         bytes,
         held,
+        last,
         lane_bytes,
     }) = restored.recv().await
     {
+        is_whole = last;
         output.write(bytes, held).await?;
         shared.vmm_bytes.store(output.written(), Ordering::Relaxed);
         let writing = shared.writing_bytes.fetch_sub(lane_bytes, Ordering::Relaxed) - lane_bytes;
@@ -344,7 +355,8 @@ async fn write(
             shared.acknowledge.notify_one();
         }
     }
-    if shared.stopped.load(Ordering::Acquire) || released.await.is_err() {
+    // A decoder that has failed has not come to the end.
+    if !is_whole || shared.stopped.load(Ordering::Acquire) || released.await.is_err() {
         return Ok(false);
     }
     output.release().await?;
@@ -405,7 +417,7 @@ mod tests {
     async fn a_decoder_that_panics_fails_its_migration() {
         let limits = DictionaryLimits::new(16, 4).unwrap();
         let (vmm, _other) = UnixStream::pair().unwrap();
-        let inbound = Inbound::start(vmm, 1 << 20, Decoder::new(Some((limits, Broken))), false);
+        let inbound = Inbound::start(vmm, 1 << 20, Decoder::new(Some((limits, Broken))), false, Tail::Held);
         let mut source = SourceSession::new(MigrationId([1; 16]), 1 << 20);
         for frame in frames() {
             source.push(frame, false);

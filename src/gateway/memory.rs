@@ -45,8 +45,9 @@ const WORK: u64 = 8 << 20;
 const ZSTD_AT_SOURCE: u64 = 8 << 20;
 const ZSTD_MORE_AT_SOURCE: u64 = 6 << 20;
 
-/// What it holds to restore what as many coders as there may be have made.
-const ZSTD_AT_DESTINATION: u64 = (5 << 20) + (MAX_CODERS as u64 - 1) * (3 << 19);
+/// What it holds to restore what one coder has made, and as many as there may be.
+const ZSTD_OF_A_CODER: u64 = 5 << 20;
+const ZSTD_AT_DESTINATION: u64 = ZSTD_OF_A_CODER + (MAX_CODERS as u64 - 1) * (3 << 19);
 
 /// A page that is copied, and where it is.
 const COPY_BYTES: u64 = PAGE_SIZE as u64 + 40;
@@ -122,6 +123,21 @@ impl Need {
         }
     }
 
+    /// At the source of a tunnel's stream, which has one coder.
+    pub(crate) fn at_entrance(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
+        Self::at_source(window_bytes, dictionary, false, 1)
+    }
+
+    /// At the destination of a tunnel's stream, of which nothing is held back: most of its pages are in the spill file.
+    pub(crate) fn at_exit(window_bytes: u64, dictionary: DictionaryLimits) -> Self {
+        let slots = u64::from(dictionary.slots());
+        Self {
+            bytes: common(window_bytes, dictionary) + slots * DESTINATION_SLOT + ZSTD_OF_A_CODER,
+            most_pages: LEAST_PAGES.min(slots),
+            ..Self::at_destination(window_bytes, dictionary)
+        }
+    }
+
     /// The same where the site has a page store.
     pub(crate) fn with_store(mut self, has_store: bool, dictionary: DictionaryLimits) -> Self {
         if has_store {
@@ -193,12 +209,36 @@ impl MemoryBudget {
                 left_mib: left >> 20,
                 total_mib: self.total >> 20,
             })?;
+        Ok(self.reservation(need, before))
+    }
+
+    /// Memory for one end of a tunnel's stream. Half of the budget is for migrations alone.
+    ///
+    /// # Errors
+    /// [`NoRoomForStreams`] where too little of the other half is left.
+    pub(crate) fn reserve_for_stream(&self, need: Need) -> Result<Reservation, NoRoomForStreams> {
+        let half = self.total / 2;
+        let before = self
+            .left
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| {
+                let (bytes, _) = need.of(left)?;
+                (left - bytes).checked_sub(half).map(|_| left - bytes)
+            })
+            .map_err(|_| NoRoomForStreams {
+                needed_mib: need.least_bytes().div_ceil(1 << 20),
+                total_mib: self.total >> 20,
+            })?;
+        Ok(self.reservation(need, before))
+    }
+
+    /// Of what was just taken of `before`.
+    fn reservation(&self, need: Need, before: u64) -> Reservation {
         let (bytes, pages) = need.of(before).expect("it was just found to fit");
-        Ok(Reservation {
+        Reservation {
             bytes,
             pages,
             left: Arc::clone(&self.left),
-        })
+        }
     }
 }
 
@@ -235,6 +275,17 @@ pub(crate) struct NoMemory {
     total_mib: u64,
 }
 
+/// Tunnels have no more of the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a tunnel's stream needs {needed_mib} MiB of memory in the gateway, and half of its {total_mib} MiB are for migrations alone: close other \
+     streams, or raise memory_budget"
+)]
+pub(crate) struct NoRoomForStreams {
+    needed_mib: u64,
+    total_mib: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,6 +302,19 @@ mod tests {
 
     fn left(budget: &MemoryBudget) -> u64 {
         budget.left.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn streams_of_tunnels_leave_half_of_the_budget_to_migrations() {
+        let budget = MemoryBudget::new(512 * MIB);
+        let dictionary = DictionaryLimits::new(1 << 16, 0).unwrap();
+        let need = Need::at_exit(32 * MIB, dictionary);
+        let streams: Vec<_> = std::iter::from_fn(|| budget.reserve_for_stream(need).ok()).collect();
+        assert_eq!(streams.len(), 5);
+        assert!(left(&budget) >= 256 * MIB);
+        assert!(budget.reserve(need).is_ok(), "a migration has the rest");
+        drop(streams);
+        assert_eq!(left(&budget), 512 * MIB);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!                       registry, journal, memory, links ◀── standing
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
-//!             └────▶ link_test
+//!             ├────▶ link_test
+//! program ─▶ tunnel ─┘  (either end)
 //! ```
 //!
 //! Drivers (`source`, `destination`) only route: what may be done is decided by `proto::ownership`, when to switch over by
@@ -43,6 +44,7 @@ pub(crate) mod source;
 pub(crate) mod source_vmm;
 mod standing;
 mod stream_socket;
+mod tunnel;
 pub(crate) mod vm_context;
 mod vmm_output;
 
@@ -65,6 +67,7 @@ use self::memory::MemoryBudget;
 use self::pairing::exchange::Invitations;
 use self::rates::Rates;
 use self::registry::Registry;
+use self::tunnel::{Entrances, ListenError};
 use crate::api::Command;
 use crate::config::Config;
 use crate::metrics::Metrics;
@@ -99,6 +102,9 @@ pub(crate) struct Core {
     /// Held while a driver is started for a migration that only the journal knows.
     pub(crate) starting_drivers: tokio::sync::Mutex<()>,
     pub(crate) inbound: Directory<Arc<Inbound>>,
+    /// Streams of tunnels that begin here, and those that end here.
+    entrances: Directory<()>,
+    exits: Directory<mpsc::Sender<Attachment>>,
     /// Link tests of which this is the far end.
     tests: Directory<Arc<Sink>>,
     pub(crate) bulk: BulkConnections,
@@ -149,6 +155,7 @@ pub async fn run(
         window_budget: limits.window_bytes,
         ..TransportSettings::new(config.listen)
     };
+    let entrances = Entrances::bind(&config).await?;
     let transport = Arc::new(Transport::bind(settings, Arc::clone(&identity), Arc::clone(&anchors))?);
     let mut rates = Rates::default();
     rates.apply(&config, &transport, &trust, clock::timestamp());
@@ -172,6 +179,8 @@ pub async fn run(
         drivers: Directory::default(),
         starting_drivers: tokio::sync::Mutex::default(),
         inbound: Directory::default(),
+        entrances: Directory::default(),
+        exits: Directory::default(),
         tests: Directory::default(),
         bulk: BulkConnections::default(),
         memory,
@@ -195,12 +204,14 @@ pub async fn run(
         tokio::spawn(keeping::watch(Arc::clone(&core))),
     ];
     let standing = tokio::spawn(standing::keep(Arc::clone(&core)));
+    let entrances = tokio::spawn(entrances.serve(Arc::clone(&core)));
     core.metrics.set_ready(true);
     tracing::info!(control = %core.transport.control_address(), bulk = %core.transport.bulk_address(),
         fingerprint = %core.identity.fingerprint(), "ready");
 
     drain.cancelled().await;
     core.metrics.set_ready(false);
+    entrances.abort();
     core.wait_for_open_migrations().await;
     standing.abort();
     core.transport
@@ -305,4 +316,7 @@ pub enum GatewayError {
     /// Where to listen.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// Where programs connect.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
 }

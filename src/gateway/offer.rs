@@ -215,7 +215,7 @@ async fn dictionary(
 }
 
 /// Where pages of a stream with this dictionary are kept, with what both ends begin with.
-async fn shelf(
+pub(super) async fn shelf(
     core: &Core,
     limits: DictionaryLimits,
     memory: Reservation,

@@ -233,6 +233,9 @@ pub(crate) async fn answer_for(
 /// Whether a migration to `peer` is still under way at its source, which is here. One of which nothing is known is over: a source
 /// records that it begins before it lets its vmm begin, and an entry is there before the destination is asked at all.
 pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> bool {
+    if core.entrances.get(migration, peer).is_some() {
+        return true;
+    }
     let is_entry = |entry: &Entry| entry.role == api::Role::Source && entry.peer == peer && !entry.has_ended();
     if core.registry.get(migration).is_some_and(|entry| is_entry(&entry)) {
         return true;

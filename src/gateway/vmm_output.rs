@@ -20,10 +20,20 @@ const HELD_LIMIT: usize = 32 << 20;
 /// less than the tail. QEMU's device state is a few hundred pieces.
 const HELD_PIECES: usize = HELD_TAIL;
 
+/// Whether the end of a stream waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tail {
+    /// Until ownership has moved.
+    Held,
+    /// It passes like the rest: the stream is none of a VM that we move.
+    Passed,
+}
+
 /// Restored bytes on their way into a vmm.
 #[derive(Debug)]
 pub(crate) struct VmmOutput<W> {
     vmm: W,
+    tail: Tail,
     queue: VecDeque<Bytes>,
     queued: usize,
     device_state: bool,
@@ -31,9 +41,10 @@ pub(crate) struct VmmOutput<W> {
 }
 
 impl<W: AsyncWrite + Unpin> VmmOutput<W> {
-    pub(crate) fn new(vmm: W) -> Self {
+    pub(crate) fn new(vmm: W, tail: Tail) -> Self {
         Self {
             vmm,
+            tail,
             queue: VecDeque::new(),
             queued: 0,
             device_state: false,
@@ -52,8 +63,11 @@ impl<W: AsyncWrite + Unpin> VmmOutput<W> {
         }
         self.queued += bytes.len();
         self.queue.push_back(bytes);
-        let keep = if self.device_state { HELD_LIMIT } else { HELD_TAIL };
-        self.drain_to(keep).await
+        match (self.tail, self.device_state) {
+            (Tail::Held, true) => self.drain_to(HELD_LIMIT).await,
+            (Tail::Held, false) => self.drain_to(HELD_TAIL).await,
+            (Tail::Passed, _) => self.release().await,
+        }
     }
 
     /// Ownership has moved: writes everything that was held.
@@ -109,7 +123,7 @@ mod tests {
     #[tokio::test]
     async fn the_last_quarter_megabyte_waits_until_it_is_released() {
         let mut taken = Vec::new();
-        let mut output = VmmOutput::new(&mut taken);
+        let mut output = VmmOutput::new(&mut taken, Tail::Held);
         output.write(block(HELD_TAIL, 1), false).await.unwrap();
         assert_eq!(output.written(), 0);
         output.write(block(10, 2), false).await.unwrap();
@@ -122,7 +136,7 @@ mod tests {
     #[tokio::test]
     async fn from_the_device_state_on_nothing_passes() {
         let mut taken = Vec::new();
-        let mut output = VmmOutput::new(&mut taken);
+        let mut output = VmmOutput::new(&mut taken, Tail::Held);
         output.write(block(HELD_TAIL + 5, 1), false).await.unwrap();
         output.write(block(4 * HELD_TAIL, 2), true).await.unwrap();
         assert_eq!(output.written(), 5);
@@ -133,7 +147,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_held_stays_bounded_and_the_tail_is_held_all_the_same() {
         let mut taken = Vec::new();
-        let mut output = VmmOutput::new(&mut taken);
+        let mut output = VmmOutput::new(&mut taken, Tail::Held);
         for _ in 0..40 {
             output.write(block(1 << 20, 3), true).await.unwrap();
         }
@@ -143,7 +157,7 @@ mod tests {
     #[tokio::test]
     async fn pieces_that_are_held_are_bounded_too_and_never_less_than_the_tail() {
         let mut taken = Vec::new();
-        let mut output = VmmOutput::new(&mut taken);
+        let mut output = VmmOutput::new(&mut taken, Tail::Held);
         for _ in 0..HELD_PIECES {
             output.write(block(1, 4), true).await.unwrap();
             output.write(Bytes::new(), true).await.unwrap();

@@ -6,6 +6,7 @@
 mod exposition;
 mod series;
 mod serve;
+mod tunnels;
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -23,6 +24,7 @@ use prometheus_client::registry::{Metric, Registry};
 
 pub use self::series::{Kind, SERIES, Series, Values};
 pub use self::serve::serve;
+pub use self::tunnels::TunnelStream;
 use crate::api::{Outcome, Pages, Phase, Role};
 use crate::proto::page::ByteRate;
 
@@ -54,6 +56,9 @@ pub struct Metrics {
     store_images: Gauge,
     known_pages: Counter,
     journal_errors: Counter,
+    tunnel_streams: [Gauge; 2],
+    tunnel_bytes: [Counter; 2],
+    tunnel_frame_bytes: [Counter; 2],
     peers: PeerFamilies,
     moving: Mutex<Moving>,
 }
@@ -127,6 +132,9 @@ impl Metrics {
             store_images: register(&mut registry, &series::STORE_IMAGES),
             known_pages: register(&mut registry, &series::KNOWN_PAGES),
             journal_errors: register(&mut registry, &series::JOURNAL_ERRORS),
+            tunnel_streams: closed(&mut registry, &series::TUNNEL_STREAMS),
+            tunnel_bytes: closed(&mut registry, &series::TUNNEL_BYTES),
+            tunnel_frame_bytes: closed(&mut registry, &series::TUNNEL_FRAME_BYTES),
             peers,
             moving: Mutex::default(),
             registry,

@@ -218,6 +218,21 @@ pub(super) const JOURNAL_ERRORS: Series = counter(
     &[],
     "Records that the ownership journal could not make durable",
 );
+pub(super) const TUNNEL_STREAMS: Series = gauge(
+    "longhaul_tunnel_streams",
+    &[ROLE],
+    "Streams of other programs that are open now, by which end this gateway is",
+);
+pub(super) const TUNNEL_BYTES: Series = counter(
+    "longhaul_tunnel_bytes_total",
+    &[DIRECTION],
+    "Bytes of tunnels, answers included, in from programs or out to them",
+);
+pub(super) const TUNNEL_FRAME_BYTES: Series = counter(
+    "longhaul_tunnel_frame_bytes_total",
+    &[DIRECTION],
+    "Bytes of frames that these take after reduction, without answers, in from a peer or out to one",
+);
 
 /// All of them.
 pub const SERIES: &[Series] = &[
@@ -250,6 +265,9 @@ pub const SERIES: &[Series] = &[
     STORE_IMAGES,
     KNOWN_PAGES,
     JOURNAL_ERRORS,
+    TUNNEL_STREAMS,
+    TUNNEL_BYTES,
+    TUNNEL_FRAME_BYTES,
 ];
 
 /// Upper edges of the downtime, in seconds: 0.3 is the limit that matters on one ocean, 0.5 the default.

@@ -17,7 +17,7 @@ use super::{qmp, until};
 #[derive(Clone, Debug)]
 pub(crate) struct SitePlan {
     name: String,
-    folder: PathBuf,
+    pub(crate) folder: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) vms: BTreeMap<String, VmPlan>,
     /// TOML of the sections that are not about VMs.

@@ -110,6 +110,9 @@ pub(super) fn encode(
             drafter.learn(&mut encoder);
             let began = clock::now();
             encoder.draft(&chunk, &mut drafts);
+            if chunks.is_empty() {
+                encoder.flush(&mut drafts);
+            }
             drafter.drafted(&mut encoder, chunk.len(), clock::now().saturating_duration_since(began));
             send(&mut drafts, false);
         }

@@ -357,6 +357,11 @@ impl Outbound {
         }
     }
 
+    /// Whether the stream has ended and the far decoder has all of it.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.shared.session().is_finished()
+    }
+
     /// The incarnation that is current.
     pub(crate) fn epoch(&self) -> u32 {
         self.shared.session().epoch()

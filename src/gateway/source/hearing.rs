@@ -78,7 +78,10 @@ impl SourceDriver {
                 self.fail(reason);
                 self.feed(&SourceEvent::Cancel);
             }
-            ContactEvent::Message { .. } | ContactEvent::Lost { .. } | ContactEvent::GivenUp { .. } => {}
+            ContactEvent::Message { .. }
+            | ContactEvent::Lost { .. }
+            | ContactEvent::Refused { .. }
+            | ContactEvent::GivenUp { .. } => {}
         }
     }
 
@@ -101,7 +104,9 @@ impl SourceDriver {
             SessionMessage::Accepted { .. }
             | SessionMessage::AcceptedKnowing { .. }
             | SessionMessage::Refused { .. }
-            | SessionMessage::Cancel { .. } => {
+            | SessionMessage::Cancel { .. }
+            | SessionMessage::Answer { .. }
+            | SessionMessage::AnswersTaken { .. } => {
                 tracing::debug!(migration = %self.entry.migration, "the peer said what only opens or ends a session");
             }
         }

@@ -15,7 +15,7 @@ use tokio::task::AbortHandle;
 
 use super::Core;
 use super::clock;
-use super::contact::{Contact, ContactEvent};
+use super::contact::{Contact, ContactEvent, Search};
 use super::copying::Copying;
 use super::keeping;
 use super::links::Link;
@@ -457,7 +457,7 @@ impl SourceDriver {
             Arc::clone(&self.core.links),
             self.entry.peer.clone(),
             self.entry.migration,
-            epoch,
+            Search::Migration(epoch),
         );
     }
 

@@ -61,6 +61,28 @@ pub enum Request {
         /// Images at the source, the best first. At most [`MOST_OFFERED`](crate::store::pages::MOST_OFFERED) are looked for.
         images: Vec<KnownImage>,
     },
+    /// Begin a stream of another program; the channel becomes its session. Since version 8.
+    Tunnel(TunnelOffer),
+    /// Go on with such a stream on a new channel. Since version 8.
+    AttachTunnel {
+        /// The stream.
+        stream: MigrationId,
+        /// Incarnation of the stream that begins now.
+        epoch: u32,
+    },
+}
+
+/// A stream of a program that connected at the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelOffer {
+    /// In the place of a migration, on channels and in the lanes' frames. Drawn by the source, never reused.
+    pub stream: MigrationId,
+    /// Name of the tunnel, the same in both gateways' configuration.
+    pub tunnel: String,
+    /// Bytes of frames that may be on the way: at most the agreed window.
+    pub window_bytes: u64,
+    /// Chunks in the session dictionary: at most the agreed limit of pages, and 2^16.
+    pub dictionary_pages: u32,
 }
 
 /// The memory of a VM, as an earlier migration left it at both sites.
@@ -157,12 +179,24 @@ pub enum SessionMessage {
     },
     /// Either: who may run the VM.
     Ownership(ownership::Message),
-    /// Destination: the vmm has loaded the whole stream.
+    /// Destination: the vmm has loaded the whole stream, or a tunnel's program has been given all of it and had its answers taken.
     Loaded,
     /// Destination: as `Accepted` at the beginning; and both begin with the pages of this image, one of those that were offered. Since version 5.
     AcceptedKnowing {
         /// The image.
         image: MigrationId,
+    },
+    /// Destination of a tunnel's stream: its program has written this. Since version 8.
+    Answer {
+        /// Bytes that it had written before.
+        offset: u64,
+        /// At most 16 KiB. None: it has ended, which takes one offset like a byte.
+        bytes: Vec<u8>,
+    },
+    /// Source of a tunnel's stream: its program has taken all answers before this offset. Since version 8.
+    AnswersTaken {
+        /// The first one that it has not.
+        until: u64,
     },
 }
 
