@@ -185,6 +185,11 @@ impl PeerConnection {
         header_bytes(self.0.connection.remote_address())
     }
 
+    /// Sends the next so many datagrams twice, where they go by themselves: for a message that must not wait for QUIC to find out that it was lost.
+    pub fn send_twice(&self, datagrams: u32) {
+        self.0.path.route.send_twice(datagrams);
+    }
+
     /// Share of packets that the path lost of late, as far as was seen: never 0.
     #[must_use]
     pub fn loss_at_most(&self) -> f64 {

@@ -21,7 +21,7 @@ use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -103,6 +103,8 @@ pub(super) struct Route {
     peer: Arc<SharedBucket>,
     link: Arc<SharedBucket>,
     counters: RouteCounters,
+    /// Datagrams that are still to be sent twice.
+    twice: AtomicU32,
 }
 
 /// How often and how long a route made packets wait.
@@ -139,6 +141,7 @@ impl Route {
             peer,
             link,
             counters: RouteCounters::default(),
+            twice: AtomicU32::new(0),
         }
     }
 
@@ -200,6 +203,23 @@ impl Route {
             Some(when) => Err(when),
             None => Ok(()),
         }
+    }
+
+    /// Sends the next so many datagrams that go by themselves twice: one of a handful that a peer waits for. QUIC drops the second copy. What is
+    /// lost with both is sent again after QUIC's probe timeout, a round trip and a half.
+    pub(super) fn send_twice(&self, datagrams: u32) {
+        self.twice.store(datagrams, Ordering::Relaxed);
+    }
+
+    /// Whether this one is to be sent twice.
+    fn takes_twice(&self, transmit: &Transmit<'_>) -> bool {
+        let goes_alone = transmit.segment_size.is_none_or(|size| transmit.contents.len() <= size);
+        let left = |left: u32| left.checked_sub(1);
+        goes_alone
+            && self
+                .twice
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, left)
+                .is_ok()
     }
 
     /// Packets of so many bytes that may leave at once: a millisecond's, but at least one.
@@ -373,6 +393,9 @@ impl AsyncUdpSocket for PacedSocket {
         }
         self.inner.try_send(transmit)?;
         route.charge(bytes);
+        if route.takes_twice(transmit) && self.inner.try_send(transmit).is_ok() {
+            route.charge(bytes);
+        }
         Ok(())
     }
 

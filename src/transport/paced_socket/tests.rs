@@ -329,6 +329,24 @@ async fn waits_are_counted_once_each_with_their_time() {
 }
 
 #[test]
+fn as_many_datagrams_as_were_asked_for_are_sent_twice_and_charged_twice_but_no_trains() {
+    let bucket = limited(1_000_000_000);
+    let route = Arc::new(Route::new(Priority::Control, None, bucket, unlimited()));
+    let wire = Arc::new(Wire::default());
+    let socket = unlinked(wire.clone());
+    socket.set_only_route(Arc::clone(&route));
+    let send = |length: usize| {
+        let before = wire.sent.lock().unwrap().len();
+        socket.try_send(&transmit(address(PEER), &vec![0; length])).unwrap();
+        wire.sent.lock().unwrap().len() - before
+    };
+    assert_eq!(send(100), 1);
+    route.send_twice(2);
+    assert_eq!([send(TRAIN), send(100), send(SEGMENT), send(100)], [1, 2, 2, 1]);
+    assert_eq!(wire.bytes(), TRAIN_ON_WIRE + 4 * 142 + 2 * (SEGMENT as u64 + 42));
+}
+
+#[test]
 fn headers_are_42_bytes_a_datagram_over_ipv4_and_62_over_ipv6() {
     for (peer, header) in [
         ("192.0.2.1:1", 42),
