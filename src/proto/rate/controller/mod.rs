@@ -131,13 +131,14 @@ impl LinkController {
         self.queue.base().unwrap_or(self.configured_rtt)
     }
 
-    /// The link has another capacity from now on. Less takes effect at once. More takes effect at once if the link was full before,
-    /// and eightfold each clean round otherwise: the evidence for a brake is of a rate that no longer holds.
+    /// The link has another capacity from now on. Less takes effect at once. More takes effect at once if the link was full before. Otherwise it is
+    /// taken to carry as much of the new one as of the old one, which is approached eightfold each clean round.
     pub fn set_capacity(&mut self, capacity: ByteRate) {
         if self.rate == self.capacity {
             self.rate = capacity;
         } else if capacity > self.capacity {
-            self.resume = Some(capacity);
+            let more = capacity.0 as f64 / self.capacity.0.max(1) as f64;
+            self.resume = Some(scaled(self.resume.unwrap_or(self.rate), more));
         }
         self.capacity = capacity;
         self.rate = self.rate.min(capacity);
@@ -203,7 +204,7 @@ impl LinkController {
         }
         let loss = self.round.loss();
         let round_rtt = self.round.least_rtt.unwrap_or(self.configured_rtt);
-        self.queue.observe(round_rtt, self.rate().time_for(self.mtu));
+        self.queue.observe(round_rtt, self.capacity.time_for(self.mtu));
         let queued = self.queue.length(round_rtt) > MIN_QUEUE.max(self.least_rtt() / 4);
         if loss > SEVERE * self.loss_tolerance {
             self.brake(self.round.fit(), trip.now);

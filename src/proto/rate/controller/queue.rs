@@ -25,7 +25,7 @@ pub(super) struct StandingQueue {
     /// The two rounds before.
     before: [Option<Duration>; 2],
     noise: Duration,
-    /// What a few packets take at the sender's rate, beyond what is passed over at any rate.
+    /// What a few packets take at the capacity, beyond what is passed over at any rate. At the rate, each brake would make a queue look shorter.
     paced: Duration,
     last: Duration,
     trim: f64,
@@ -62,7 +62,7 @@ impl StandingQueue {
         self.trim
     }
 
-    /// A round is over, in which a packet took so long to send.
+    /// A round is over. A packet takes so long at the capacity.
     pub(super) fn observe(&mut self, round: Duration, packet: Duration) {
         self.paced = (PACED_PACKETS * packet).saturating_sub(PUSH_ABOVE);
         if let [Some(first), Some(second)] = self.before {

@@ -209,6 +209,23 @@ fn a_path_that_becomes_longer_is_not_taken_for_a_queue_for_ever() {
 }
 
 #[test]
+fn nor_is_one_on_which_a_packet_takes_longer_than_most_queues() {
+    let start = origin();
+    let mut controller = controller(megabit(1), start);
+    let mut now = start;
+    for number in 0..12_000 {
+        now += megabit(1).time_for(MTU.into());
+        let longer = if number < 900 { 20 } else { 120 };
+        let trip = RoundTrip {
+            sent: now - Duration::from_millis(longer),
+            now,
+        };
+        controller.on_ack(trip, MTU.into());
+    }
+    assert_eq!(controller.rate(), megabit(1));
+}
+
+#[test]
 fn an_ecn_mark_brakes_once_for_all_packets_in_flight() {
     let start = origin();
     let mut controller = controller(megabit(1_000), start);
@@ -264,9 +281,21 @@ fn a_capacity_that_was_small_and_braked_and_becomes_large_is_there_within_second
         &mut controller,
         &mut link,
         start + Duration::from_secs(30),
-        Duration::from_secs(5),
+        Duration::from_secs(10),
     );
     assert_eq!(controller.rate(), megabit(1_000));
+}
+
+#[test]
+fn a_little_more_capacity_is_no_reason_to_forget_what_the_link_carried() {
+    let start = origin();
+    let mut controller = controller(megabit(100), start);
+    let mut link = Link::new(megabit(20), Duration::from_millis(50), 0.0, start);
+    drive(&mut controller, &mut link, start, Duration::from_secs(30));
+    controller.set_capacity(megabit(101));
+    let later = start + Duration::from_secs(30);
+    let run = drive(&mut controller, &mut link, later, Duration::from_secs(10));
+    assert!(run.rates.iter().all(|rate| *rate < megabit(30)), "{:?}", run.rates);
 }
 
 #[test]
