@@ -34,8 +34,8 @@ pub(crate) enum ContactEvent {
     Message { channel: u64, message: SessionMessage },
     /// The peer acknowledged what it cannot have.
     Impossible { reason: String },
-    /// The channel of this number is gone.
-    Lost { channel: u64, reason: String },
+    /// The channel of this number is gone. `ended`: the peer has finished it.
+    Lost { channel: u64, reason: String, ended: bool },
     /// The peer does not take the stream on: told where that is final.
     Refused { reason: String },
     /// The source has been asked and does not drive the migration any more; its journal is this one.
@@ -119,10 +119,12 @@ impl Contact {
                     Ok(None) => ContactEvent::Lost {
                         channel: number,
                         reason: "the peer ended the channel".to_owned(),
+                        ended: true,
                     },
                     Err(error) => ContactEvent::Lost {
                         channel: number,
                         reason: error.to_string(),
+                        ended: false,
                     },
                 };
                 let lost = matches!(event, ContactEvent::Lost { .. });
@@ -159,6 +161,7 @@ impl Contact {
                     .send(ContactEvent::Lost {
                         channel,
                         reason: error.to_string(),
+                        ended: false,
                     })
                     .await
             });

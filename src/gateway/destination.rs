@@ -502,7 +502,9 @@ impl DestinationDriver {
                     }
                 }
             }
-            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+            ContactEvent::Lost { channel, reason, .. }
+                if self.contact.is_current(channel) || !self.contact.is_made() =>
+            {
                 self.contact.drop_channel();
                 self.last_contact = super::clock::now();
                 self.was_left = true;

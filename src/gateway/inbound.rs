@@ -355,8 +355,8 @@ async fn write(
             shared.acknowledge.notify_one();
         }
     }
-    // A decoder that has failed has not come to the end.
-    if !is_whole || shared.stopped.load(Ordering::Acquire) || released.await.is_err() {
+    // A decoder that has failed has not come to the end; the vmm hears of it after those who wait for a reason.
+    if shared.stopped.load(Ordering::Acquire) || released.await.is_err() || !is_whole {
         return Ok(false);
     }
     output.release().await?;

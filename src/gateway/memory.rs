@@ -67,6 +67,8 @@ const DEVICE_STATE: u64 = 32 << 20;
 pub(crate) struct MemoryBudget {
     total: u64,
     left: Arc<AtomicU64>,
+    /// What streams of tunnels hold.
+    streams: Arc<AtomicU64>,
 }
 
 /// Memory that one migration holds until this is dropped.
@@ -75,6 +77,8 @@ pub(crate) struct Reservation {
     bytes: u64,
     pages: u64,
     left: Arc<AtomicU64>,
+    /// What of it streams of tunnels hold, and where that is counted.
+    of_streams: Option<(u64, Arc<AtomicU64>)>,
 }
 
 /// What one end of a migration may come to hold.
@@ -172,6 +176,7 @@ impl MemoryBudget {
         Self {
             total,
             left: Arc::new(AtomicU64::new(total)),
+            streams: Arc::default(),
         }
     }
 
@@ -209,35 +214,40 @@ impl MemoryBudget {
                 left_mib: left >> 20,
                 total_mib: self.total >> 20,
             })?;
-        Ok(self.reservation(need, before))
-    }
-
-    /// Memory for one end of a tunnel's stream. Half of the budget is for migrations alone.
-    ///
-    /// # Errors
-    /// [`NoRoomForStreams`] where too little of the other half is left.
-    pub(crate) fn reserve_for_stream(&self, need: Need) -> Result<Reservation, NoRoomForStreams> {
-        let half = self.total / 2;
-        let before = self
-            .left
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| {
-                let (bytes, _) = need.of(left)?;
-                (left - bytes).checked_sub(half).map(|_| left - bytes)
-            })
-            .map_err(|_| NoRoomForStreams {
-                needed_mib: need.least_bytes().div_ceil(1 << 20),
-                total_mib: self.total >> 20,
-            })?;
-        Ok(self.reservation(need, before))
-    }
-
-    /// Of what was just taken of `before`.
-    fn reservation(&self, need: Need, before: u64) -> Reservation {
         let (bytes, pages) = need.of(before).expect("it was just found to fit");
-        Reservation {
+        Ok(Reservation {
             bytes,
             pages,
             left: Arc::clone(&self.left),
+            of_streams: None,
+        })
+    }
+
+    /// Memory for one end of a tunnel's stream. All of them have half of the budget, where migrations leave it.
+    ///
+    /// # Errors
+    /// [`NoRoomForStream`].
+    pub(crate) fn reserve_for_stream(&self, need: Need) -> Result<Reservation, NoRoomForStream> {
+        let bytes = need.least_bytes();
+        self.streams
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |held| {
+                Some(held + bytes).filter(|all| *all <= self.total / 2)
+            })
+            .map_err(|held| NoRoomForStream::Half {
+                needed_mib: bytes.div_ceil(1 << 20),
+                held_mib: held >> 20,
+                total_mib: self.total >> 20,
+            })?;
+        let reserved = self.reserve(need);
+        match reserved {
+            Ok(mut reservation) => {
+                reservation.of_streams = Some((bytes, Arc::clone(&self.streams)));
+                Ok(reservation)
+            }
+            Err(error) => {
+                self.streams.fetch_sub(bytes, Ordering::AcqRel);
+                Err(error.into())
+            }
         }
     }
 }
@@ -260,6 +270,9 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.left.fetch_add(self.bytes, Ordering::AcqRel);
+        if let Some((bytes, streams)) = self.of_streams.take() {
+            streams.fetch_sub(bytes, Ordering::AcqRel);
+        }
     }
 }
 
@@ -275,15 +288,20 @@ pub(crate) struct NoMemory {
     total_mib: u64,
 }
 
-/// Tunnels have no more of the budget.
+/// A tunnel's stream finds no memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a tunnel's stream needs {needed_mib} MiB of memory in the gateway, and half of its {total_mib} MiB are for migrations alone: close other \
-     streams, or raise memory_budget"
-)]
-pub(crate) struct NoRoomForStreams {
-    needed_mib: u64,
-    total_mib: u64,
+pub(crate) enum NoRoomForStream {
+    #[error(
+        "a tunnel's stream needs {needed_mib} MiB of memory in the gateway, and others have {held_mib} MiB of the half of {total_mib} MiB that \
+         streams may have: close some, or raise memory_budget"
+    )]
+    Half {
+        needed_mib: u64,
+        held_mib: u64,
+        total_mib: u64,
+    },
+    #[error(transparent)]
+    NoMemory(#[from] NoMemory),
 }
 
 #[cfg(test)]
@@ -307,14 +325,27 @@ mod tests {
     #[test]
     fn streams_of_tunnels_leave_half_of_the_budget_to_migrations() {
         let budget = MemoryBudget::new(512 * MIB);
+        let guest = dictionary(1 << 30);
         let dictionary = DictionaryLimits::new(1 << 16, 0).unwrap();
         let need = Need::at_exit(32 * MIB, dictionary);
         let streams: Vec<_> = std::iter::from_fn(|| budget.reserve_for_stream(need).ok()).collect();
         assert_eq!(streams.len(), 5);
         assert!(left(&budget) >= 256 * MIB);
-        assert!(budget.reserve(need).is_ok(), "a migration has the rest");
         drop(streams);
         assert_eq!(left(&budget), 512 * MIB);
+        let migration = Need::at_destination(WINDOW, guest);
+        let migrations = [migration, migration].map(|need| budget.reserve(need).unwrap());
+        assert!(left(&budget) < 256 * MIB);
+        let stream = budget.reserve_for_stream(need).unwrap();
+        assert!(budget.reserve_for_stream(Need::at_exit(256 * MIB, dictionary)).is_err());
+        drop((migrations, stream));
+        assert_eq!(
+            std::iter::from_fn(|| budget.reserve_for_stream(need).ok())
+                .take(9)
+                .collect::<Vec<_>>()
+                .len(),
+            5
+        );
     }
 
     #[test]

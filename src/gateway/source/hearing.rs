@@ -67,7 +67,9 @@ impl SourceDriver {
             ContactEvent::Message { channel, message } if self.contact.is_current(channel) => {
                 self.on_message(message).await;
             }
-            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+            ContactEvent::Lost { channel, reason, .. }
+                if self.contact.is_current(channel) || !self.contact.is_made() =>
+            {
                 self.contact.drop_channel();
                 if self.machine.outcome().is_none() && self.lost_contact.is_none() {
                     tracing::warn!(migration = %self.entry.migration, peer = self.entry.peer, "contact lost: {reason}");

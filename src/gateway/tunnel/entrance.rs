@@ -19,11 +19,11 @@ use super::super::share::Share;
 use super::super::{Core, clock, random};
 use super::answers::{MESSAGES_AHEAD, OutOfTurn, fresh};
 use super::program::{Hold, Program, Writer};
-use super::{MOST_CHUNKS, WINDOW};
+use super::{MOST_CHUNKS, STREAMS, WINDOW};
 use crate::api::Role;
 use crate::metrics::{Direction, TunnelStream};
-use crate::proto::page::MigrationId;
-use crate::proto::precopy::{Backlog, GoodputMeter};
+use crate::proto::page::{ByteRate, MigrationId};
+use crate::proto::precopy::{Backlog, GoodputMeter, PathMeter};
 use crate::proto::reduce::{DictionaryLimits, Effort, Reducer};
 use crate::proto::session::Encoder;
 use crate::proto::wire::hello;
@@ -103,6 +103,10 @@ impl Opening {
         if core.is_draining() {
             return Err("the gateway is being stopped".to_owned());
         }
+        // Itself among them.
+        if core.entrances.count_of(peer) > STREAMS {
+            return Err(format!("{STREAMS} streams to {peer} are open already"));
+        }
         let link = core.links.link(peer).await.map_err(|error| error.to_string())?;
         let _held = link.hold_agreement().await;
         let agreement = link.agreement();
@@ -158,6 +162,7 @@ struct Entrance {
     sender: Option<AbortHandle>,
     share: Arc<Share>,
     goodput: GoodputMeter,
+    path: PathMeter,
     contact: Contact,
     contact_events: mpsc::Receiver<ContactEvent>,
     lost_contact: Option<Instant>,
@@ -226,6 +231,7 @@ impl Entrance {
             sender: None,
             share,
             goodput: GoodputMeter::default(),
+            path: PathMeter::default(),
             contact,
             contact_events,
             lost_contact: None,
@@ -277,11 +283,21 @@ impl Entrance {
 
     fn look(&mut self) -> Result<(), String> {
         let now = clock::now();
-        self.goodput.observe(now, self.outbound.acknowledged_bytes());
+        let acknowledged = self.outbound.acknowledged_bytes();
+        self.goodput.observe(now, acknowledged);
+        let saturated = self.outbound.was_saturated();
+        self.path.observe(now, acknowledged, saturated);
         let found = self.goodput.best().unwrap_or(UNKNOWN_RATE).max(UNKNOWN_RATE);
-        let goodput = self.link.goodput().unwrap_or(found);
+        let promised = self.link.goodput().unwrap_or(found);
+        // As for a migration: a third above what is measured leaves room to find that more goes.
+        let measured = self.path.rate().map(|rate| ByteRate(rate.0 / 3 * 4).max(UNKNOWN_RATE));
+        let rates = [measured, self.share.limit().rate()].into_iter().flatten();
+        let goodput = rates.fold(promised, ByteRate::min);
         self.outbound.set_backlog(Backlog::at(goodput, 1.0), goodput);
-        self.link.ask(now, self.whose.stream, goodput);
+        // An idle stream asks for nothing.
+        if self.outbound.outstanding_bytes() > 0 || self.outbound.backlog_bytes() > 0 {
+            self.link.ask(now, self.whose.stream, goodput);
+        }
         let totals = self.outbound.totals();
         self.metrics.said(Direction::In, totals.vmm_bytes);
         self.metrics.frames(Direction::Out, totals.wire_bytes);
@@ -314,7 +330,9 @@ impl Entrance {
             ContactEvent::Message { channel, message } if self.contact.is_current(channel) => {
                 return self.on_message(message);
             }
-            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+            ContactEvent::Lost { channel, reason, .. }
+                if self.contact.is_current(channel) || !self.contact.is_made() =>
+            {
                 self.contact.drop_channel();
                 if self.lost_contact.is_none() {
                     tracing::warn!(tunnel = self.whose.tunnel, peer = self.whose.peer, stream = %self.whose.stream,

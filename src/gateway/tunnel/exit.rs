@@ -19,9 +19,9 @@ use super::super::memory::Need;
 use super::super::offer;
 use super::super::vmm_output::Tail;
 use super::super::{Core, clock};
-use super::MOST_CHUNKS;
 use super::answers::{Answers, LONGEST};
 use super::program::{Hold, Program, Reader, Writer};
+use super::{MOST_CHUNKS, STREAMS};
 use crate::api::Role;
 use crate::config::units::parse_name;
 use crate::metrics::{Direction, TunnelStream};
@@ -121,6 +121,9 @@ impl Opening {
         let pair = UnixStream::pair().map_err(|error| format!("{site}: {error}"))?;
         let (decoder, _, _) = offer::shelf(core, limits, memory, None).await?;
         let (attach, attachments) = mpsc::channel(4);
+        if core.exits.count_of(peer) >= STREAMS {
+            return Err(format!("{STREAMS} streams from there are open at {site} already"));
+        }
         if !core.exits.claim(offer.stream, peer, attach) {
             return Err(format!("{} is the name of a stream that is open", offer.stream));
         }
@@ -282,8 +285,12 @@ impl Exit {
                 SessionMessage::Cancel { reason } => return Err(reason),
                 other => tracing::debug!(stream = %self.stream, ?other, "not a message of an entrance"),
             },
-            ContactEvent::Lost { channel, reason } if self.contact.is_current(channel) || !self.contact.is_made() => {
+            ContactEvent::Lost { channel, reason, ended }
+                if self.contact.is_current(channel) || !self.contact.is_made() =>
+            {
                 self.contact.drop_channel();
+                // The entrance ends the channel of a stream that was given when it has heard that.
+                self.left = self.given && ended;
                 self.last_contact = clock::now();
                 tracing::debug!(stream = %self.stream, "contact lost: {reason}");
                 // It is the entrance that comes back. One that has ended, or was started anew, does not.

@@ -90,5 +90,8 @@ const MOST_CHUNKS: u32 = 1 << 16;
 /// Bytes of frames on the way: 1.8 Gbit/s over 150 ms.
 const WINDOW: u64 = 32 << 20;
 
+/// Open streams with one peer at each end. Each has a channel, of which a connection has 64 at a time, and migrations need some.
+const STREAMS: usize = 32;
+
 /// Programs at one entrance for which the peer is asked. Others wait to be accepted.
 const OPENINGS: usize = 16;
