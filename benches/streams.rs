@@ -6,7 +6,8 @@
 //!
 //! A stream is taken in two parts: up to the first page that is sent a second time, and from there on. Time is the thread's processor time. Each
 //! line of the table is one way to carry a part: `relay` only digests the stream and copies it, the codecs take each page by itself, `xbzrle` is QEMU's
-//! encoding with a cache of all pages, and `longhaul` is the whole of [`Encoder`]: digests, parser, dictionary, deltas, groups.
+//! encoding with a cache of all pages, and `longhaul` is the whole of [`Encoder`]: digests, parser, dictionary, deltas, groups. `opaque` is the same of a
+//! stream of which nothing is known: chunks instead of pages, and no deltas.
 #![expect(clippy::unwrap_used, reason = "a measuring tool fails by panicking")]
 
 use std::collections::HashMap;
@@ -55,10 +56,12 @@ fn main() {
             };
             let part = start..part.end;
             pages.compare(&stream, part.clone(), table);
-            for effort in Effort::ALL {
-                let limits = DictionaryLimits::new(1 << 20, 1 << 12).unwrap();
-                let mut encoder = Encoder::new(Some(Reducer::new(limits, 1 << 20)));
-                encoder.set_effort(effort);
+            let ways = Effort::ALL.map(|effort| (format!("longhaul {effort}"), encoder(effort)));
+            // With the dictionary of a tunnel.
+            let limits = DictionaryLimits::new(1 << 16, 0).unwrap();
+            let opaque = Encoder::of_opaque(Reducer::new(limits, 0));
+            let ways = ways.into_iter().chain([("opaque lz4".to_owned(), opaque)]);
+            for (way, mut encoder) in ways {
                 let mut frames = Vec::new();
                 feed(&mut encoder, &stream[..part.start], &mut frames);
                 let before = encoder.pages();
@@ -66,11 +69,18 @@ fn main() {
                 let time = feed(&mut encoder, &stream[part.clone()], &mut frames);
                 let bytes: u64 = frames.iter().map(EncodedFrame::lane_bytes).sum();
                 let more = format!("  {}", counted(before, encoder.pages()));
-                table(&format!("longhaul {effort}"), bytes as usize, time, &more);
+                table(&way, bytes as usize, time, &more);
             }
             start = part.end;
         }
     }
+}
+
+fn encoder(effort: Effort) -> Encoder {
+    let limits = DictionaryLimits::new(1 << 20, 1 << 12).unwrap();
+    let mut encoder = Encoder::new(Some(Reducer::new(limits, 1 << 20)));
+    encoder.set_effort(effort);
+    encoder
 }
 
 fn feed(encoder: &mut Encoder, bytes: &[u8], frames: &mut Vec<EncodedFrame>) -> Duration {
