@@ -13,9 +13,9 @@ use super::lanes::{LaneMemory, Lanes};
 use super::link_test::sink;
 use super::{offer, recovery, tunnel};
 use crate::proto::page::{JournalId, MigrationId};
+use crate::proto::wire::Request;
 use crate::proto::wire::hello::{self, Agreement, Hello};
 use crate::proto::wire::message::Reply;
-use crate::proto::wire::{Request, SessionMessage};
 use crate::transport::{Bundle, CloseCode, PeerConnection};
 
 /// How long a peer may take to say what it opened a channel for.
@@ -197,23 +197,18 @@ async fn attach(core: Arc<Core>, peer: String, migration: MigrationId, attachmen
             // It ended this moment: what it left in the journal answers.
             Err(TrySendError::Closed(back)) => attachment = back,
             Err(TrySendError::Full(back)) => {
-                return refuse(back, "it has other channels to look at first".to_owned()).await;
+                return back.refuse("it has other channels to look at first".to_owned()).await;
             }
         }
     }
     if let Err(reason) = recovery::answer_for(&core, &peer, migration, &mut attachment).await {
         tracing::warn!(%migration, peer, "{reason}");
-        return refuse(attachment, reason).await;
+        return attachment.refuse(reason).await;
     }
     drop(starting);
     if let Some(driver) = core.drivers.get(migration, &peer) {
         let _ = driver.send(attachment).await;
     }
-}
-
-async fn refuse(mut attachment: Attachment, reason: String) {
-    let refused = SessionMessage::Refused { reason };
-    let _ = attachment.channel.sender.send(&refused).await;
 }
 
 /// The bulk connections on which each peer may open lanes: those of the newest link that it made. What lanes may hold is bounded for a link, so a

@@ -54,6 +54,13 @@ pub(crate) struct Attachment {
     pub(crate) peer_journal: JournalId,
 }
 
+impl Attachment {
+    /// Ends the channel with a sentence.
+    pub(crate) async fn refuse(mut self, reason: String) {
+        let _ = self.channel.sender.send(&SessionMessage::Refused { reason }).await;
+    }
+}
+
 /// A migration at its destination.
 pub(crate) struct DestinationDriver {
     core: Arc<Core>,

@@ -15,9 +15,12 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::AbortHandle;
 
 use super::clock;
 use super::keeping::{Leftover, LeftoverSlot};
+use super::links::Link;
+use super::share::Share;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
@@ -208,6 +211,26 @@ impl Outbound {
                 self.protect_tail(bulk, &mut flow).await?;
             }
         }
+    }
+
+    /// [`Self::send`] over a link, in a task of its own, as a share of it allows. A link that fails is closed, which ends the channel of whoever uses it.
+    pub(crate) fn send_over(self: &Arc<Self>, link: &Arc<Link>, share: &Arc<Share>) -> AbortHandle {
+        let (outbound, link, share) = (Arc::clone(self), Arc::clone(link), Arc::clone(share));
+        let epoch = outbound.epoch();
+        let flow = share.join(link.turns());
+        let task = tokio::spawn(async move {
+            let bulk = link.bulk();
+            let sent = tokio::select! {
+                sent = outbound.send(bulk, share.limit(), flow, link.protects_tail(), epoch) => sent,
+                // Perhaps one to which nothing more is given, and which has not delivered what it was given.
+                error = bulk.broken() => Err(LaneError::Connection(error)),
+            };
+            if let Err(error) = sent {
+                // The control connection tells the driver: closed too, or lost over the same path.
+                link.close_broken(&error.to_string());
+            }
+        });
+        task.abort_handle()
     }
 
     /// Once the stream has ended and everything has left: parity over what is in flight.

@@ -34,7 +34,6 @@ use crate::proto::precopy::budget::LOOK;
 use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
 use crate::proto::wire::{SessionMessage, hello};
-use crate::transport::LaneError;
 
 /// Between looks at the vmm once its stream has ended: the guest stands still.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
@@ -423,26 +422,7 @@ impl SourceDriver {
             sender.abort();
         }
         stream.left_before = link.bulk_left();
-        let outbound = Arc::clone(&stream.outbound);
-        let epoch = outbound.epoch();
-        let link = Arc::clone(link);
-        let entry = Arc::clone(&self.entry);
-        let flow = entry.share.join(link.turns());
-        let task = tokio::spawn(async move {
-            let protects_tail = link.protects_tail();
-            let limit = entry.share.limit();
-            let bulk = link.bulk();
-            let sent = tokio::select! {
-                sent = outbound.send(bulk, limit, flow, protects_tail, epoch) => sent,
-                // Perhaps one to which nothing more is given, and which has not delivered what it was given.
-                error = bulk.broken() => Err(LaneError::Connection(error)),
-            };
-            if let Err(error) = sent {
-                // The control connection tells the driver: closed too, or lost over the same path.
-                link.close_broken(&error.to_string());
-            }
-        });
-        stream.sender = Some(task.abort_handle());
+        stream.sender = Some(stream.outbound.send_over(link, &self.entry.share));
     }
 
     /// Ends the vmm whose VM runs elsewhere, or leaves it paused where the configuration says so.

@@ -29,7 +29,6 @@ use crate::proto::session::Encoder;
 use crate::proto::wire::hello;
 use crate::proto::wire::message::TunnelOffer;
 use crate::proto::wire::{Request, SessionMessage};
-use crate::transport::LaneError;
 
 /// Between looks at the path.
 const LOOK: Duration = Duration::from_millis(50);
@@ -168,11 +167,12 @@ struct Entrance {
     lost_contact: Option<Instant>,
     /// Answers that have come, with the end's number.
     heard: u64,
-    /// The exit says that its program has everything, and that ours has all the answers.
-    given: bool,
     /// Of those, what the program has taken.
     written: watch::Receiver<u64>,
+    /// To the program; none once their end has come.
     answers: Option<mpsc::Sender<Bytes>>,
+    /// The exit says that its program has everything, and that ours has all the answers.
+    given: bool,
     /// Between the program and us.
     pumps: JoinSet<Result<(), Gone>>,
     gone: Option<Gone>,
@@ -395,22 +395,8 @@ impl Entrance {
             sender.abort();
         }
         self.left_before = link.bulk_left();
-        self.link = Arc::clone(&link);
-        let outbound = Arc::clone(&self.outbound);
-        let epoch = outbound.epoch();
-        let flow = self.share.join(link.turns());
-        let share = Arc::clone(&self.share);
-        let task = tokio::spawn(async move {
-            let sent = tokio::select! {
-                sent = outbound.send(link.bulk(), share.limit(), flow, link.protects_tail(), epoch) => sent,
-                error = link.bulk().broken() => Err(LaneError::Connection(error)),
-            };
-            if let Err(error) = sent {
-                // The control connection tells the stream: closed too, or lost over the same path.
-                link.close_broken(&error.to_string());
-            }
-        });
-        self.sender = Some(task.abort_handle());
+        self.sender = Some(self.outbound.send_over(&link, &self.share));
+        self.link = link;
     }
 
     async fn finish(mut self, ended: Result<(), String>) {

@@ -73,8 +73,7 @@ pub(in crate::gateway) async fn attach(core: &Core, peer: &str, stream: Migratio
         }
     }
     let reason = format!("{} has no stream {stream} that is open", core.config.site);
-    let refused = SessionMessage::Refused { reason };
-    let _ = attachment.channel.sender.send(&refused).await;
+    attachment.refuse(reason).await;
 }
 
 /// What a stream begins with.
