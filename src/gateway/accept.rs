@@ -40,7 +40,7 @@ pub(crate) async fn control(core: Arc<Core>, peer: String, connection: PeerConne
     let mut known: Option<Arc<Known>> = None;
     loop {
         let channel = match connection.accept_bi().await {
-            Ok((sender, receiver)) => Channel::new(sender, receiver),
+            Ok((sender, receiver)) => Channel::new(&connection, sender, receiver),
             Err(error) => {
                 tracing::debug!(peer, "control connection closed: {error}");
                 return;

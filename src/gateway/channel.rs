@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::proto::wire::message::{self, MessageError};
+use crate::transport::{Doubling, PeerConnection};
 
 /// One end of a channel. Dropping it ends both directions.
 #[derive(Debug)]
@@ -15,7 +16,10 @@ pub(crate) struct Channel {
 
 /// The half that sends.
 #[derive(Debug)]
-pub(crate) struct ChannelSender(quinn::SendStream);
+pub(crate) struct ChannelSender {
+    stream: quinn::SendStream,
+    doubling: Doubling,
+}
 
 /// The half that receives.
 #[derive(Debug)]
@@ -25,9 +29,12 @@ pub(crate) struct ChannelReceiver {
 }
 
 impl Channel {
-    pub(crate) fn new(sender: quinn::SendStream, receiver: quinn::RecvStream) -> Self {
+    pub(crate) fn new(connection: &PeerConnection, sender: quinn::SendStream, receiver: quinn::RecvStream) -> Self {
         Self {
-            sender: ChannelSender(sender),
+            sender: ChannelSender {
+                stream: sender,
+                doubling: connection.doubling(),
+            },
             receiver: ChannelReceiver {
                 stream: receiver,
                 received: BytesMut::new(),
@@ -39,9 +46,9 @@ impl Channel {
     ///
     /// # Errors
     /// [`ChannelError`] where the connection is gone.
-    pub(crate) async fn open<M: Serialize>(connection: &quinn::Connection, first: &M) -> Result<Self, ChannelError> {
+    pub(crate) async fn open<M: Serialize>(connection: &PeerConnection, first: &M) -> Result<Self, ChannelError> {
         let (sender, receiver) = connection.open_bi().await?;
-        let mut channel = Self::new(sender, receiver);
+        let mut channel = Self::new(connection, sender, receiver);
         channel.sender.send(first).await?;
         Ok(channel)
     }
@@ -51,7 +58,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError`] where the connection is gone or the answer is not one.
     pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
-        connection: &quinn::Connection,
+        connection: &PeerConnection,
         question: &Q,
     ) -> Result<A, ChannelError> {
         let mut channel = Self::open(connection, question).await?;
@@ -63,20 +70,25 @@ impl ChannelSender {
     /// Sends one message. Not cancel-safe: a message that was cut in half ends the channel.
     pub(crate) async fn send<M: Serialize>(&mut self, message: &M) -> Result<(), ChannelError> {
         let bytes = message::encode(message)?;
-        self.0.write_chunk(bytes).await?;
+        self.stream.write_chunk(bytes).await?;
         Ok(())
+    }
+
+    /// The next so many datagrams go twice: for a message that somebody waits for, or that what follows must not wait for.
+    pub(crate) fn double_next(&self, datagrams: u32) {
+        self.doubling.of_next(datagrams);
     }
 
     /// What is sent here waits for what others send on the connection.
     pub(crate) fn wait_for_others(&self) {
         // An error here says that the stream is closed already: nothing is sent on it.
-        let _ = self.0.set_priority(-1);
+        let _ = self.stream.set_priority(-1);
     }
 
     /// Nothing follows; what was sent still arrives.
     pub(crate) fn finish(&mut self) {
         // An error here says that the stream is closed already, which is what was asked for.
-        let _ = self.0.finish();
+        let _ = self.stream.finish();
     }
 }
 

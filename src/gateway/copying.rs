@@ -194,7 +194,7 @@ impl Copying {
         let left_at_stop = vmm_rate(goodput, reduction_ratio) as f64 * self.policy.allowed_transfer().as_secs_f64();
         let to_go = ram.remaining_bytes.saturating_sub(left_at_stop as u64);
         let backlog = Backlog::before_the_stop(goodput, reduction_ratio, to_go);
-        outbound.set_backlog(backlog, goodput);
+        outbound.set_backlog(backlog, goodput, link.rtt());
         link.ask(now, entry.migration, goodput);
         let unsent_in_quic = self.unsent_in_quic(outbound, link);
         let backlog_bytes = outbound.backlog_bytes() + unsent_in_quic;

@@ -20,6 +20,7 @@ use crate::proto::wire::{Hello, HelloError, Limits, Request};
 use crate::shaper::{Shaper, Turns};
 use crate::store::spill;
 use crate::store::trust::TrustStore;
+use crate::transport::tuning::PROTECTED_RTT;
 use crate::transport::{Bulk, CloseCode, DialError, PeerConnection, PeerLink, PeerTarget, Transport};
 
 /// How long a peer may take from the first packet to its hello.
@@ -46,9 +47,6 @@ const AGREED: Duration = Duration::from_secs(60);
 
 /// Where a link over the second address is not used, the first address is tried this often: it may be back.
 const BACK_TO_FIRST: Duration = Duration::from_secs(300);
-
-/// On a shorter path QUIC's own repair takes no longer than the parity's way through both gateways.
-const PROTECTED_RTT: Duration = Duration::from_millis(5);
 
 /// Every link of this gateway.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use super::congestion;
 use super::paced_socket::{PacedSocket, Route, SharedBucket, header_bytes};
 use super::tls::ConnectionKind;
 use super::trust::Fingerprint;
-use super::tuning::{STREAM_OVERHEAD, stream_rate, window_of_flight};
+use super::tuning::{PROTECTED_RTT, STREAM_OVERHEAD, stream_rate, window_of_flight};
 use crate::proto::page::ByteRate;
 use crate::proto::rate::LossMeter;
 
@@ -185,9 +185,13 @@ impl PeerConnection {
         header_bytes(self.0.connection.remote_address())
     }
 
-    /// Sends the next so many datagrams twice, where they go by themselves: for a message that must not wait for QUIC to find out that it was lost.
-    pub fn send_twice(&self, datagrams: u32) {
-        self.0.path.route.send_twice(datagrams);
+    /// For messages on it that must not wait for QUIC to find out that they were lost.
+    #[must_use]
+    pub fn doubling(&self) -> Doubling {
+        Doubling {
+            connection: self.0.connection.clone(),
+            route: Arc::clone(&self.0.path.route),
+        }
     }
 
     /// Share of packets that the path lost of late, as far as was seen: never 0.
@@ -224,6 +228,27 @@ impl PeerConnection {
             self.header_bytes(),
             self.0.loss().share(),
         ))
+    }
+}
+
+/// Sends single datagrams of a connection twice. Does not keep a [`PeerConnection`] from closing.
+pub struct Doubling {
+    connection: Connection,
+    route: Arc<Route>,
+}
+
+impl Doubling {
+    /// At least the next so many datagrams, where they go by themselves and the path is long enough for it to be worth its bytes.
+    pub fn of_next(&self, datagrams: u32) {
+        if self.connection.rtt() >= PROTECTED_RTT {
+            self.route.send_twice(datagrams);
+        }
+    }
+}
+
+impl fmt::Debug for Doubling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Doubling").finish_non_exhaustive()
     }
 }
 

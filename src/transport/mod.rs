@@ -40,7 +40,7 @@ pub use dial::{DialCause, DialError, PeerTarget};
 pub use endpoint::{BindError, Transport, TransportSettings};
 pub use identity::{CERTIFICATE_LIFETIME, Identity, IdentityError, RENEW_BEFORE_EXPIRY};
 pub use lane::{LaneError, next_chunk, read_lane, send_lane};
-pub use link::{CloseCode, ConnectionMeasures, LinkMeasures, PeerConnection, PeerLink};
+pub use link::{CloseCode, ConnectionMeasures, Doubling, LinkMeasures, PeerConnection, PeerLink};
 pub use network::{Network, Udp};
 pub use tls::ConnectionKind;
 pub use trust::{Fingerprint, InvalidFingerprint, TrustAnchors};

@@ -56,6 +56,9 @@ pub const COMMON_UDP_PAYLOAD: u16 = 1452;
 /// (16), and a STREAM frame header (1 + up to 4 stream id + up to 4 offset + 2 length).
 pub const STREAM_OVERHEAD: u64 = 40;
 
+/// On a shorter path QUIC's own repair of what was lost takes no longer than what could be sent beside it.
+pub const PROTECTED_RTT: Duration = Duration::from_millis(5);
+
 /// What a full packet takes of a common link's rate, as `tc` counts it: IPv4, UDP and Ethernet headers included.
 pub const LINK_BYTES_PER_PACKET: u64 = COMMON_UDP_PAYLOAD as u64 + 28 + ETHERNET_HEADER;
 

@@ -23,8 +23,9 @@ use super::links::Link;
 use super::share::Share;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
+use crate::proto::precopy::{Backlog, Report, Restoring};
+
 use crate::proto::precopy::rounds::Totals;
-use crate::proto::precopy::{Backlog, Restoring};
 use crate::proto::reduce::{Effort, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary, connection_of};
@@ -42,6 +43,9 @@ const PACING_STEP: Duration = Duration::from_millis(1);
 
 /// What timers overshoot is made up for, up to this.
 const CREDIT: Duration = Duration::from_millis(2);
+
+/// Between looks at what waits, while the vmm is made to wait.
+const WAITS_LOOK: Duration = Duration::from_millis(5);
 
 /// Assumed until a rate is measured or configured.
 pub(crate) const UNKNOWN_RATE: ByteRate = ByteRate(12_500_000);
@@ -100,6 +104,8 @@ struct Shared {
     restoring: Mutex<Restoring>,
     /// Frame bytes a second that the path takes.
     goodput: AtomicU64,
+    /// Of the path.
+    rtt_micros: AtomicU64,
 }
 
 impl Outbound {
@@ -136,6 +142,7 @@ impl Outbound {
             queued_at_peer: AtomicU64::new(0),
             restoring: Mutex::default(),
             goodput: AtomicU64::new(UNKNOWN_RATE.0),
+            rtt_micros: AtomicU64::new(0),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
@@ -282,8 +289,10 @@ impl Outbound {
         self.shared.stop();
     }
 
-    /// What may wait before the vmm is made to wait.
-    pub(crate) fn set_backlog(&self, backlog: Backlog, goodput: ByteRate) {
+    /// What may wait before the vmm is made to wait, on a path of this goodput and round trip time.
+    pub(crate) fn set_backlog(&self, backlog: Backlog, goodput: ByteRate, rtt: Duration) {
+        let rtt = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        self.shared.rtt_micros.store(rtt, Ordering::Relaxed);
         self.shared.goodput.store(goodput.0, Ordering::Relaxed);
         self.shared.backlog_limit.store(backlog.limit_bytes, Ordering::Relaxed);
         self.shared.read_bytes.store(backlog.read_bytes, Ordering::Relaxed);
@@ -291,23 +300,21 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement: no more than was sent there. Where that takes longer
-    /// than to carry as many bytes, it counts as what would be carried meanwhile.
+    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement, no more than was sent there, and what its vmm has taken of
+    /// the stream.
     pub(crate) fn set_queued_at_peer(&self, bytes: u64, taken: u64) {
         let bytes = bytes.min(self.shared.window_bytes);
-        let (decoded, queued) = {
+        let report = {
             let session = self.shared.session();
-            (session.decoded_bytes(), session.stream_bytes_waiting(bytes, taken))
+            Report {
+                decoded_bytes: session.decoded_bytes(),
+                queued_bytes: session.stream_bytes_waiting(bytes, taken),
+                ahead_bytes: self.shared.vmm_bytes.load(Ordering::Relaxed).saturating_sub(taken),
+                rtt: Duration::from_micros(self.shared.rtt_micros.load(Ordering::Relaxed)),
+            }
         };
-        let waits = {
-            let mut restoring = self.shared.restoring();
-            restoring.observe(clock::now(), decoded, queued);
-            restoring.queue()
-        };
-        let as_frames = ByteRate(self.shared.goodput.load(Ordering::Relaxed)).bytes_in(waits);
-        self.shared
-            .queued_at_peer
-            .store(bytes.max(as_frames), Ordering::Relaxed);
+        self.shared.restoring().observe(clock::now(), report);
+        self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -435,7 +442,15 @@ impl Shared {
         self.session().unsent_bytes()
             + self.leaving_bytes.load(Ordering::Relaxed)
             + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed)
-            + self.queued_at_peer.load(Ordering::Relaxed)
+            + self.waits_at_peer()
+    }
+
+    /// What waits at the peer. Where it is known how fast that becomes less, it counts as what is carried in the time that it makes the stream wait.
+    fn waits_at_peer(&self) -> u64 {
+        match self.restoring().wait(clock::now()) {
+            Some(wait) => ByteRate(self.goodput.load(Ordering::Relaxed)).bytes_in(wait),
+            None => self.queued_at_peer.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -452,7 +467,8 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             if shared.backlog() <= shared.backlog_limit.load(Ordering::Relaxed) {
                 break;
             }
-            notified.await;
+            // What waits at the peer becomes less by itself.
+            let _ = tokio::time::timeout(WAITS_LOOK, notified).await;
         }
         let most = shared.read_bytes.load(Ordering::Relaxed) as usize;
         buffer.reserve(most);
@@ -557,7 +573,7 @@ mod tests {
         let (mut vmm, ours) = UnixStream::pair().unwrap();
         let (outbound, _) = Outbound::start(ours, MigrationId([7; 16]), WINDOW, Encoder::new(None), Effort::LEAST, 1);
         let backlog = Backlog::at(ByteRate(5_000_000), 1.0);
-        outbound.set_backlog(backlog, ByteRate(5_000_000));
+        outbound.set_backlog(backlog, ByteRate(5_000_000), Duration::ZERO);
         let most = backlog.limit_bytes + backlog.read_bytes;
         let feeding = tokio::spawn(async move { vmm.write_all(&[1; 4 << 20]).await });
         let full = async {

@@ -26,8 +26,7 @@ use super::stream_socket::StreamSocket;
 use crate::api::Phase;
 use crate::hypervisor::qemu::{SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
-    Doubt, Effect, JournalRecord, Message, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState,
-    StreamSum,
+    Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
 };
 use crate::proto::page::JournalId;
 use crate::proto::precopy::budget::LOOK;
@@ -40,9 +39,6 @@ const CLOSE_LOOK: Duration = Duration::from_millis(2);
 
 /// How long a vmm may take to connect to the socket it was told to migrate to.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
-
-/// PERMIT, and acknowledgements that may leave before it. Where it was lost (1 % of packets, 150 ms) it came 225 ms later (2026-11-28).
-const DATAGRAMS_AROUND_PERMIT: u32 = 8;
 
 /// A migration at its source, from the agreement of both sites to its end.
 pub(crate) struct SourceDriver {
@@ -246,10 +242,6 @@ impl SourceDriver {
         match effect {
             Effect::Record(kind) => self.record(kind).await,
             Effect::Send(message) => {
-                // The guest stands still until it is there.
-                if let (Message::Permit(_), Some(link)) = (&message, &self.link) {
-                    link.control().send_twice(DATAGRAMS_AROUND_PERMIT);
-                }
                 self.contact.send(&SessionMessage::Ownership(message)).await;
             }
             Effect::AskPeer => self.look_for_peer(),

@@ -293,7 +293,8 @@ impl Entrance {
         let measured = self.path.rate().map(|rate| ByteRate(rate.0 / 3 * 4).max(UNKNOWN_RATE));
         let rates = [measured, self.share.limit().rate()].into_iter().flatten();
         let goodput = rates.fold(promised, ByteRate::min);
-        self.outbound.set_backlog(Backlog::at(goodput, 1.0), goodput);
+        self.outbound
+            .set_backlog(Backlog::at(goodput, 1.0), goodput, self.link.rtt());
         // An idle stream asks for nothing.
         if self.outbound.outstanding_bytes() > 0 || self.outbound.backlog_bytes() > 0 {
             self.link.ask(now, self.whose.stream, goodput);

@@ -18,5 +18,5 @@ pub use estimate::{EncoderMeter, GoodputMeter, PathMeter, RatioMeter, usable_rat
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};
 pub use policy::{Decision, Policy, Sample};
-pub use restoring::Restoring;
+pub use restoring::{Report, Restoring};
 pub use rounds::{Round, Rounds};

@@ -205,10 +205,10 @@ impl Route {
         }
     }
 
-    /// Sends the next so many datagrams that go by themselves twice: one of a handful that a peer waits for. QUIC drops the second copy. What is
-    /// lost with both is sent again after QUIC's probe timeout, a round trip and a half.
+    /// Sends at least the next so many datagrams that go by themselves twice: one of a handful that a peer waits for. QUIC drops the second copy.
+    /// What is lost with both is sent again after QUIC's probe timeout, a round trip and a half.
     pub(super) fn send_twice(&self, datagrams: u32) {
-        self.twice.store(datagrams, Ordering::Relaxed);
+        self.twice.fetch_max(datagrams, Ordering::Relaxed);
     }
 
     /// Whether this one is to be sent twice.
