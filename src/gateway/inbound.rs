@@ -322,9 +322,7 @@ fn decode<S: PageShelf + Send + 'static>(
         shared.acknowledge.notify_one();
         if frame.header.last {
             let ended = (decoder.summary(), decoder.pages());
-            if keeps {
-                shared.leftover.put(Leftover::of_decoder(decoder));
-            }
+            shared.leftover.put(Leftover::of_decoder(decoder, keeps));
             return Ok(Some(ended));
         }
     }

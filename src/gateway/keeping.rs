@@ -8,9 +8,12 @@
 //! RUNNING: keep                                 RUNNING: keep
 //! ```
 
+use std::any::Any;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use tokio::runtime::Handle;
 
 use super::memory::Reservation;
 use super::registry::Entry;
@@ -27,24 +30,56 @@ use crate::store::spill::{self, SpillShelf};
 /// What a session leaves, wherever it kept it.
 type Kept = KeptPages<Box<dyn PageShelf + Send>>;
 
-/// A session that has ended. What it leaves is only put together when the VM runs: the guest stands still until then.
-pub(crate) struct Leftover(Box<dyn FnOnce() -> Option<Kept> + Send>);
+/// A session that has ended, with everything that it held. What it leaves for the next one is only put together when the VM runs, and its memory
+/// only given back then: hundreds of megabytes take 40 ms (2026-11-28), and the guest stands still until then.
+pub(crate) struct Leftover(Option<Remains>);
+
+enum Remains {
+    ToKeep(Box<dyn FnOnce() -> Option<Kept> + Send>),
+    #[expect(dead_code, reason = "held until it may be given back")]
+    Memory(Box<dyn Any + Send>),
+}
 
 impl Leftover {
     /// Of a source.
-    pub(crate) fn of_reducer(reducer: Reducer) -> Option<Self> {
-        reducer.keeps().then(|| Self(Box::new(move || reducer.into_kept())))
+    pub(crate) fn of_reducer(reducer: Reducer) -> Self {
+        Self(Some(if reducer.keeps() {
+            Remains::ToKeep(Box::new(move || reducer.into_kept()))
+        } else {
+            Remains::Memory(Box::new(reducer))
+        }))
     }
 
-    /// Of a destination.
-    pub(crate) fn of_decoder<S: PageShelf + Send + 'static>(decoder: Decoder<S>) -> Self {
-        Self(Box::new(move || {
-            let kept = decoder.into_kept()?;
-            Some(Kept {
-                shelf: Box::new(kept.shelf),
-                places: kept.places,
-            })
+    /// Of a destination. `keeps`: its pages are for the next session.
+    pub(crate) fn of_decoder<S: PageShelf + Send + 'static>(decoder: Decoder<S>, keeps: bool) -> Self {
+        Self(Some(if keeps {
+            Remains::ToKeep(Box::new(move || {
+                let kept = decoder.into_kept()?;
+                Some(Kept {
+                    shelf: Box::new(kept.shelf),
+                    places: kept.places,
+                })
+            }))
+        } else {
+            Remains::Memory(Box::new(decoder))
         }))
+    }
+
+    /// What puts together what is kept, where anything is.
+    fn into_keeping(mut self) -> Option<Box<dyn FnOnce() -> Option<Kept> + Send>> {
+        match self.0.take_if(|remains| matches!(remains, Remains::ToKeep(_)))? {
+            Remains::ToKeep(kept) => Some(kept),
+            Remains::Memory(_) => None,
+        }
+    }
+}
+
+impl Drop for Leftover {
+    /// Not on a thread that others wait for.
+    fn drop(&mut self) {
+        if let (Some(remains), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(remains));
+        }
     }
 }
 
@@ -256,7 +291,7 @@ impl Prepared {
 
 /// Writes what a migration left to the store, in the background: the VM runs, and nobody waits for it. `memory` covers what that takes.
 pub(crate) fn keep(core: &Arc<Core>, entry: &Entry, leftover: Option<Leftover>, memory: Option<Reservation>) {
-    let (Some(store), Some(leftover)) = (core.store.clone(), leftover) else {
+    let (Some(store), Some(to_keep)) = (core.store.clone(), leftover.and_then(Leftover::into_keeping)) else {
         return;
     };
     let (migration, vm) = (entry.migration, entry.vm.clone());
@@ -264,8 +299,7 @@ pub(crate) fn keep(core: &Arc<Core>, entry: &Entry, leftover: Option<Leftover>, 
     let core = Arc::clone(core);
     tokio::task::spawn_blocking(move || {
         let _memory = memory;
-        let kept = (leftover.0)();
-        let kept = kept.map(|mut kept| store.keep(migration, &whose, clock::unix_ms(), &mut kept));
+        let kept = to_keep().map(|mut kept| store.keep(migration, &whose, clock::unix_ms(), &mut kept));
         match kept {
             Some(Ok(Some(head))) => {
                 tracing::info!(%migration, vm, pages = head.contents, "kept for the next migration")

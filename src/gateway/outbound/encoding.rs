@@ -122,8 +122,8 @@ pub(super) fn encode(
         summary
     });
     drafter.learn(&mut encoder);
-    if let Some(leftover) = encoder.into_reducer().and_then(Leftover::of_reducer) {
-        shared.leftover.put(leftover);
+    if let Some(reducer) = encoder.into_reducer() {
+        shared.leftover.put(Leftover::of_reducer(reducer));
     }
     summary
 }
