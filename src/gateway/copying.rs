@@ -215,6 +215,7 @@ impl Copying {
             ),
             goodput,
             reduction_ratio,
+            lag: outbound.lag(),
         };
         let decision = self.policy.decide(&sample);
         let outlook = self

@@ -339,6 +339,11 @@ impl Outbound {
         self.shared.restoring().rate(clock::now())
     }
 
+    /// How long the far decoder will be busy with what is ahead of what is read now, once that gets there.
+    pub(crate) fn lag(&self) -> Duration {
+        self.shared.restoring().lag(clock::now())
+    }
+
     /// Bytes sent and not yet acknowledged by the far decoder.
     pub(crate) fn outstanding_bytes(&self) -> u64 {
         self.shared.session().outstanding_bytes()

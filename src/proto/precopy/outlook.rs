@@ -133,6 +133,7 @@ mod tests {
 
     fn sample(round: u32, remaining_bytes: u64, dirty: u64) -> Sample {
         Sample {
+            lag: Duration::ZERO,
             now: Instant::now(),
             round,
             remaining_bytes,

@@ -2,7 +2,8 @@
 //!
 //! Shortest stop first: the policy begins by allowing [`FIRST_TRANSFER`] for the last bytes. While rounds shrink it waits; where
 //! the dirty set has stopped shrinking it doubles the allowance, up to the budget. A guest that writes slowly is thus stopped for
-//! little more than the trip across; one that writes fast still moves, within the operator's limit.
+//! little more than the trip across; one that writes fast still moves, within the operator's limit. While the destination has more to do than it
+//! will have done when new bytes get there, the guest would stand still for that as well: it takes from the allowance.
 
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ pub struct Sample {
     pub goodput: ByteRate,
     /// Vmm bytes per frame byte of late, pessimistic (hot pages reduce worst); at least a little above 0.
     pub reduction_ratio: f64,
+    /// How long the destination will be busy with earlier bytes when the next ones get there.
+    pub lag: Duration,
 }
 
 /// What to do now.
@@ -114,7 +117,17 @@ impl Policy {
                 reason: self.why_not_in_time(sample),
             };
         }
-        Decision::Continue(self.settings(sample.goodput, sample.reduction_ratio))
+        // Whatever the destination does, a guest that is written to as fast as that is not waited for.
+        let least = if self.allowed == self.budget.transfer {
+            FIRST_TRANSFER.min(self.allowed)
+        } else {
+            LEAST_LIMIT
+        };
+        let settings = self.settings(sample.goodput, sample.reduction_ratio);
+        Decision::Continue(Settings {
+            downtime_limit: settings.downtime_limit.saturating_sub(sample.lag).max(least),
+            ..settings
+        })
     }
 
     /// Settings for a path of this goodput and a stream of this reduction ratio.
@@ -144,16 +157,21 @@ impl Policy {
             self.smallest_since = sample.now;
         }
         let new_round = sample.round > self.round;
-        let mut stalled = false;
-        if new_round {
+        // A round in which the guest is kept running for the destination's sake says nothing by itself.
+        let judged = new_round && sample.lag.is_zero();
+        let stalled = if judged {
             // What is left in the round that ended is compared with the best of all before it: a dirty set that still
             // shrinks by a tenth a round is on its way.
             let before = self.smallest_in_round;
-            stalled = self.round >= 2 && self.smallest_remaining >= before.saturating_sub(before / 10);
+            self.round >= 2 && self.smallest_remaining >= before.saturating_sub(before / 10)
+        } else {
+            self.round >= 2 && sample.now.saturating_duration_since(self.smallest_since) >= STALLED_TIME
+        };
+        if new_round {
             self.smallest_in_round = self.smallest_remaining;
             self.round = sample.round;
-        } else if self.round >= 2 && sample.now.saturating_duration_since(self.smallest_since) >= STALLED_TIME {
-            stalled = true;
+        }
+        if stalled && !judged {
             self.smallest_since = sample.now;
         }
         if stalled {
@@ -162,7 +180,7 @@ impl Policy {
                 self.allowed = (self.allowed * 2).min(self.budget.transfer);
                 self.stalled_rounds = 0;
             }
-        } else if new_round {
+        } else if judged {
             self.stalled_rounds = 0;
         }
     }
@@ -218,6 +236,7 @@ mod tests {
             dirty_rate: ByteRate(8_000_000),
             goodput: ByteRate(100_000_000),
             reduction_ratio: 2.0,
+            lag: Duration::ZERO,
         }
     }
 
@@ -246,6 +265,44 @@ mod tests {
             allowance_after(|round| if round % 2 == 0 { 50_000_000 } else { 70_000_000 }, 40),
             budget().transfer
         );
+    }
+
+    #[test]
+    fn what_the_destination_lags_behind_is_taken_from_the_allowance() {
+        let start = Instant::now();
+        let mut policy = Policy::new(start, budget(), None);
+        let mut limit = |lag| {
+            let sample = Sample {
+                lag,
+                ..sample(start, 2, 50_000_000)
+            };
+            match policy.decide(&sample) {
+                Decision::Continue(settings) => settings.downtime_limit,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(limit(MS(0)), FIRST_TRANSFER);
+        assert_eq!(limit(MS(5)), FIRST_TRANSFER - MS(5));
+        assert_eq!(limit(MS(500)), LEAST_LIMIT);
+    }
+
+    #[test]
+    fn a_destination_that_always_lags_behind_does_not_keep_a_vm_from_moving() {
+        let start = Instant::now();
+        let mut policy = Policy::new(start, budget(), None);
+        let mut limits = Vec::new();
+        for step in 0..600 {
+            let sample = Sample {
+                lag: MS(5000),
+                ..sample(start + MS(100) * step, step, 50_000_000)
+            };
+            match policy.decide(&sample) {
+                Decision::Continue(settings) => limits.push(settings.downtime_limit),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(limits[100], LEAST_LIMIT, "it is waited for");
+        assert_eq!(limits[599], FIRST_TRANSFER, "and not for ever");
     }
 
     #[test]

@@ -82,15 +82,22 @@ impl Restoring {
         Some(ByteRate((rate.0 / MORE.1).saturating_mul(MORE.0).max(LEAST.0)))
     }
 
-    /// How long what is read now will wait there; `None` while it is not known how fast frames are restored.
+    /// How long what is read now will wait there, if frames wait now; `None` while it is not known how fast they are restored.
     #[must_use]
     pub fn wait(&self, now: Instant) -> Option<Duration> {
-        let rate = self.meter.rate?;
-        let Some(Looked { at, report }) = self.newest.filter(|newest| newest.report.queued_bytes > QUEUE) else {
-            return Some(Duration::ZERO);
+        self.meter.rate?;
+        let waits = self.newest.is_some_and(|newest| newest.report.queued_bytes > QUEUE);
+        Some(if waits { self.lag(now) } else { Duration::ZERO })
+    }
+
+    /// How long what is read now will wait there, also for frames that wait for one before them and will be restored once that is there.
+    #[must_use]
+    pub fn lag(&self, now: Instant) -> Duration {
+        let (Some(rate), Some(Looked { at, report })) = (self.meter.rate, self.newest) else {
+            return Duration::ZERO;
         };
         let passed = report.rtt + now.saturating_duration_since(at);
-        Some(rate.time_for(report.ahead_bytes).saturating_sub(passed))
+        rate.time_for(report.ahead_bytes).saturating_sub(passed)
     }
 
     fn is_forgotten(&self, now: Instant) -> bool {
@@ -228,6 +235,16 @@ mod tests {
         // Behind a gap that was filled: a round trip's worth at 200 MiB a second, and as much on the way, at a destination that restores 500.
         destination.works(ms(60), 500, 30 * MIB, 30 * MIB);
         assert_eq!(destination.wait(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn frames_that_wait_for_a_lost_one_make_the_destination_lag_but_nobody_wait() {
+        let mut destination = Destination::new();
+        destination.works(ms(500), 100, 20 * MIB, 0);
+        destination.works(ms(5), 100, 0, 40 * MIB);
+        assert_eq!(destination.wait(), Some(Duration::ZERO));
+        let lag = destination.restoring.lag(destination.now).as_millis();
+        assert!((245..=255).contains(&lag), "{lag}");
     }
 
     #[test]
