@@ -74,9 +74,9 @@ impl ChannelSender {
         Ok(())
     }
 
-    /// The next so many datagrams go twice: for a message that somebody waits for, or that what follows must not wait for.
-    pub(crate) fn double_next(&self, datagrams: u32) {
-        self.doubling.of_next(datagrams);
+    /// For a message that somebody waits for, or that what follows must not wait for.
+    pub(crate) fn doubling(&self) -> &Doubling {
+        &self.doubling
     }
 
     /// What is sent here waits for what others send on the connection.

@@ -112,7 +112,7 @@ impl Contact {
                         let Some(outbound) = stream.get() else { continue };
                         match outbound.on_ack(&held) {
                             Ok(()) => {
-                                outbound.set_queued_at_peer(queued_bytes, vmm_bytes);
+                                outbound.on_report(queued_bytes, vmm_bytes);
                                 continue;
                             }
                             Err(error) => ContactEvent::Impossible {
@@ -160,8 +160,9 @@ impl Contact {
         match message {
             // Bulk of its own.
             SessionMessage::Answer { .. } => {}
-            SessionMessage::Ownership(_) => sender.double_next(AROUND_OWNERSHIP),
-            _ => sender.double_next(AROUND_OTHERS),
+            SessionMessage::Ownership(_) => sender.doubling().of_next(AROUND_OWNERSHIP),
+            _ if sender.doubling().is_far() => sender.doubling().of_next(AROUND_OTHERS),
+            _ => {}
         }
         let sent = tokio::time::timeout(SEND_DEADLINE, sender.send(message)).await;
         if let Err(error) = sent.unwrap_or(Err(ChannelError::NotRead)) {

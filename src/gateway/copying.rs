@@ -223,7 +223,7 @@ impl Copying {
             .update(&sample, self.memory_bytes, self.policy.allowed_transfer());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
-        let waiting = goodput.time_for(backlog_bytes);
+        let waiting = goodput.time_for(backlog_bytes).max(sample.lag);
         // The hypervisor may stop the guest any time now, or has: what others have on the way would be before the guest's rest. A
         // guest that a person paused in the middle has more left than that.
         self.share.set_urgent(

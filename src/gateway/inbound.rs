@@ -75,7 +75,7 @@ struct Shared {
     frame_bytes: AtomicU64,
     /// Bytes of the frames that are restored and not yet given to the vmm.
     writing_bytes: AtomicU64,
-    /// What the stream leaves for the next one, once all of it is restored.
+    /// What the stream held, once all of it is restored.
     leftover: LeftoverSlot,
 }
 
@@ -242,7 +242,7 @@ impl Inbound {
         self.shared.arrived.notify_all();
     }
 
-    /// What the stream left for the next one, where all of it was restored.
+    /// What the stream held, where all of it was restored and it is still there.
     pub(crate) fn take_leftover(&self) -> Option<Leftover> {
         self.shared.leftover.take()
     }

@@ -30,13 +30,15 @@ use crate::store::spill::{self, SpillShelf};
 /// What a session leaves, wherever it kept it.
 type Kept = KeptPages<Box<dyn PageShelf + Send>>;
 
-/// A session that has ended, with everything that it held. What it leaves for the next one is only put together when the VM runs, and its memory
-/// only given back then: hundreds of megabytes take 40 ms (2026-11-28), and the guest stands still until then.
+/// A stream that has ended, with everything that its threads held. What is for the next one is only put together when the VM runs, and memory not
+/// given back before somebody else takes it or [`MEMORY_HELD`] has passed: hundreds of megabytes take 40 ms (2026-11-28), for which a guest would
+/// stand still.
 pub(crate) struct Leftover(Option<Remains>);
 
+type Keeping = Box<dyn FnOnce() -> Option<Kept> + Send>;
+
 enum Remains {
-    ToKeep(Box<dyn FnOnce() -> Option<Kept> + Send>),
-    #[expect(dead_code, reason = "held until it may be given back")]
+    ToKeep(Keeping),
     Memory(Box<dyn Any + Send>),
 }
 
@@ -65,11 +67,12 @@ impl Leftover {
         }))
     }
 
-    /// What puts together what is kept, where anything is.
-    fn into_keeping(mut self) -> Option<Box<dyn FnOnce() -> Option<Kept> + Send>> {
-        match self.0.take_if(|remains| matches!(remains, Remains::ToKeep(_)))? {
-            Remains::ToKeep(kept) => Some(kept),
-            Remains::Memory(_) => None,
+    /// What puts together what is kept, or what is only memory.
+    fn split(mut self) -> (Option<Keeping>, Option<Box<dyn Any + Send>>) {
+        match self.0.take() {
+            Some(Remains::ToKeep(keeping)) => (Some(keeping), None),
+            Some(Remains::Memory(memory)) => (None, Some(memory)),
+            None => (None, None),
         }
     }
 }
@@ -91,11 +94,25 @@ impl std::fmt::Debug for Leftover {
 
 /// Where a stream's thread puts what it leaves, for the driver.
 #[derive(Debug, Default)]
-pub(crate) struct LeftoverSlot(Mutex<Option<Leftover>>);
+pub(crate) struct LeftoverSlot(Arc<Mutex<Option<Leftover>>>);
+
+/// Whoever is still waited for then is not kept waiting by a free of memory, and others may need it.
+const MEMORY_HELD: Duration = Duration::from_secs(5);
 
 impl LeftoverSlot {
+    /// What is only memory is held for [`MEMORY_HELD`] at most.
     pub(crate) fn put(&self, leftover: Leftover) {
+        let is_memory = matches!(leftover.0, Some(Remains::Memory(_)));
         *self.slot() = Some(leftover);
+        if let (true, Ok(runtime)) = (is_memory, Handle::try_current()) {
+            let slot = Arc::downgrade(&self.0);
+            runtime.spawn(async move {
+                tokio::time::sleep(MEMORY_HELD).await;
+                if let Some(slot) = slot.upgrade() {
+                    drop(Self(slot).take());
+                }
+            });
+        }
     }
 
     pub(crate) fn take(&self) -> Option<Leftover> {
@@ -291,7 +308,10 @@ impl Prepared {
 
 /// Writes what a migration left to the store, in the background: the VM runs, and nobody waits for it. `memory` covers what that takes.
 pub(crate) fn keep(core: &Arc<Core>, entry: &Entry, leftover: Option<Leftover>, memory: Option<Reservation>) {
-    let (Some(store), Some(to_keep)) = (core.store.clone(), leftover.and_then(Leftover::into_keeping)) else {
+    let (to_keep, rest) = leftover.map_or((None, None), Leftover::split);
+    let (Some(store), Some(to_keep)) = (core.store.clone(), to_keep) else {
+        // What was reserved is free when it is.
+        tokio::task::spawn_blocking(move || drop((rest, memory)));
         return;
     };
     let (migration, vm) = (entry.migration, entry.vm.clone());

@@ -238,11 +238,15 @@ pub struct Doubling {
 }
 
 impl Doubling {
-    /// At least the next so many datagrams, where they go by themselves and the path is long enough for it to be worth its bytes.
+    /// At least the next so many datagrams, where they go by themselves.
     pub fn of_next(&self, datagrams: u32) {
-        if self.connection.rtt() >= PROTECTED_RTT {
-            self.route.send_twice(datagrams);
-        }
+        self.route.send_twice(datagrams);
+    }
+
+    /// Whether the path is long enough for what is frequent, too.
+    #[must_use]
+    pub fn is_far(&self) -> bool {
+        self.connection.rtt() >= PROTECTED_RTT
     }
 }
 

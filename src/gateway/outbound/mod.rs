@@ -23,9 +23,8 @@ use super::links::Link;
 use super::share::Share;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
-use crate::proto::precopy::{Backlog, Report, Restoring};
-
 use crate::proto::precopy::rounds::Totals;
+use crate::proto::precopy::{Backlog, Report, Restoring};
 use crate::proto::reduce::{Effort, PageCounts};
 use crate::proto::session::tail::{Protection, repair_frame};
 use crate::proto::session::{EncodedFrame, Encoder, SessionError, SourceSession, StreamSummary, connection_of};
@@ -98,7 +97,7 @@ struct Shared {
     /// What the peer may have on the way; it never states more as queued.
     window_bytes: u64,
     pages: Mutex<PageCounts>,
-    /// What the stream leaves for the next one, once it has ended.
+    /// What the stream held, once it has ended.
     leftover: LeftoverSlot,
     queued_at_peer: AtomicU64,
     restoring: Mutex<Restoring>,
@@ -302,14 +301,14 @@ impl Outbound {
 
     /// What waits at the destination for its decoder or vmm, by the newest acknowledgement, no more than was sent there, and what its vmm has taken of
     /// the stream.
-    pub(crate) fn set_queued_at_peer(&self, bytes: u64, taken: u64) {
+    pub(crate) fn on_report(&self, bytes: u64, taken: u64) {
         let bytes = bytes.min(self.shared.window_bytes);
         let report = {
             let session = self.shared.session();
             Report {
                 decoded_bytes: session.decoded_bytes(),
                 queued_bytes: session.stream_bytes_waiting(bytes, taken),
-                ahead_bytes: self.shared.vmm_bytes.load(Ordering::Relaxed).saturating_sub(taken),
+                taken_bytes: taken,
                 rtt: Duration::from_micros(self.shared.rtt_micros.load(Ordering::Relaxed)),
             }
         };
@@ -341,7 +340,8 @@ impl Outbound {
 
     /// How long the far decoder will be busy with what is ahead of what is read now, once that gets there.
     pub(crate) fn lag(&self) -> Duration {
-        self.shared.restoring().lag(clock::now())
+        let read = self.shared.vmm_bytes.load(Ordering::Relaxed);
+        self.shared.restoring().lag(clock::now(), read)
     }
 
     /// Bytes sent and not yet acknowledged by the far decoder.
@@ -379,7 +379,7 @@ impl Outbound {
         *self.shared.pages()
     }
 
-    /// What the stream left for the next one, where it ended and something was kept.
+    /// What the stream held, where it has ended and it is still there.
     pub(crate) fn take_leftover(&self) -> Option<Leftover> {
         self.shared.leftover.take()
     }
@@ -444,15 +444,16 @@ impl Shared {
     }
 
     fn backlog(&self) -> u64 {
-        self.session().unsent_bytes()
+        let here = self.session().unsent_bytes()
             + self.leaving_bytes.load(Ordering::Relaxed)
-            + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed)
-            + self.waits_at_peer()
+            + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed);
+        here + self.waits_at_peer()
     }
 
     /// What waits at the peer. Where it is known how fast that becomes less, it counts as what is carried in the time that it makes the stream wait.
     fn waits_at_peer(&self) -> u64 {
-        match self.restoring().wait(clock::now()) {
+        let read = self.vmm_bytes.load(Ordering::Relaxed);
+        match self.restoring().wait(clock::now(), read) {
             Some(wait) => ByteRate(self.goodput.load(Ordering::Relaxed)).bytes_in(wait),
             None => self.queued_at_peer.load(Ordering::Relaxed),
         }
@@ -567,9 +568,9 @@ mod tests {
     async fn a_queue_beyond_the_agreed_window_counts_as_the_window() {
         let (outbound, _vmm) = with_frames(1).await;
         let before = outbound.backlog_bytes();
-        outbound.set_queued_at_peer(u64::MAX, 0);
+        outbound.on_report(u64::MAX, 0);
         assert_eq!(outbound.backlog_bytes(), before + WINDOW);
-        outbound.set_queued_at_peer(WINDOW - 1, 0);
+        outbound.on_report(WINDOW - 1, 0);
         assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
     }
 

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::budget::Budget;
+use super::budget::{BACKLOG, Budget};
 use crate::proto::page::ByteRate;
 
 /// What the first rounds are allowed for the transfer of the last bytes. Below it rounds are so short that their fixed cost
@@ -117,15 +117,21 @@ impl Policy {
                 reason: self.why_not_in_time(sample),
             };
         }
-        // Whatever the destination does, a guest that is written to as fast as that is not waited for.
-        let least = if self.allowed == self.budget.transfer {
-            FIRST_TRANSFER.min(self.allowed)
-        } else {
-            LEAST_LIMIT
-        };
         let settings = self.settings(sample.goodput, sample.reduction_ratio);
+        // Where the guest cannot be stopped otherwise, the destination is not waited for. What waits here is in the budget already.
+        let lag = if self.is_stuck() {
+            Duration::ZERO
+        } else {
+            sample.lag.saturating_sub(BACKLOG)
+        };
+        let limit = settings.downtime_limit.saturating_sub(lag);
+        let whole_ms = Duration::from_millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
         Decision::Continue(Settings {
-            downtime_limit: settings.downtime_limit.saturating_sub(sample.lag).max(least),
+            downtime_limit: if lag.is_zero() {
+                limit
+            } else {
+                whole_ms.max(LEAST_LIMIT)
+            },
             ..settings
         })
     }
@@ -158,7 +164,7 @@ impl Policy {
         }
         let new_round = sample.round > self.round;
         // A round in which the guest is kept running for the destination's sake says nothing by itself.
-        let judged = new_round && sample.lag.is_zero();
+        let judged = new_round && sample.lag < FIRST_TRANSFER;
         let stalled = if judged {
             // What is left in the round that ended is compared with the best of all before it: a dirty set that still
             // shrinks by a tenth a round is on its way.
@@ -282,7 +288,8 @@ mod tests {
             }
         };
         assert_eq!(limit(MS(0)), FIRST_TRANSFER);
-        assert_eq!(limit(MS(5)), FIRST_TRANSFER - MS(5));
+        assert_eq!(limit(BACKLOG), FIRST_TRANSFER);
+        assert_eq!(limit(BACKLOG + MS(5)), FIRST_TRANSFER - MS(5));
         assert_eq!(limit(MS(500)), LEAST_LIMIT);
     }
 
@@ -302,7 +309,7 @@ mod tests {
             }
         }
         assert_eq!(limits[100], LEAST_LIMIT, "it is waited for");
-        assert_eq!(limits[599], FIRST_TRANSFER, "and not for ever");
+        assert_eq!(limits[599], budget().transfer, "and not for ever");
     }
 
     #[test]

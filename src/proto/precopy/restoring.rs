@@ -29,8 +29,8 @@ pub struct Report {
     pub decoded_bytes: u64,
     /// Arrived, with nothing missing before it, and not yet with the vmm there.
     pub queued_bytes: u64,
-    /// Read from the vmm here and not yet with the vmm there.
-    pub ahead_bytes: u64,
+    /// Taken by the vmm there.
+    pub taken_bytes: u64,
     /// Of the path.
     pub rtt: Duration,
 }
@@ -43,6 +43,12 @@ struct Looked {
 
 /// More stream bytes than this wait at a destination that does not keep up: it works on some megabyte in any case.
 const QUEUE: u64 = 2 << 20;
+
+/// Of the newest bytes the destination keeps so many from its vmm in any case.
+const HELD_TAIL: u64 = 256 << 10;
+
+/// What is longer than this is for ever.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// A destination that takes less is held back by what waits there alone: time between two reads must be short, since the end of the stream comes
 /// behind it.
@@ -82,22 +88,26 @@ impl Restoring {
         Some(ByteRate((rate.0 / MORE.1).saturating_mul(MORE.0).max(LEAST.0)))
     }
 
-    /// How long what is read now will wait there, if frames wait now; `None` while it is not known how fast they are restored.
+    /// How long what is read now, behind `read` bytes, will wait there, if frames wait now; `None` while it is not known how fast they are restored.
     #[must_use]
-    pub fn wait(&self, now: Instant) -> Option<Duration> {
+    pub fn wait(&self, now: Instant, read: u64) -> Option<Duration> {
         self.meter.rate?;
         let waits = self.newest.is_some_and(|newest| newest.report.queued_bytes > QUEUE);
-        Some(if waits { self.lag(now) } else { Duration::ZERO })
+        Some(if waits { self.lag(now, read) } else { Duration::ZERO })
     }
 
-    /// How long what is read now will wait there, also for frames that wait for one before them and will be restored once that is there.
+    /// How long what is read now, behind `read` bytes, will wait there, also for frames that wait for one before them and will be restored once that
+    /// is there.
     #[must_use]
-    pub fn lag(&self, now: Instant) -> Duration {
+    pub fn lag(&self, now: Instant, read: u64) -> Duration {
         let (Some(rate), Some(Looked { at, report })) = (self.meter.rate, self.newest) else {
             return Duration::ZERO;
         };
-        let passed = report.rtt + now.saturating_duration_since(at);
-        rate.time_for(report.ahead_bytes).saturating_sub(passed)
+        // Where nothing is heard for longer than the path holds up an acknowledgement, it is the destination that stands still.
+        let held_up = report.rtt + report.rtt / 4 + Meter::HELD_UP;
+        let passed = report.rtt + now.saturating_duration_since(at).min(held_up);
+        let ahead = read.saturating_sub(report.taken_bytes).saturating_sub(HELD_TAIL);
+        rate.time_for(ahead).saturating_sub(passed).min(LONGEST)
     }
 
     fn is_forgotten(&self, now: Instant) -> bool {
@@ -110,6 +120,8 @@ impl Restoring {
 #[derive(Debug, Default)]
 struct Meter {
     began: Option<(Instant, u64)>,
+    /// Since when it has worked without a sample.
+    unmeasured: Option<(Instant, u64)>,
     latest: Option<Instant>,
     rate: Option<ByteRate>,
 }
@@ -117,8 +129,11 @@ struct Meter {
 impl Meter {
     const SPAN: Duration = Duration::from_millis(30);
 
-    /// Acknowledgements that are further apart were held up by the path. A destination that works is heard of for each frame, which is each 8 ms
-    /// at [`LEAST`].
+    /// In so much work it is measured whatever comes between: what the path holds up weighs little then.
+    const LONG_SPAN: Duration = Duration::from_millis(600);
+
+    /// Acknowledgements that are further apart were held up by the path, or it is a slow destination, below 9 MB/s: it is heard of for each frame of
+    /// 256 KiB.
     const HELD_UP: Duration = Duration::from_millis(30);
 
     /// Those that are closer were held up together: when what they tell of was so is not known.
@@ -127,6 +142,15 @@ impl Meter {
     fn observe(&mut self, now: Instant, decoded_bytes: u64, worked: bool) {
         let latest = self.latest.replace(now);
         let apart = latest.map_or(Duration::MAX, |latest| now.saturating_duration_since(latest));
+        match self.unmeasured.filter(|_| worked) {
+            None => self.unmeasured = Some((now, decoded_bytes)),
+            Some(since) if now.saturating_duration_since(since.0) >= Self::LONG_SPAN => {
+                // What was measured before is too old.
+                self.rate = None;
+                self.take_sample(now, decoded_bytes, since);
+            }
+            Some(_) => {}
+        }
         let Some((began, before)) = self.began.filter(|_| worked && apart <= Self::HELD_UP) else {
             self.began = None;
             if apart > Self::TOGETHER && apart <= Self::HELD_UP {
@@ -134,14 +158,19 @@ impl Meter {
             }
             return;
         };
-        let took = now.saturating_duration_since(began);
-        if took >= Self::SPAN {
-            let sample = (decoded_bytes.saturating_sub(before) as f64 / took.as_secs_f64()) as u64;
-            // Half of the newest: a change is followed within some spans, a hiccup is not mistaken for one.
-            let rate = self.rate.map_or(sample, |rate| rate.0 / 2 + sample / 2).max(1);
-            self.rate = Some(ByteRate(rate));
+        if now.saturating_duration_since(began) >= Self::SPAN {
+            self.take_sample(now, decoded_bytes, (began, before));
             self.began = Some((now, decoded_bytes));
         }
+    }
+
+    fn take_sample(&mut self, now: Instant, decoded_bytes: u64, (began, before): (Instant, u64)) {
+        let took = now.saturating_duration_since(began);
+        let sample = (decoded_bytes.saturating_sub(before) as f64 / took.as_secs_f64()) as u64;
+        // Half of the newest: a change is followed within some spans, a hiccup is not mistaken for one.
+        let rate = self.rate.map_or(sample, |rate| rate.0 / 2 + sample / 2).max(1);
+        self.rate = Some(ByteRate(rate));
+        self.unmeasured = Some((now, decoded_bytes));
     }
 }
 
@@ -158,11 +187,11 @@ mod tests {
         Duration::from_millis(milliseconds)
     }
 
-    fn report(decoded: u64, queued: u64, in_flight: u64) -> Report {
+    fn report(decoded: u64, queued: u64) -> Report {
         Report {
             decoded_bytes: decoded,
             queued_bytes: queued,
-            ahead_bytes: queued + in_flight,
+            taken_bytes: decoded,
             rtt: RTT,
         }
     }
@@ -172,6 +201,7 @@ mod tests {
         restoring: Restoring,
         now: Instant,
         decoded: u64,
+        read: u64,
     }
 
     impl Destination {
@@ -180,16 +210,21 @@ mod tests {
                 restoring: Restoring::default(),
                 now: Instant::now(),
                 decoded: 0,
+                read: 0,
             }
         }
 
         fn works(&mut self, time: Duration, rate: u64, queued: u64, in_flight: u64) {
-            for _ in 0..time.as_millis() / 5 {
-                self.now += ms(5);
-                self.decoded += rate * MIB / 200;
-                self.restoring
-                    .observe(self.now, report(self.decoded, queued, in_flight));
+            self.works_in_steps(ms(5), time, rate, queued, in_flight);
+        }
+
+        fn works_in_steps(&mut self, step: Duration, time: Duration, rate: u64, queued: u64, in_flight: u64) {
+            for _ in 0..time.as_millis() / step.as_millis() {
+                self.now += step;
+                self.decoded += (rate * MIB) * u64::try_from(step.as_millis()).unwrap() / 1000;
+                self.restoring.observe(self.now, report(self.decoded, queued));
             }
+            self.read = self.decoded + queued + in_flight + HELD_TAIL;
         }
 
         /// What it did meanwhile is told all at once.
@@ -198,7 +233,7 @@ mod tests {
             self.now += time;
             for _ in 0..steps {
                 self.decoded += rate * MIB / 200;
-                self.restoring.observe(self.now, report(self.decoded, queued, 0));
+                self.restoring.observe(self.now, report(self.decoded, queued));
             }
         }
 
@@ -206,8 +241,12 @@ mod tests {
             self.restoring.rate(self.now).map(|rate| rate.0 / MIB)
         }
 
+        fn lag(&self) -> Duration {
+            self.restoring.lag(self.now, self.read)
+        }
+
         fn wait(&self) -> Option<Duration> {
-            self.restoring.wait(self.now)
+            self.restoring.wait(self.now, self.read)
         }
     }
 
@@ -243,19 +282,48 @@ mod tests {
         destination.works(ms(500), 100, 20 * MIB, 0);
         destination.works(ms(5), 100, 0, 40 * MIB);
         assert_eq!(destination.wait(), Some(Duration::ZERO));
-        let lag = destination.restoring.lag(destination.now).as_millis();
+        let lag = destination.lag().as_millis();
         assert!((245..=255).contains(&lag), "{lag}");
     }
 
     #[test]
-    fn what_waits_becomes_less_also_while_nothing_is_heard() {
+    fn what_waits_becomes_less_while_an_acknowledgement_may_be_held_up_and_no_longer() {
         let mut destination = Destination::new();
-        destination.works(ms(1000), 100, 50 * MIB, 0);
+        destination.works(ms(1000), 100, 80 * MIB, 0);
         let before = destination.wait().unwrap();
         destination.now += ms(200);
         assert_eq!(destination.wait().unwrap(), before - ms(200));
-        destination.now += ms(1000);
-        assert_eq!(destination.wait(), Some(Duration::ZERO));
+        destination.now += ms(5000);
+        assert!(
+            destination.wait().unwrap() > before - ms(230),
+            "the destination stands still"
+        );
+    }
+
+    #[test]
+    fn what_is_read_while_nothing_is_heard_waits_behind_the_rest() {
+        let mut destination = Destination::new();
+        destination.works(ms(1000), 100, 50 * MIB, 0);
+        let before = destination.wait().unwrap().as_millis();
+        destination.read += 10 * MIB;
+        let after = destination.wait().unwrap().as_millis();
+        assert!((95..=105).contains(&(after - before)), "{before} {after}");
+    }
+
+    #[test]
+    fn a_destination_that_restores_a_frame_in_50_ms_is_measured_too() {
+        let mut destination = Destination::new();
+        destination.works_in_steps(ms(50), ms(3000), 5, 3 * MIB, 0);
+        let lag = destination.lag().as_millis();
+        assert!((400..=500).contains(&lag), "600 ms of work less a round trip: {lag}");
+    }
+
+    #[test]
+    fn a_destination_that_becomes_slow_at_once_is_not_taken_for_what_it_was() {
+        let mut destination = Destination::new();
+        destination.works(ms(1000), 200, 50 * MIB, 0);
+        destination.works_in_steps(ms(50), ms(4000), 5, 3 * MIB, 0);
+        assert!(destination.lag() > ms(300), "{:?}", destination.lag());
     }
 
     #[test]
@@ -286,12 +354,12 @@ mod tests {
         let (mut restoring, mut decoded) = (Restoring::default(), 0);
         let mut now = Instant::now();
         for burst in [3, 30, 3, 30] {
-            restoring.observe(now, report(decoded, 0, 0));
+            restoring.observe(now, report(decoded, 0));
             now += ms(400);
             // A gap is filled: what came behind it is ready at once, and restored within some milliseconds.
             for step in 1..=burst {
                 decoded += MIB;
-                restoring.observe(now + ms(step), report(decoded, (burst - step) * MIB, 0));
+                restoring.observe(now + ms(step), report(decoded, (burst - step) * MIB));
             }
             now += ms(burst);
             assert_eq!(restoring.rate(now), None);
