@@ -94,17 +94,15 @@ struct Shared {
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
     frame_bytes: AtomicU64,
-    /// What the peer may have on the way; it never states more as queued.
-    window_bytes: u64,
     pages: Mutex<PageCounts>,
     /// What the stream held, once it has ended.
     leftover: LeftoverSlot,
-    queued_at_peer: AtomicU64,
     restoring: Mutex<Restoring>,
     /// Frame bytes a second that the path takes.
     goodput: AtomicU64,
     /// Of the path.
     rtt_micros: AtomicU64,
+    guest_stands: AtomicBool,
 }
 
 impl Outbound {
@@ -135,13 +133,12 @@ impl Outbound {
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
             frame_bytes: AtomicU64::new(0),
-            window_bytes,
             pages: Mutex::default(),
             leftover: LeftoverSlot::default(),
-            queued_at_peer: AtomicU64::new(0),
             restoring: Mutex::default(),
             goodput: AtomicU64::new(UNKNOWN_RATE.0),
             rtt_micros: AtomicU64::new(0),
+            guest_stands: AtomicBool::new(false),
         });
         let (chunks, to_encode) = mpsc::channel(CHUNKS_AHEAD);
         let (ended, end) = oneshot::channel();
@@ -275,7 +272,6 @@ impl Outbound {
         self.shared.session().resume(epoch, held)?;
         // What waited there may have been restored during the cut, and is told with the next acknowledgement.
         *self.shared.restoring() = Restoring::default();
-        self.shared.queued_at_peer.store(0, Ordering::Relaxed);
         self.shared.to_read.notify_one();
         let never_left = self.shared.given_bytes.swap(0, Ordering::Relaxed).saturating_sub(left);
         self.shared.never_left_bytes.fetch_add(never_left, Ordering::Relaxed);
@@ -299,10 +295,8 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
-    /// What waits at the destination for its decoder or vmm, by the newest acknowledgement, no more than was sent there, and what its vmm has taken of
-    /// the stream.
+    /// The newest acknowledgement: so many bytes of frames wait at the destination for its decoder or vmm, and so many of the stream its vmm has taken.
     pub(crate) fn on_report(&self, bytes: u64, taken: u64) {
-        let bytes = bytes.min(self.shared.window_bytes);
         let report = {
             let session = self.shared.session();
             Report {
@@ -313,7 +307,12 @@ impl Outbound {
             }
         };
         self.shared.restoring().observe(clock::now(), report);
-        self.shared.queued_at_peer.store(bytes, Ordering::Relaxed);
+        self.shared.to_read.notify_one();
+    }
+
+    /// Whether the guest stands still. Its vmm is then not made to wait for what waits at the peer: nothing but the rest of the stream follows.
+    pub(crate) fn set_guest_stands(&self, stands: bool) {
+        self.shared.guest_stands.store(stands, Ordering::Relaxed);
         self.shared.to_read.notify_one();
     }
 
@@ -444,19 +443,30 @@ impl Shared {
     }
 
     fn backlog(&self) -> u64 {
-        let here = self.session().unsent_bytes()
-            + self.leaving_bytes.load(Ordering::Relaxed)
-            + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed);
-        here + self.waits_at_peer()
+        self.waits_here() + self.waits_at_peer()
     }
 
-    /// What waits at the peer. Where it is known how fast that becomes less, it counts as what is carried in the time that it makes the stream wait.
+    /// Whether the vmm is made to wait.
+    fn is_full(&self) -> bool {
+        let waits = if self.guest_stands.load(Ordering::Relaxed) {
+            self.waits_here()
+        } else {
+            self.backlog()
+        };
+        waits > self.backlog_limit.load(Ordering::Relaxed)
+    }
+
+    fn waits_here(&self) -> u64 {
+        self.session().unsent_bytes()
+            + self.leaving_bytes.load(Ordering::Relaxed)
+            + self.encoding_bytes.load(Ordering::Relaxed) / self.ratio.load(Ordering::Relaxed)
+    }
+
+    /// What is carried in the time for which what is read now will wait at the peer.
     fn waits_at_peer(&self) -> u64 {
         let read = self.vmm_bytes.load(Ordering::Relaxed);
-        match self.restoring().wait(clock::now(), read) {
-            Some(wait) => ByteRate(self.goodput.load(Ordering::Relaxed)).bytes_in(wait),
-            None => self.queued_at_peer.load(Ordering::Relaxed),
-        }
+        let wait = self.restoring().wait(clock::now(), read);
+        ByteRate(self.goodput.load(Ordering::Relaxed)).bytes_in(wait)
     }
 }
 
@@ -470,7 +480,7 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             if shared.stopped.load(Ordering::Acquire) {
                 return Ok(false);
             }
-            if shared.backlog() <= shared.backlog_limit.load(Ordering::Relaxed) {
+            if !shared.is_full() {
                 break;
             }
             // What waits at the peer becomes less by itself.
@@ -507,7 +517,8 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
         let len = chunk.len() as u64;
         let now = clock::now();
         // A destination that does not keep up is given what it takes, rather than a queue.
-        if let Some(rate) = shared.restoring().rate(now) {
+        let stands = shared.guest_stands.load(Ordering::Relaxed);
+        if let Some(rate) = shared.restoring().rate(now).filter(|_| !stands) {
             next = next.max(now.checked_sub(CREDIT).unwrap_or(now)) + rate.time_for(len);
         }
         shared.encoding_bytes.fetch_add(len, Ordering::Relaxed);
@@ -565,13 +576,41 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_queue_beyond_the_agreed_window_counts_as_the_window() {
+    async fn a_vmm_waits_for_what_waits_at_the_peer_unless_its_guest_stands_still() {
+        let (outbound, mut vmm) = with_frames(1).await;
+        assert!(!outbound.shared.is_full());
+        let report = Report {
+            decoded_bytes: 0,
+            queued_bytes: 1 << 30,
+            taken_bytes: 0,
+            rtt: Duration::ZERO,
+        };
+        outbound.shared.restoring().observe(clock::now(), report);
+        // As if so much had been read.
+        outbound.shared.vmm_bytes.store(1 << 30, Ordering::Relaxed);
+        assert!(outbound.shared.is_full());
+        outbound.set_guest_stands(true);
+        assert!(!outbound.shared.is_full());
+        vmm.write_all(&[1; 1000]).await.unwrap();
+        vmm.write_all(&[1; 1000]).await.unwrap();
+        let read = async {
+            while outbound.totals().vmm_bytes < (1 << 30) + 2000 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), read)
+            .await
+            .expect("all of it is read");
+    }
+
+    #[tokio::test]
+    async fn a_queue_that_a_peer_makes_up_is_no_more_than_what_was_sent() {
         let (outbound, _vmm) = with_frames(1).await;
         let before = outbound.backlog_bytes();
         outbound.on_report(u64::MAX, 0);
-        assert_eq!(outbound.backlog_bytes(), before + WINDOW);
-        outbound.on_report(WINDOW - 1, 0);
-        assert_eq!(outbound.backlog_bytes(), before + WINDOW - 1);
+        assert_eq!(outbound.backlog_bytes(), before);
+        outbound.on_report(u64::MAX, u64::MAX);
+        assert_eq!(outbound.backlog_bytes(), before);
     }
 
     #[tokio::test]

@@ -120,12 +120,14 @@ impl SourceDriver {
                 if self.stopped_at.is_none() && self.stream.is_some() {
                     self.stopped_at = Some(clock::now());
                     self.entry.share.set_urgent(true);
+                    self.set_guest_stands(true);
                     self.show(Phase::Switchover, None);
                 }
             }
             VmEvent::Resumed => {
                 self.stopped_at = None;
                 self.entry.share.set_urgent(false);
+                self.set_guest_stands(false);
                 self.feed(&SourceEvent::VmmRunning);
             }
             VmEvent::Deaf => {
@@ -135,6 +137,12 @@ impl SourceDriver {
                 }
             }
             VmEvent::Other => {}
+        }
+    }
+
+    fn set_guest_stands(&self, stands: bool) {
+        if let Some(stream) = &self.stream {
+            stream.outbound.set_guest_stands(stands);
         }
     }
 }

@@ -50,6 +50,9 @@ const HELD_TAIL: u64 = 256 << 10;
 /// What is longer than this is for ever.
 const LONGEST: Duration = Duration::from_secs(60);
 
+/// Assumed until it is measured: what frames of a first pass are restored with. What waits for less than it takes to measure that is gone soon.
+const UNMEASURED: ByteRate = ByteRate(128 << 20);
+
 /// A destination that takes less is held back by what waits there alone: time between two reads must be short, since the end of the stream comes
 /// behind it.
 const LEAST: ByteRate = ByteRate(32 << 20);
@@ -88,19 +91,27 @@ impl Restoring {
         Some(ByteRate((rate.0 / MORE.1).saturating_mul(MORE.0).max(LEAST.0)))
     }
 
-    /// How long what is read now, behind `read` bytes, will wait there, if frames wait now; `None` while it is not known how fast they are restored.
+    /// How long what is read now, behind `read` bytes, will wait there, if frames wait now.
     #[must_use]
-    pub fn wait(&self, now: Instant, read: u64) -> Option<Duration> {
-        self.meter.rate?;
-        let waits = self.newest.is_some_and(|newest| newest.report.queued_bytes > QUEUE);
-        Some(if waits { self.lag(now, read) } else { Duration::ZERO })
+    pub fn wait(&self, now: Instant, read: u64) -> Duration {
+        if self.newest.is_some_and(|newest| newest.report.queued_bytes > QUEUE) {
+            self.wait_at(self.meter.rate.unwrap_or(UNMEASURED), now, read)
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// How long what is read now, behind `read` bytes, will wait there, also for frames that wait for one before them and will be restored once that
-    /// is there.
+    /// is there; zero while it is not known how fast.
     #[must_use]
     pub fn lag(&self, now: Instant, read: u64) -> Duration {
-        let (Some(rate), Some(Looked { at, report })) = (self.meter.rate, self.newest) else {
+        self.meter
+            .rate
+            .map_or(Duration::ZERO, |rate| self.wait_at(rate, now, read))
+    }
+
+    fn wait_at(&self, rate: ByteRate, now: Instant, read: u64) -> Duration {
+        let Some(Looked { at, report }) = self.newest else {
             return Duration::ZERO;
         };
         // Where nothing is heard for longer than the path holds up an acknowledgement, it is the destination that stands still.
@@ -245,7 +256,7 @@ mod tests {
             self.restoring.lag(self.now, self.read)
         }
 
-        fn wait(&self) -> Option<Duration> {
+        fn wait(&self) -> Duration {
             self.restoring.wait(self.now, self.read)
         }
     }
@@ -254,7 +265,7 @@ mod tests {
     fn a_destination_that_keeps_up_has_no_rate_however_slow_the_stream_is() {
         let mut destination = Destination::new();
         destination.works(ms(3000), 1, 2 * MIB, 0);
-        assert_eq!((destination.rate(), destination.wait()), (None, None));
+        assert_eq!((destination.rate(), destination.wait()), (None, Duration::ZERO));
     }
 
     #[test]
@@ -264,7 +275,7 @@ mod tests {
         let rate = destination.rate().expect("it does not keep up");
         assert!((130..=134).contains(&rate), "{rate}");
         // 600 ms of work are there or on the way.
-        let wait = destination.wait().unwrap().as_millis();
+        let wait = destination.wait().as_millis();
         assert!((445..=455).contains(&wait), "{wait}");
     }
 
@@ -273,7 +284,7 @@ mod tests {
         let mut destination = Destination::new();
         // Behind a gap that was filled: a round trip's worth at 200 MiB a second, and as much on the way, at a destination that restores 500.
         destination.works(ms(60), 500, 30 * MIB, 30 * MIB);
-        assert_eq!(destination.wait(), Some(Duration::ZERO));
+        assert_eq!(destination.wait(), Duration::ZERO);
     }
 
     #[test]
@@ -281,7 +292,7 @@ mod tests {
         let mut destination = Destination::new();
         destination.works(ms(500), 100, 20 * MIB, 0);
         destination.works(ms(5), 100, 0, 40 * MIB);
-        assert_eq!(destination.wait(), Some(Duration::ZERO));
+        assert_eq!(destination.wait(), Duration::ZERO);
         let lag = destination.lag().as_millis();
         assert!((245..=255).contains(&lag), "{lag}");
     }
@@ -290,23 +301,31 @@ mod tests {
     fn what_waits_becomes_less_while_an_acknowledgement_may_be_held_up_and_no_longer() {
         let mut destination = Destination::new();
         destination.works(ms(1000), 100, 80 * MIB, 0);
-        let before = destination.wait().unwrap();
+        let before = destination.wait();
         destination.now += ms(200);
-        assert_eq!(destination.wait().unwrap(), before - ms(200));
+        assert_eq!(destination.wait(), before - ms(200));
         destination.now += ms(5000);
-        assert!(
-            destination.wait().unwrap() > before - ms(230),
-            "the destination stands still"
-        );
+        assert!(destination.wait() > before - ms(230), "the destination stands still");
+    }
+
+    #[test]
+    fn what_waits_for_too_short_to_be_measured_holds_up_nothing_that_comes_a_round_trip_later() {
+        let mut destination = Destination::new();
+        // 100 Mbit/s, behind a gap: 5 MiB ready at once, as much on the way.
+        destination.works(ms(15), 300, 5 * MIB, 5 * MIB);
+        assert_eq!((destination.rate(), destination.wait()), (None, Duration::ZERO));
+        // Nobody restores this within a round trip.
+        destination.works(ms(5), 300, 50 * MIB, 5 * MIB);
+        assert!(destination.wait() > ms(200));
     }
 
     #[test]
     fn what_is_read_while_nothing_is_heard_waits_behind_the_rest() {
         let mut destination = Destination::new();
         destination.works(ms(1000), 100, 50 * MIB, 0);
-        let before = destination.wait().unwrap().as_millis();
+        let before = destination.wait().as_millis();
         destination.read += 10 * MIB;
-        let after = destination.wait().unwrap().as_millis();
+        let after = destination.wait().as_millis();
         assert!((95..=105).contains(&(after - before)), "{before} {after}");
     }
 
@@ -332,9 +351,9 @@ mod tests {
         destination.works(ms(1000), 100, 50 * MIB, 0);
         destination.works(ms(900), 1, 0, 0);
         assert!(destination.rate().is_some());
-        assert_eq!(destination.wait(), Some(Duration::ZERO));
+        assert_eq!(destination.wait(), Duration::ZERO);
         destination.works(ms(200), 1, 0, 0);
-        assert_eq!((destination.rate(), destination.wait()), (None, None));
+        assert_eq!((destination.rate(), destination.wait()), (None, Duration::ZERO));
     }
 
     #[test]
