@@ -96,7 +96,7 @@ impl std::fmt::Debug for Leftover {
 #[derive(Debug, Default)]
 pub(crate) struct LeftoverSlot(Arc<Mutex<Option<Leftover>>>);
 
-/// Whoever is still waited for then is not kept waiting by a free of memory, and others may need it.
+/// By then a guest runs or is in doubt, where a moment more does not matter and others may need the memory.
 const MEMORY_HELD: Duration = Duration::from_secs(5);
 
 impl LeftoverSlot {
