@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::keeping::{Leftover, LeftoverSlot};
+use super::leftover::{Leftover, LeftoverSlot};
 use super::memory::Reservation;
 use super::vmm_output::{Tail, VmmOutput};
 use crate::metrics::{Stage, Waiting};

@@ -29,6 +29,7 @@ mod journal;
 pub(crate) mod keeping;
 mod lanes;
 pub(crate) mod launches;
+mod leftover;
 mod link_test;
 pub(crate) mod links;
 pub(crate) mod memory;

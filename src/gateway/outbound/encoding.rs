@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::super::clock;
-use super::super::keeping::Leftover;
+use super::super::leftover::Leftover;
 use super::Shared;
 use crate::proto::page::ByteRate;
 use crate::proto::precopy::EncoderMeter;

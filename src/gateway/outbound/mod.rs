@@ -18,9 +18,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use super::clock;
-use super::keeping::{Leftover, LeftoverSlot};
+use super::leftover::{Leftover, LeftoverSlot};
 use super::links::Link;
 use super::share::Share;
+use super::vmm_output::HELD_TAIL;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::rounds::Totals;
@@ -302,7 +303,7 @@ impl Outbound {
             Report {
                 decoded_bytes: session.decoded_bytes(),
                 queued_bytes: session.stream_bytes_waiting(bytes, taken),
-                taken_bytes: taken,
+                taken_bytes: taken.saturating_add(HELD_TAIL as u64),
                 rtt: Duration::from_micros(self.shared.rtt_micros.load(Ordering::Relaxed)),
             }
         };

@@ -29,7 +29,7 @@ pub struct Report {
     pub decoded_bytes: u64,
     /// Arrived, with nothing missing before it, and not yet with the vmm there.
     pub queued_bytes: u64,
-    /// Taken by the vmm there.
+    /// Taken by the vmm there, or kept from it until the stream has ended.
     pub taken_bytes: u64,
     /// Of the path.
     pub rtt: Duration,
@@ -43,9 +43,6 @@ struct Looked {
 
 /// More stream bytes than this wait at a destination that does not keep up: it works on some megabyte in any case.
 const QUEUE: u64 = 2 << 20;
-
-/// Of the newest bytes the destination keeps so many from its vmm in any case.
-const HELD_TAIL: u64 = 256 << 10;
 
 /// What is longer than this is for ever.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -117,7 +114,7 @@ impl Restoring {
         // Where nothing is heard for longer than the path holds up an acknowledgement, it is the destination that stands still.
         let held_up = report.rtt + report.rtt / 4 + Meter::HELD_UP;
         let passed = report.rtt + now.saturating_duration_since(at).min(held_up);
-        let ahead = read.saturating_sub(report.taken_bytes).saturating_sub(HELD_TAIL);
+        let ahead = read.saturating_sub(report.taken_bytes);
         rate.time_for(ahead).saturating_sub(passed).min(LONGEST)
     }
 
@@ -235,7 +232,7 @@ mod tests {
                 self.decoded += (rate * MIB) * u64::try_from(step.as_millis()).unwrap() / 1000;
                 self.restoring.observe(self.now, report(self.decoded, queued));
             }
-            self.read = self.decoded + queued + in_flight + HELD_TAIL;
+            self.read = self.decoded + queued + in_flight;
         }
 
         /// What it did meanwhile is told all at once.
