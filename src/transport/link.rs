@@ -232,6 +232,7 @@ impl PeerConnection {
 }
 
 /// Sends single datagrams of a connection twice. Does not keep a [`PeerConnection`] from closing.
+#[derive(Debug)]
 pub struct Doubling {
     connection: Connection,
     route: Arc<Route>,
@@ -247,12 +248,6 @@ impl Doubling {
     #[must_use]
     pub fn is_far(&self) -> bool {
         self.connection.rtt() >= PROTECTED_RTT
-    }
-}
-
-impl fmt::Debug for Doubling {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Doubling").finish_non_exhaustive()
     }
 }
 

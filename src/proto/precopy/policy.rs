@@ -124,14 +124,10 @@ impl Policy {
         } else {
             sample.lag.saturating_sub(BACKLOG)
         };
-        let limit = settings.downtime_limit.saturating_sub(lag);
-        let whole_ms = Duration::from_millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+        // In whole milliseconds, as the vmm is told: it is told again where it changes.
+        let lag = Duration::from_millis(u64::try_from(lag.as_millis()).unwrap_or(u64::MAX));
         Decision::Continue(Settings {
-            downtime_limit: if lag.is_zero() {
-                limit
-            } else {
-                whole_ms.max(LEAST_LIMIT)
-            },
+            downtime_limit: settings.downtime_limit.saturating_sub(lag).max(LEAST_LIMIT),
             ..settings
         })
     }
