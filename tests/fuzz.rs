@@ -20,6 +20,7 @@ use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, Rest
 use longhaul::proto::session::Encoder;
 use longhaul::proto::vmm_stream::Record;
 use longhaul::proto::vmm_stream::qemu::QemuParser;
+use longhaul::proto::vmm_stream::qemu::multifd::{Merger, MultifdError};
 use longhaul::proto::wire::frame::{HEADER_LEN, MAX_RAW};
 use longhaul::proto::wire::message::{Reply, decode, encode};
 use longhaul::proto::wire::{Frame, FrameKind, Request, SessionMessage, TestMessage};
@@ -212,6 +213,107 @@ fn parse(stream: &[u8], step: usize) {
         assert!(given - at <= QemuParser::MAX_PENDING);
         assert!(!end || at == stream.len());
     }
+}
+
+/// A migration with one multifd channel: main stream, then channel. Two rounds.
+fn multifd() -> [Vec<u8>; 2] {
+    let ram = PAGES * PAGE_SIZE as u64;
+    let mut main = b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+    main.extend((ram | 4).to_be_bytes());
+    main.extend(b"\x01r");
+    main.extend(ram.to_be_bytes());
+    let end = |main: &mut Vec<u8>| {
+        main.extend(0x200_u64.to_be_bytes());
+        main.extend(0x10_u64.to_be_bytes());
+        main.extend(b"\x7e\0\0\0\x02");
+    };
+    let start = b"\x11\x22\x33\x44\0\0\0\x01";
+    let packet = |flags: u32, pages: &[u64], zeroes: &[u64]| {
+        let mut packet = start.to_vec();
+        packet.extend(flags.to_be_bytes());
+        packet.extend(128_u32.to_be_bytes());
+        packet.extend((pages.len() as u32).to_be_bytes());
+        packet.extend((pages.len() as u32 * PAGE_SIZE as u32).to_be_bytes());
+        packet.extend(0_u64.to_be_bytes());
+        packet.extend((zeroes.len() as u32).to_be_bytes());
+        packet.resize(64, 0);
+        packet.push(b'r');
+        packet.resize(320, 0);
+        for number in pages.iter().chain(zeroes) {
+            packet.extend((number * PAGE_SIZE as u64).to_be_bytes());
+        }
+        packet.resize(1344, 0);
+        packet
+    };
+    let mut channel = start.to_vec();
+    channel.resize(64, 0);
+    channel.extend(packet(1, &[], &[]));
+    end(&mut main);
+    for (round, kind) in [(0, 2), (1, 3)] {
+        main.extend([kind, 0, 0, 0, 2]);
+        end(&mut main);
+        let numbers: Vec<u64> = (0..PAGES).collect();
+        for few in numbers.chunks(5) {
+            let (zeroes, pages): (Vec<u64>, Vec<u64>) =
+                few.iter().partition(|&&number| page(number, round) == [0; PAGE_SIZE]);
+            channel.extend(packet(0, &pages, &zeroes));
+            for &number in &pages {
+                channel.extend(page(number, round));
+            }
+        }
+        channel.extend(packet(1, &[], &[]));
+    }
+    main.extend(b"\0\x06\0\0\0\x02{}");
+    [main, channel]
+}
+
+#[test]
+fn damaged_multifd_connections_are_refused_or_merged_within_their_limit_and_whole_ones_hold_every_page() {
+    let whole = multifd();
+    let merged = merge(&whole, 700).unwrap();
+    let (mut records, mut events) = (Vec::new(), Vec::new());
+    QemuParser::default().parse(&merged, true, &mut records, &mut events);
+    let pages = records.iter().filter(|record| !matches!(record, Record::Bytes { .. }));
+    assert_eq!(pages.count() as u64, 2 * PAGES);
+    check!()
+        .with_type::<(bool, u16, Vec<u8>)>()
+        .for_each(|(which, step, input)| {
+            let mut connections = whole.clone();
+            damage(&mut connections[usize::from(*which)], input);
+            let _ = merge(&connections, usize::from(*step) + 1);
+        });
+}
+
+/// What main stream and channel are merged to, read in turn in pieces of so many bytes.
+fn merge(connections: &[Vec<u8>; 2], step: usize) -> Result<Vec<u8>, MultifdError> {
+    let mut merger = Merger::new(1);
+    let mut out = Vec::new();
+    let mut left = [&connections[0][..], &connections[1][..]];
+    for _ in &left {
+        merger.connect()?;
+    }
+    loop {
+        let mut went_on = false;
+        for (one, left) in left.iter_mut().enumerate() {
+            if left.is_empty() || !merger.may_read(one) {
+                continue;
+            }
+            went_on = true;
+            let (now, later) = left.split_at(step.min(left.len()));
+            *left = later;
+            merger.pending(one).extend_from_slice(now);
+            merger.advance(one, &mut out)?;
+        }
+        if !went_on {
+            break;
+        }
+    }
+    let given: usize = connections.iter().map(Vec::len).sum();
+    // A zero page of a packet takes 8 bytes there, and 9 or a name's more in a stream, with a section of its own at worst.
+    assert!(out.len() <= 4 * given);
+    merger.close(1)?;
+    merger.close(0)?;
+    Ok(out)
 }
 
 #[test]

@@ -119,6 +119,86 @@ fn check_report(report: &Value, vm: &str, peer: &str, memory_mb: u64) {
     );
 }
 
+/// Switches multifd on at a VM's hypervisor.
+#[track_caller]
+fn switch_multifd_on(site: &Site, vm: &str, compression: &str) {
+    let capabilities = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    let parameters = json!({ "multifd-channels": 3, "multifd-compression": compression });
+    site.qmp(vm, "migrate-set-capabilities", &capabilities).unwrap();
+    site.qmp(vm, "migrate-set-parameters", &parameters).unwrap();
+}
+
+#[track_caller]
+fn has_multifd_on(site: &Site, vm: &str) -> bool {
+    let capabilities = site.qmp(vm, "query-migrate-capabilities", &json!({})).unwrap();
+    let multifd = json!({ "capability": "multifd", "state": true });
+    capabilities.as_array().unwrap().contains(&multifd)
+}
+
+/// Guest memory from 16 MiB on, where the restless guest has what it filled it with.
+#[track_caller]
+fn filled_memory(rig: &Rig, site: &Site, vm: &str) -> Vec<u8> {
+    let file = rig.file("memory");
+    let dump = json!({ "val": 16 << 20, "size": 12 << 20, "filename": file });
+    site.qmp(vm, "pmemsave", &dump).unwrap();
+    std::fs::read(&file).unwrap()
+}
+
+#[test]
+fn a_vm_whose_hypervisor_sends_over_several_connections_arrives_with_its_memory() {
+    need!(qemu());
+    let mut rig = Rig::new(&[("vm", Machine::restless(32, 4096))]);
+    rig.a.boot("vm");
+    switch_multifd_on(&rig.a, "vm", "none");
+    let before = filled_memory(&rig, &rig.a, "vm");
+    assert!(before.iter().any(|&byte| byte != 0));
+    let there = rig.a.run(&["migrate", "vm", "--to", "b", "--output", "json"]);
+    assert_eq!(there.code, Some(0), "{there:?}");
+    check_report(&there.json(), "vm", "b", 32);
+    rig.assert_only(&[(&rig.b, "vm")]);
+    assert!(filled_memory(&rig, &rig.b, "vm") == before);
+
+    let back = rig.b.run(&["migrate", "vm", "--to", "a", "--output", "json"]);
+    assert_eq!(back.code, Some(0), "{back:?}");
+    rig.assert_only(&[(&rig.a, "vm")]);
+    assert!(filled_memory(&rig, &rig.a, "vm") == before);
+}
+
+#[test]
+fn a_cancelled_migration_over_several_connections_leaves_them_switched_on() {
+    need!(qemu());
+    let mut rig = Rig::new(&[("vm", Machine::filled(64))]);
+    rig.a.boot("vm");
+    switch_multifd_on(&rig.a, "vm", "none");
+    let (client, id) = copying(&rig.a, &["vm", "--to", "b", "--rate", CRAWL]);
+    until("the channels carry something", || {
+        let progress = rig.a.qmp("vm", "query-migrate", &json!({})).unwrap();
+        progress["ram"]["multifd-bytes"].as_u64() > Some(0)
+    });
+    let cancelled = rig.a.run(&["cancel", &id]);
+    assert_eq!(cancelled.code, Some(0), "{cancelled:?}");
+    assert_eq!(client.wait().code, Some(1));
+    rig.assert_only(&[(&rig.a, "vm")]);
+    assert!(has_multifd_on(&rig.a, "vm"));
+    let parameters = rig.a.qmp("vm", "query-migrate-parameters", &json!({})).unwrap();
+    assert_eq!(parameters["multifd-channels"], 3);
+}
+
+#[test]
+fn channels_that_compress_pages_are_refused_with_the_setting_to_change() {
+    need!(qemu());
+    let mut rig = Rig::new(&[("vm", Machine::firmware())]);
+    rig.a.boot("vm");
+    switch_multifd_on(&rig.a, "vm", "zlib");
+    let refused = rig.a.run(&["migrate", "vm", "--to", "b"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(
+        refused.stdout.contains("Set multifd-compression to none"),
+        "{refused:?}"
+    );
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
 #[test]
 fn a_vm_that_writes_moves_to_the_other_site_and_back() {
     need!(qemu());

@@ -266,7 +266,7 @@ async fn what_cannot_be_migrated_is_refused_by_name() {
         ])
         .await;
     let third = guest.third_party().await;
-    for name in ["return-path", "multifd"] {
+    for name in ["return-path", "xbzrle"] {
         let on = json!({ "capabilities": [{ "capability": name, "state": true }] });
         third.execute("migrate-set-capabilities", on).await.unwrap();
     }
@@ -285,7 +285,7 @@ async fn what_cannot_be_migrated_is_refused_by_name() {
         "{texts:?}"
     );
     assert!(
-        texts.iter().any(|text| text.contains("capability multifd is on")),
+        texts.iter().any(|text| text.contains("capability xbzrle is on")),
         "{texts:?}"
     );
     assert_eq!(source.condition().await.unwrap().refusals(true).len(), 2);

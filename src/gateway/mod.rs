@@ -47,6 +47,7 @@ mod standing;
 mod stream_socket;
 mod tunnel;
 pub(crate) mod vm_context;
+mod vmm_input;
 mod vmm_output;
 
 use std::path::PathBuf;

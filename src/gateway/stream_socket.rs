@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use tokio::net::UnixListener;
 
 /// A listening socket that is removed again.
+#[derive(Debug)]
 pub(super) struct StreamSocket {
     pub(super) path: PathBuf,
     pub(super) listener: UnixListener,

@@ -11,9 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
+use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
@@ -21,6 +19,7 @@ use super::clock;
 use super::leftover::{Leftover, LeftoverSlot};
 use super::links::Link;
 use super::share::Share;
+use super::vmm_input::VmmInput;
 use super::vmm_output::HELD_TAIL;
 use crate::metrics::{Stage, Waiting};
 use crate::proto::page::{ByteRate, MigrationId};
@@ -109,7 +108,7 @@ struct Shared {
 impl Outbound {
     /// Starts reader and encoder on the vmm's socket, with this effort at first and so many coders. The receiver learns how the stream ended.
     pub(crate) fn start(
-        vmm: UnixStream,
+        vmm: impl Into<VmmInput>,
         migration: MigrationId,
         window_bytes: u64,
         encoder: Encoder,
@@ -146,7 +145,7 @@ impl Outbound {
         let encoding_shared = Arc::clone(&shared);
         let worker =
             tokio::task::spawn_blocking(move || encoding::encode(&encoding_shared, to_encode, encoder, effort, coders));
-        let reading = Arc::clone(&shared);
+        let (reading, vmm) = (Arc::clone(&shared), vmm.into());
         tokio::spawn(async move {
             let read = read(&reading, vmm, chunks).await;
             let summary = worker.await;
@@ -472,8 +471,7 @@ impl Shared {
 }
 
 /// Reads until the vmm ends its stream (`true`) or the migration is stopped (`false`).
-async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>) -> std::io::Result<bool> {
-    let mut buffer = BytesMut::new();
+async fn read(shared: &Shared, mut vmm: VmmInput, chunks: mpsc::Sender<Bytes>) -> std::io::Result<bool> {
     let mut next = clock::now();
     loop {
         loop {
@@ -488,7 +486,6 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
             let _ = tokio::time::timeout(WAITS_LOOK, notified).await;
         }
         let most = shared.read_bytes.load(Ordering::Relaxed) as usize;
-        buffer.reserve(most);
         let stop = async {
             loop {
                 let notified = shared.to_read.notified();
@@ -498,23 +495,13 @@ async fn read(shared: &Shared, mut vmm: UnixStream, chunks: mpsc::Sender<Bytes>)
                 notified.await;
             }
         };
-        let mut room = (&mut buffer).limit(most);
-        let first = tokio::select! {
-            read = vmm.read_buf(&mut room) => read?,
+        let chunk = tokio::select! {
+            read = vmm.read(most) => read?,
             () = stop => return Ok(false),
         };
-        if first == 0 {
+        if chunk.is_empty() {
             return Ok(true);
         }
-        // What is there already goes into the same batch: larger groups reduce better and cost fewer lanes.
-        while buffer.len() < most {
-            let rest = most - buffer.len();
-            match vmm.try_read_buf(&mut (&mut buffer).limit(rest)) {
-                Ok(0) | Err(_) => break,
-                Ok(_) => {}
-            }
-        }
-        let chunk = buffer.split().freeze();
         let len = chunk.len() as u64;
         let now = clock::now();
         // A destination that does not keep up is given what it takes, rather than a queue.
@@ -546,6 +533,7 @@ mod tests {
     use std::time::Duration;
 
     use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
 
     use super::*;
 

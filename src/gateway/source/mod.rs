@@ -23,6 +23,7 @@ use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
 use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm};
 use super::stream_socket::StreamSocket;
+use super::vmm_input::VmmInput;
 use crate::api::Phase;
 use crate::hypervisor::qemu::{SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
@@ -373,15 +374,21 @@ impl SourceDriver {
         let migrate = async {
             let vm = self.vmm.connected().await?;
             vm.prepare(settings.downtime_limit).await?;
+            let channels = vm.multifd_channels().await?;
             if vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await? == SwitchoverBandwidth::NotSupported
             {
                 copying.set_believes_itself();
             }
-            vm.migrate(&socket.path).await
+            vm.migrate(&socket.path).await?;
+            Ok(channels)
         };
         let migrate = async { migrate.await.map_err(|error: SourceError| error.to_string()) };
         // The vmm connects before it answers the command.
-        let ((stream, _), ()) = tokio::try_join!(accept, migrate)?;
+        let ((stream, _), channels) = tokio::try_join!(accept, migrate)?;
+        let vmm = match channels {
+            Some(channels) => VmmInput::several(stream, socket, channels).map_err(|error| error.to_string())?,
+            None => stream.into(),
+        };
         copying.begin_stream(clock::now());
         let agreement = copying.agreement();
         let window_bytes = agreement.limits.window_bytes;
@@ -393,7 +400,7 @@ impl SourceDriver {
             false => 1,
         };
         let effort = Effort::for_link(link.capacity(), coders);
-        let (outbound, end) = Outbound::start(stream, self.entry.migration, window_bytes, encoder, effort, coders);
+        let (outbound, end) = Outbound::start(vmm, self.entry.migration, window_bytes, encoder, effort, coders);
         let outbound = Arc::new(outbound);
         self.contact.acknowledges(Arc::clone(&outbound));
         self.stream = Some(Stream {

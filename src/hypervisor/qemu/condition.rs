@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::inventory::{disk_name, qom_text, text};
 use super::progress::MigrationProgress;
-use super::settings::{Capability, query_capabilities};
+use super::settings::{Capability, Multifd, query_capabilities, query_multifd};
 use super::state::MigrationStatus;
 use crate::hypervisor::process::{Process, ProcessError};
 use crate::hypervisor::qmp::{QmpClient, QmpError};
@@ -20,6 +20,10 @@ pub struct Condition {
     pub libvirt_sign: Option<String>,
     /// Capabilities, as set now.
     pub capabilities: Vec<Capability>,
+    /// The connections that its pages would take.
+    pub multifd: Option<Multifd>,
+    /// A virtio-mem device, whose state comes in the midst of memory.
+    pub has_virtio_mem: bool,
     /// The outgoing migration that is under way or was the last.
     pub migration: MigrationStatus,
     /// Why QEMU itself would refuse to migrate.
@@ -66,6 +70,21 @@ pub enum Refusal {
         /// Why not.
         reason: &'static str,
     },
+    /// Pages that nobody can read.
+    #[error(
+        "The migration capability multifd is on with multifd-compression {method}, which hides the content of pages from the gateway. \
+         Set multifd-compression to none: the gateway reduces better itself."
+    )]
+    MultifdCompression {
+        /// QEMU's name of the method.
+        method: String,
+    },
+    /// Channels beside a device that does not go with them.
+    #[error(
+        "The migration capability multifd is on and the VM has a virtio-mem device, whose state cannot be told from pages then. Switch \
+         multifd off."
+    )]
+    MultifdVirtioMem,
     /// One is under way.
     #[error("Another migration of this VM is under way (status {status}).")]
     MigrationUnderWay {
@@ -88,6 +107,8 @@ impl Condition {
             writable_disks: writable_disks(qmp).await?,
             libvirt_sign: libvirt_sign_of(qmp.path(), process)?,
             capabilities: query_capabilities(qmp).await?,
+            multifd: query_multifd(qmp).await?,
+            has_virtio_mem: has_virtio_mem(qmp).await?,
             migration: progress.status,
             blocked_reasons: progress.blocked_reasons,
         })
@@ -115,6 +136,14 @@ impl Condition {
                 reason,
             })
         }));
+        if let Some(multifd) = self.multifd.as_ref().filter(|multifd| !multifd.is_plain()) {
+            refusals.push(Refusal::MultifdCompression {
+                method: multifd.compression.clone(),
+            });
+        }
+        if self.multifd.is_some() && self.has_virtio_mem {
+            refusals.push(Refusal::MultifdVirtioMem);
+        }
         if !shared_disks {
             let disks = self.writable_disks.iter().cloned();
             refusals.extend(disks.map(|WritableDisk { name, file }| Refusal::WritableDisk { name, file }));
@@ -134,17 +163,22 @@ fn capability_obstacle(name: &str) -> Option<&'static str> {
             "post-copy lets the guest run before it is complete at the destination, so it could not come back"
         }
         "switchover-ack" => "it needs the return path, with which the VM could run twice",
-        "multifd" => "it spreads the stream over several connections",
         "xbzrle" | "compress" => "it hides the content of pages from the gateway, which reduces better itself",
         "x-colo" | "colo" => "it keeps the VM running in two places on purpose",
         "mapped-ram" => "it writes to files only",
         "background-snapshot" => "it writes a snapshot instead of migrating",
-        "zero-copy-send" => "it pins guest memory and needs multifd",
+        "zero-copy-send" => "it pins guest memory, and the pages only go to a socket on this host",
         "x-ignore-shared" => "it leaves shared memory behind",
         "block" => "it migrates disks inside the memory stream",
         "dirty-bitmaps" => "dirty bitmaps are not carried over yet",
         _ => return None,
     })
+}
+
+async fn has_virtio_mem(qmp: &QmpClient) -> Result<bool, QmpError> {
+    let devices = qmp.execute("query-memory-devices", json!({})).await?;
+    let mut devices = devices.as_array().into_iter().flatten();
+    Ok(devices.any(|device| device["type"] == "virtio-mem"))
 }
 
 async fn writable_disks(qmp: &QmpClient) -> Result<Vec<WritableDisk>, QmpError> {
@@ -217,6 +251,8 @@ mod tests {
             writable_disks: Vec::new(),
             libvirt_sign: None,
             capabilities: Vec::new(),
+            multifd: None,
+            has_virtio_mem: false,
             migration: MigrationStatus::None,
             blocked_reasons: Vec::new(),
         }
@@ -251,7 +287,6 @@ mod tests {
         let names = [
             "return-path",
             "postcopy-ram",
-            "multifd",
             "xbzrle",
             "compress",
             "x-colo",
@@ -276,6 +311,7 @@ mod tests {
         for name in [
             "events",
             "auto-converge",
+            "multifd",
             "validate-uuid",
             "pause-before-switchover",
             "late-block-activate",
@@ -289,6 +325,30 @@ mod tests {
             };
             assert_eq!(on.refusals(true), []);
         }
+    }
+
+    #[test]
+    fn multifd_is_refused_where_it_compresses_or_beside_virtio_mem_and_only_there() {
+        let with = |compression: &str| Condition {
+            multifd: Some(Multifd {
+                channels: 4,
+                compression: compression.to_owned(),
+            }),
+            ..condition()
+        };
+        assert_eq!(with("none").refusals(true), []);
+        let refusals = with("zstd").refusals(true);
+        assert_eq!(
+            refusals,
+            [Refusal::MultifdCompression {
+                method: "zstd".to_owned()
+            }]
+        );
+        let beside = Condition {
+            has_virtio_mem: true,
+            ..with("none")
+        };
+        assert_eq!(beside.refusals(true), [Refusal::MultifdVirtioMem]);
     }
 
     #[test]

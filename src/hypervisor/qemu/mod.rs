@@ -40,7 +40,7 @@ pub use launch::{Launch, LaunchError};
 pub use owner::OwnerError;
 pub use permit::PermitConditions;
 pub use progress::{MigrationProgress, RamProgress};
-pub use settings::{Capability, ParameterValue, RememberedSettings};
+pub use settings::{Capability, Multifd, ParameterValue, RememberedSettings};
 pub use source::{DirtyRate, DirtyRateSample, SourceError, SourceVm, SwitchoverBandwidth, Undone};
 pub use state::{MigrationStatus, RunState};
 pub use template::{LaunchTemplate, LaunchValues, TemplateError};

@@ -1,8 +1,9 @@
 //! Migration capabilities and parameters: which we need, how they are set, and how the old ones come back.
 //!
 //! Every capability that QEMU lists is set to what this project needs, which is *off* for all but a few: return-path,
-//! because with it a lost gateway makes QEMU restart the guest; multifd, xbzrle and compress, because they hide pages from
-//! the parser; the post-copy family, because it needs the return path. What is changed is remembered first. Capabilities and
+//! because with it a lost gateway makes QEMU restart the guest; xbzrle and compress, because they hide pages from the
+//! parser; the post-copy family, because it needs the return path. multifd stays as it is at the source, where its channels
+//! are merged to one stream; so the destination has it off. What is changed is remembered first. Capabilities and
 //! parameters are looked up by name, never by version, so distributions' backports are served too.
 
 use serde::{Deserialize, Serialize};
@@ -46,6 +47,18 @@ pub struct Capability {
     pub is_on: bool,
 }
 
+/// A migration over several connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Multifd {
+    /// Connections beside the main one, 1 to 255.
+    pub channels: u8,
+    /// QEMU's name of the method that compresses their pages.
+    pub compression: String,
+}
+
+/// QEMU's name for pages that go as they are.
+const NO_COMPRESSION: &str = "none";
+
 /// All capabilities this QEMU knows.
 pub(super) async fn query_capabilities(qmp: &QmpClient) -> Result<Vec<Capability>, QmpError> {
     qmp.query("query-migrate-capabilities", json!({})).await
@@ -54,6 +67,34 @@ pub(super) async fn query_capabilities(qmp: &QmpClient) -> Result<Vec<Capability
 /// All parameters this QEMU knows and that have a value.
 pub(super) async fn query_parameters(qmp: &QmpClient) -> Result<Map<String, Value>, QmpError> {
     qmp.query("query-migrate-parameters", json!({})).await
+}
+
+/// How this QEMU spreads a migration over several connections; `None`: it does not.
+pub(super) async fn query_multifd(qmp: &QmpClient) -> Result<Option<Multifd>, QmpError> {
+    let capabilities = query_capabilities(qmp).await?;
+    if !capabilities.iter().any(|one| one.name == "multifd" && one.is_on) {
+        return Ok(None);
+    }
+    let parameters = query_parameters(qmp).await?;
+    let channels = parameters.get("multifd-channels").and_then(Value::as_u64);
+    let compression = parameters.get("multifd-compression").and_then(Value::as_str);
+    Ok(Some(Multifd {
+        channels: channels
+            .and_then(|channels| u8::try_from(channels).ok())
+            .ok_or_else(|| QmpError::Answer {
+                command: "query-migrate-parameters".into(),
+                detail: "multifd is on and there is no number of channels".into(),
+            })?,
+        compression: compression.unwrap_or(NO_COMPRESSION).to_owned(),
+    }))
+}
+
+impl Multifd {
+    /// Whether the pages of its channels can be seen.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.compression == NO_COMPRESSION
+    }
 }
 
 impl RememberedSettings {
@@ -77,7 +118,7 @@ impl RememberedSettings {
         let capabilities = self
             .capabilities
             .iter()
-            .map(|(name, _)| (name.clone(), wanted_capability(name, side)));
+            .map(|(name, is_on)| (name.clone(), wanted_capability(name, *is_on, side)));
         let wanted = |name: &str| match (name, side) {
             // 0 switches QEMU's own limit off; its default is 128 MiB/s. The gateway limits by reading slowly.
             ("max-bandwidth", Side::Source) => Some(ParameterValue::Number(0)),
@@ -89,10 +130,16 @@ impl RememberedSettings {
             ("mode", Side::Source) => Some(ParameterValue::Text("normal".into())),
             _ => None,
         };
+        let wanted = |name: &str, value: &ParameterValue| match (name, value, side) {
+            ("multifd-channels", ParameterValue::Number(channels), Side::Source) => {
+                Some(ParameterValue::Number(MOST_CHANNELS.min(*channels)))
+            }
+            _ => wanted(name),
+        };
         let parameters = self
             .parameters
             .iter()
-            .filter_map(|(name, _)| Some((name.clone(), wanted(name)?)));
+            .filter_map(|(name, value)| Some((name.clone(), wanted(name, value)?)));
         RememberedSettings {
             capabilities: capabilities.collect(),
             parameters: parameters.collect(),
@@ -163,8 +210,9 @@ impl ParameterValue {
     }
 }
 
-fn wanted_capability(name: &str, side: Side) -> bool {
+fn wanted_capability(name: &str, is_on: bool, side: Side) -> bool {
     match name {
+        "multifd" => is_on && side == Side::Source,
         "events" | "validate-uuid" => true,
         // Without it a loaded but paused 7.2 holds the disk locks already, which the source still needs.
         "late-block-activate" => side == Side::Destination,
@@ -173,7 +221,7 @@ fn wanted_capability(name: &str, side: Side) -> bool {
 }
 
 /// Parameters that a migration changes, or that callers change while it runs.
-const CHANGED_PARAMETERS: [&str; 7] = [
+const CHANGED_PARAMETERS: [&str; 8] = [
     "max-bandwidth",
     "downtime-limit",
     "avail-switchover-bandwidth",
@@ -181,7 +229,12 @@ const CHANGED_PARAMETERS: [&str; 7] = [
     "tls-creds",
     "tls-hostname",
     "mode",
+    "multifd-channels",
 ];
+
+/// What waits in a channel's sockets is beyond the gateway's reach, and QEMU takes it for sent: half a MiB of them is what a stop may have ahead of
+/// it. Over a WAN more of them gain nothing.
+const MOST_CHANNELS: u64 = 2;
 
 /// Parameters that are set again and again while a migration runs, whatever they were.
 const SET_DURING_MIGRATION: [&str; 2] = ["downtime-limit", "avail-switchover-bandwidth"];
@@ -220,6 +273,23 @@ mod tests {
         };
         assert_eq!(on(Side::Source), ["events"]);
         assert_eq!(on(Side::Destination), ["events", "late-block-activate"]);
+    }
+
+    #[test]
+    fn multifd_stays_as_it_is_at_the_source_and_is_off_at_the_destination() {
+        for was_on in [false, true] {
+            let before = RememberedSettings {
+                capabilities: vec![("multifd".to_owned(), was_on)],
+                parameters: vec![("multifd-channels".to_owned(), ParameterValue::Number(8))],
+            };
+            let at = |side| before.for_migration(side, 250);
+            let is_on = |side| at(side).capabilities[0].1;
+            assert_eq!((is_on(Side::Source), is_on(Side::Destination)), (was_on, false));
+            let channels = ParameterValue::Number(MOST_CHANNELS);
+            assert_eq!(at(Side::Source).parameters[0].1, channels);
+            assert_eq!(at(Side::Destination).parameters, []);
+            assert_eq!(before.changed_by_migration(Side::Source).parameters, before.parameters);
+        }
     }
 
     #[test]

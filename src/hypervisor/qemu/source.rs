@@ -21,7 +21,7 @@ use super::inventory::VmInventory;
 use super::owner::{OwnerError, owner, vcpu_threads};
 use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
-use super::settings::{RememberedSettings, Side};
+use super::settings::{RememberedSettings, Side, query_multifd};
 use super::state::{MigrationStatus, RunState};
 use super::{query_run_state, socket_uri};
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
@@ -340,6 +340,14 @@ impl SourceVm {
             }
             sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// How many connections beside the main one the migration is going to make; `None` without multifd.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn multifd_channels(&self) -> Result<Option<u8>, SourceError> {
+        Ok(query_multifd(&self.qmp).await?.map(|multifd| multifd.channels))
     }
 
     /// Starts the migration into a listening unix socket. From now on the guest may be paused at any moment, when QEMU

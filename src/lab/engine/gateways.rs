@@ -7,13 +7,14 @@ use serde_json::Value;
 use super::outside::{Outside, Watching};
 use super::proof::{Proof, SOON, boot, crossing, prove};
 use super::timeline::Timeline;
-use super::{Moved, pages_per_second};
+use super::{Engine, Moved, pages_per_second};
 use crate::api::Client;
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::{LinkSection, VM, words};
 use crate::lab::guest::Launch;
 use crate::lab::heartbeat::Heartbeat;
 use crate::lab::link::Link;
+use crate::lab::monitor::{Monitor, MonitorError};
 use crate::lab::process::{Process, output};
 use crate::lab::record::Outcome;
 use crate::lab::site::Site;
@@ -60,6 +61,12 @@ impl<'a> Pair<'a> {
             link,
             outside,
         })
+    }
+
+    /// Sets up the QEMU that booted the guest as the engine has it.
+    pub(in crate::lab) async fn set_up(&self, engine: Engine, memory_mb: u64) -> Result<(), MonitorError> {
+        let mut monitor = Monitor::connect(&self.sites[0].files.qmp, SOON).await?;
+        engine.set_up(&mut monitor, memory_mb).await
     }
 
     /// The way that the next leg goes.

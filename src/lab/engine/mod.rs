@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::heartbeat::Beat;
+use super::monitor::{Monitor, MonitorError};
 use super::record::{Application, Moment, Outcome};
 use super::usage::Usage;
 
@@ -28,6 +29,8 @@ use super::usage::Usage;
 pub(super) enum Engine {
     /// The gateways.
     Longhaul,
+    /// The gateways, and a source whose QEMU sends over multifd channels.
+    LonghaulMultifd,
     /// QEMU and kernel as they come: CUBIC, the kernel's default buffers, QEMU's cap of 128 MiB/s.
     QemuTcpCubicDefault,
     /// CUBIC, socket buffers of 256 MB on both hosts, no cap.
@@ -136,8 +139,9 @@ impl fmt::Display for Engine {
 
 impl Engine {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Longhaul,
+        Self::LonghaulMultifd,
         Self::QemuTcpCubicDefault,
         Self::QemuTcpCubicTuned,
         Self::QemuTcpBbrDefault,
@@ -152,6 +156,7 @@ impl Engine {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Longhaul => "longhaul",
+            Self::LonghaulMultifd => "longhaul-multifd",
             Self::QemuTcpCubicDefault => "qemu-tcp-cubic-default",
             Self::QemuTcpCubicTuned => "qemu-tcp-cubic-tuned",
             Self::QemuTcpBbrDefault => "qemu-tcp-bbr-default",
@@ -163,10 +168,15 @@ impl Engine {
         }
     }
 
+    /// Whether the gateways move the guest.
+    pub(super) fn has_gateways(self) -> bool {
+        matches!(self, Self::Longhaul | Self::LonghaulMultifd)
+    }
+
     /// What TCP of the engine's hosts uses. The gateways use none.
     pub(super) fn congestion_control(self) -> &'static str {
         match self {
-            Self::Longhaul | Self::QemuTcpCubicDefault | Self::QemuTcpCubicTuned => "cubic",
+            Self::Longhaul | Self::LonghaulMultifd | Self::QemuTcpCubicDefault | Self::QemuTcpCubicTuned => "cubic",
             _ => "bbr",
         }
     }
@@ -175,7 +185,7 @@ impl Engine {
     fn buffers(self) -> [&'static str; 2] {
         match self {
             // Of a host with some GiB of memory (tcp(7)).
-            Self::Longhaul | Self::QemuTcpCubicDefault | Self::QemuTcpBbrDefault => {
+            Self::Longhaul | Self::LonghaulMultifd | Self::QemuTcpCubicDefault | Self::QemuTcpBbrDefault => {
                 ["4096 131072 6291456", "4096 16384 4194304"]
             }
             _ => ["4096 131072 268435456", "4096 16384 268435456"],
@@ -190,20 +200,33 @@ impl Engine {
         }
     }
 
-    /// QEMU's capabilities that are switched on at both ends.
+    /// Sets a QEMU up for a guest of `memory_mb`: both ends', without gateways, which set up the destination's themselves.
+    pub(super) async fn set_up(self, monitor: &mut Monitor, memory_mb: u64) -> Result<(), MonitorError> {
+        if let Some(capabilities) = self.capabilities() {
+            monitor.execute("migrate-set-capabilities", capabilities).await?;
+        }
+        if let Some(parameters) = self.parameters(memory_mb) {
+            monitor.execute("migrate-set-parameters", parameters).await?;
+        }
+        Ok(())
+    }
+
+    /// QEMU's capabilities that are switched on.
     fn capabilities(self) -> Option<Value> {
         let on = |name: &str| json!({ "capabilities": [{ "capability": name, "state": true }] });
         match self {
-            Self::QemuMultifdZstd => Some(on("multifd")),
+            Self::LonghaulMultifd | Self::QemuMultifdZstd => Some(on("multifd")),
             Self::QemuXbzrle => Some(on("xbzrle")),
             _ => None,
         }
     }
 
-    /// QEMU's migration parameters at both ends, for a guest of `memory_mb`.
+    /// QEMU's migration parameters for a guest of `memory_mb`.
     fn parameters(self, memory_mb: u64) -> Option<Value> {
         let mut parameters = match self {
             Self::Longhaul | Self::QemuTcpCubicDefault => return None,
+            // The rest is the gateway's.
+            Self::LonghaulMultifd => return Some(json!({ "multifd-channels": 4 })),
             _ => json!({ "max-bandwidth": NO_CAP, "downtime-limit": DOWNTIME_LIMIT_MS }),
         };
         match self {

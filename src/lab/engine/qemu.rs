@@ -146,13 +146,7 @@ impl Move<'_> {
             let credentials = tls::credentials(&site.directory, endpoint);
             monitor.execute("object-add", credentials).await?;
         }
-        if let Some(capabilities) = self.engine.capabilities() {
-            monitor.execute("migrate-set-capabilities", capabilities).await?;
-        }
-        if let Some(parameters) = self.engine.parameters(self.launch.dials.memory_mb) {
-            monitor.execute("migrate-set-parameters", parameters).await?;
-        }
-        Ok(())
+        self.engine.set_up(monitor, self.launch.dials.memory_mb).await
     }
 }
 

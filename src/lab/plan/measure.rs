@@ -7,10 +7,11 @@ use crate::gateway::clock;
 use crate::lab::engine::gateways::Pair;
 use crate::lab::engine::outside::{Client, Outside};
 use crate::lab::engine::proof::Proof;
-use crate::lab::engine::{Engine, Moved, hosts, qemu};
+use crate::lab::engine::{Moved, hosts, qemu};
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::LinkSection;
 use crate::lab::guest::Launch;
+use crate::lab::monitor::MonitorError;
 use crate::lab::record::{Ends, Outcome, Run, Setting};
 use crate::lab::stage::Stage;
 
@@ -108,7 +109,7 @@ impl Bench<'_> {
                 }
             }
             setting.tcp = hosts::settings(&a.namespace).await?;
-            if cell.engine != Engine::Longhaul {
+            if !cell.engine.has_gateways() {
                 let plain = qemu::Move {
                     engine: cell.engine,
                     launch,
@@ -123,7 +124,11 @@ impl Bench<'_> {
             let link = Some(self.stage.link.clone());
             let section = LinkSection::of(&cell.link.profile);
             let mut pair = Pair::start(&self.longhaul, launch, sites.clone(), &section, link, outside).await?;
-            let moved = pair.leg(self.time_limit, proof).await;
+            let moved = match pair.set_up(cell.engine, cell.dials.memory_mb).await {
+                Ok(()) => pair.leg(self.time_limit, proof).await,
+                Err(MonitorError::Refused { said, .. }) => Ok(Moved::unavailable(said)),
+                Err(error) => Err(error.into()),
+            };
             pair.stop().await;
             moved
         };

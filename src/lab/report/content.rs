@@ -259,7 +259,7 @@ fn words() -> Vec<Block> {
     ];
     let mut words: Vec<String> = words.map(str::to_owned).into();
     words.push(format!(
-        "Unlike {OURS}, other engines have no gateways; what a column leaves open was not measured."
+        "Engines whose names do not begin with {OURS} have no gateways; what a column leaves open was not measured."
     ));
     vec![Block::List(words)]
 }

@@ -137,8 +137,8 @@ pub enum StreamEvent {
     RamBlocks(Vec<RamBlock>),
     /// A pass over RAM ended before `offset`: from here on, pages come that were sent before. The stream does not say so
     /// itself; QEMU walks RAM in ascending order, so a page that is not behind its predecessor starts a new pass. With
-    /// multifd, whose pages are on other channels, it is the flush record of a PART section (QEMU 8.1 and newer). Within a
-    /// pass a page comes at most once.
+    /// multifd, where pages are on other channels, it is the flush record of a PART section (QEMU 8.1 and newer); in what
+    /// is merged of them it means nothing. Within a pass a page comes at most once.
     RoundEnd {
         /// Start of the first record of the new pass, or end of the flush record.
         offset: u64,

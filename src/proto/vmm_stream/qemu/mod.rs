@@ -16,10 +16,11 @@
 //! `configuration` reads the start of the stream, `element` single headers of the outer framing, `ram` the block list and the
 //! page records; `opaque` finds the way back out of bytes whose length nobody states.
 //!
-//! Not here: multifd's other channels (their bytes are not a QEVM stream and pass as they are), the return path.
+//! `multifd` makes one stream of a migration's main stream and multifd channels, before this parser sees it. Not here: the return path.
 
 mod configuration;
 mod element;
+pub mod multifd;
 mod opaque;
 mod ram;
 

@@ -30,10 +30,10 @@ pub(super) const SECTION_VERSION: u32 = 4;
 
 const FLAG_MASK: u64 = PAGE_SIZE as u64 - 1;
 const FLAG_MEM_SIZE: u64 = 0x004;
-const FLAG_EOS: u64 = 0x010;
+pub(super) const FLAG_EOS: u64 = 0x010;
 const FLAG_XBZRLE: u64 = 0x040;
 const FLAG_COMPRESS: u64 = 0x100;
-const FLAG_FLUSH: u64 = 0x200;
+pub(super) const FLAG_FLUSH: u64 = 0x200;
 
 /// Most bytes of a compressed page: zlib's `compressBound(4096)`, which is what QEMU's destination accepts.
 const MAX_COMPRESSED: u32 = 4110;
@@ -432,13 +432,23 @@ impl Ram {
         let Some(name) = bytes.get(1..len) else {
             return Read::More;
         };
-        match self
-            .by_name
-            .binary_search_by(|&block| self.blocks[usize::from(block)].name.as_slice().cmp(name))
-        {
-            Ok(place) => Read::Is((self.by_name[place], len)),
-            Err(_) => Read::Not(LostTrackReason::UnknownBlock),
+        match self.block(name) {
+            Some(block) => Read::Is((block, len)),
+            None => Read::Not(LostTrackReason::UnknownBlock),
         }
+    }
+
+    /// The block of a name, once the list is complete.
+    pub(super) fn block(&self, name: &[u8]) -> Option<u16> {
+        self.by_name
+            .binary_search_by(|&block| self.blocks[usize::from(block)].name.as_slice().cmp(name))
+            .ok()
+            .map(|place| self.by_name[place])
+    }
+
+    /// Pages of a listed block.
+    pub(super) fn pages_of(&self, block: u16) -> u64 {
+        pages(&self.blocks[usize::from(block)])
     }
 }
 
