@@ -3,5 +3,6 @@
 pub mod fingerprint;
 pub mod journal;
 pub mod pages;
+mod seal;
 pub mod spill;
 pub mod trust;

@@ -1,12 +1,12 @@
 //! The session dictionary's pages at the destination: the newest in memory, the others in a spill file.
 //!
 //! ```text
-//! put ──► ring of frames in memory ──(oldest 64 at a time)──► slot × 4096 in the file
-//! get ◄── newest pages                                  get ◄── older pages, digest compared
+//! put ──► ring of frames in memory ──(oldest 64 at a time, sealed)──► slot × 4096 in the file
+//! get ◄── newest pages                                  get ◄── older pages, opened
 //! ```
 //!
-//! The file has no name, so nothing is left behind however the process ends, and its room is claimed when it is made, so that
-//! a full disk is known before a session relies on it. Calls block on the disk: keep them off the reactor's threads.
+//! The file has no name, so nothing is left behind however the process ends; what its blocks hold then can be read by nobody, since it was sealed with
+//! a key that was in memory only. Its room is claimed when it is made, so that a full disk is known before a session relies on it. Calls block on the disk: keep them off the reactor's threads.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::proto::page::{PAGE_SIZE, PageDigest};
-use crate::proto::reduce::{PageShelf, ShelfError, digest_many};
+use super::seal::{SealingKey, TAG_LEN, Tag};
+use crate::proto::page::PAGE_SIZE;
+use crate::proto::reduce::{PageShelf, ShelfError};
 
 /// A [`PageShelf`] with a bound on its memory and on its file.
 #[derive(Debug)]
@@ -39,8 +40,10 @@ pub struct SpillShelf {
 #[derive(Debug)]
 struct Spill {
     file: File,
+    /// Seals a page under the number of its put, which never comes again.
+    key: SealingKey,
     /// By slot. Disks do return what was never written to them.
-    digests: Vec<PageDigest>,
+    tags: Vec<Tag>,
 }
 
 impl SpillShelf {
@@ -117,8 +120,11 @@ impl SpillShelf {
                 .min(self.slots - slot)
                 .min(self.frame_count - frame);
             let start = frame as usize * PAGE_SIZE;
-            spill.write(slot, &self.frames[start..start + count as usize * PAGE_SIZE])?;
+            let frames = &mut self.frames[start..start + count as usize * PAGE_SIZE];
+            let written = spill.write(slot, self.in_memory_from, frames);
+            // They are sealed, written or not: from here on none of them is taken for a page.
             self.in_memory_from += count;
+            written?;
         }
         Ok(())
     }
@@ -141,7 +147,7 @@ impl PageShelf for SpillShelf {
     fn get(&mut self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
         let put = self.put_in(slot).ok_or(ShelfError::NoSuchSlot { slot })?;
         match &self.spill {
-            Some(spill) if put < self.in_memory_from => spill.read(slot, page),
+            Some(spill) if put < self.in_memory_from => spill.read(slot, put, page),
             _ => {
                 let start = self.frame(put);
                 page.copy_from_slice(&self.frames[start..start + PAGE_SIZE]);
@@ -168,6 +174,7 @@ impl Spill {
                 source,
             });
         }
+        let key = SealingKey::of_this_process().map_err(cannot_create)?;
         let file = unnamed_file(dir).map_err(cannot_create)?;
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
             // A file system that cannot claim room: the disk may then fill up during the session.
@@ -179,42 +186,43 @@ impl Spill {
             bytes,
             source,
         })?;
-        let mut digests = Vec::with_capacity(slots as usize);
-        digests.resize(taken as usize, PageDigest([0; 16]));
-        Ok(Self { file, digests })
+        let mut tags = Vec::with_capacity(slots as usize);
+        tags.resize(taken as usize, [0; TAG_LEN]);
+        Ok(Self { file, key, tags })
     }
 
-    /// Writes adjacent `pages` from slot `first` on.
-    fn write(&mut self, first: u64, pages: &[u8]) -> Result<(), ShelfError> {
-        let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+    /// Writes adjacent `pages`, of the puts from `put` on, to the slots from `first` on. They are sealed where they are: nobody looks for them in memory
+    /// again.
+    fn write(&mut self, first: u64, put: u64, pages: &mut [u8]) -> Result<(), ShelfError> {
+        let (whole, _) = pages.as_chunks_mut::<PAGE_SIZE>();
+        // Slots are filled in order, so those beyond the end are the next to come.
+        for (number, page) in (0..).zip(whole.iter_mut()) {
+            let tag = self.key.seal(put + number, page);
+            match self.tags.get_mut((first + number) as usize) {
+                Some(place) => *place = tag,
+                None => self.tags.push(tag),
+            }
+        }
         self.file
-            .write_all_at(pages.as_flattened(), first * PAGE_SIZE as u64)
+            .write_all_at(pages, first * PAGE_SIZE as u64)
             .map_err(|source| ShelfError::Storage {
                 slot: first as u32,
                 source: source.into(),
-            })?;
-        let mut digests = Vec::with_capacity(pages.len());
-        digest_many(&pages.iter().collect::<Vec<_>>(), &mut digests);
-        // Slots are filled in order, so those beyond the end are the next to come.
-        let first = first as usize;
-        let overwritten = digests.len().min(self.digests.len() - first);
-        self.digests[first..first + overwritten].copy_from_slice(&digests[..overwritten]);
-        self.digests.extend_from_slice(&digests[overwritten..]);
-        Ok(())
+            })
     }
 
-    fn read(&self, slot: u32, page: &mut [u8]) -> Result<(), ShelfError> {
+    fn read(&self, slot: u32, put: u64, page: &mut [u8]) -> Result<(), ShelfError> {
+        let mut sealed = [0; PAGE_SIZE + TAG_LEN];
         self.file
-            .read_exact_at(page, u64::from(slot) * PAGE_SIZE as u64)
+            .read_exact_at(&mut sealed[..PAGE_SIZE], u64::from(slot) * PAGE_SIZE as u64)
             .map_err(|source| ShelfError::Storage {
                 slot,
                 source: source.into(),
             })?;
-        if PageDigest::of(page) == self.digests[slot as usize] {
-            Ok(())
-        } else {
-            Err(ShelfError::Damaged { slot })
-        }
+        sealed[PAGE_SIZE..].copy_from_slice(&self.tags[slot as usize]);
+        let opened = self.key.open(put, &mut sealed).ok_or(ShelfError::Damaged { slot })?;
+        page.copy_from_slice(opened);
+        Ok(())
     }
 }
 
@@ -289,7 +297,7 @@ pub enum SpillError {
     },
 }
 
-/// Pages written at once: 256 KiB is one request to most disks, and 64 pages fill the lanes of [`digest_many`].
+/// Pages written at once: 256 KiB is one request to most disks.
 const WRITE_PAGES: u64 = 64;
 /// Names tried before giving up.
 const NAMES_TRIED: u32 = 1000;
@@ -304,6 +312,13 @@ mod tests {
 
     fn page(seed: u64) -> [u8; PAGE_SIZE] {
         std::array::from_fn(|i| seed.to_le_bytes()[i % 8] ^ i as u8)
+    }
+
+    fn byte_at(shelf: &SpillShelf, place: u64) -> u8 {
+        let mut byte = [0];
+        let spill = shelf.spill.as_ref().unwrap();
+        spill.file.read_exact_at(&mut byte, place).unwrap();
+        byte[0]
     }
 
     fn get(shelf: &mut SpillShelf, slot: u32) -> Result<[u8; PAGE_SIZE], ShelfError> {
@@ -376,15 +391,54 @@ mod tests {
         for slot in 0..10 {
             shelf.put(slot, &page(slot.into())).unwrap();
         }
+        let place = 3 * PAGE_SIZE as u64 + 7;
         shelf
             .spill
             .as_ref()
             .unwrap()
             .file
-            .write_all_at(&[!page(3)[7]], 3 * PAGE_SIZE as u64 + 7)
+            .write_all_at(&[!byte_at(&shelf, place)], place)
             .unwrap();
         assert!(matches!(get(&mut shelf, 3), Err(ShelfError::Damaged { slot: 3 })));
         assert_eq!(get(&mut shelf, 4).unwrap(), page(4));
+    }
+
+    #[test]
+    fn a_page_that_could_not_be_written_is_not_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut shelf = SpillShelf::new(dir.path(), 4, 1).unwrap();
+        shelf.put(0, &page(0)).unwrap();
+        // Takes nothing, and gives zeroes.
+        let full = OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
+        shelf.spill.as_mut().unwrap().file = full;
+        assert!(matches!(shelf.put(1, &page(1)), Err(ShelfError::Storage { .. })));
+        assert!(matches!(get(&mut shelf, 0), Err(ShelfError::Damaged { slot: 0 })));
+    }
+
+    #[test]
+    fn nothing_of_a_page_is_on_the_disk_in_the_clear_and_the_same_page_looks_different_there_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut shelf = SpillShelf::new(dir.path(), 4, 1).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        for put in 0..12 {
+            shelf.put(put % 4, &page(7)).unwrap();
+            // The last one is in memory.
+            if let Some(before) = put.checked_sub(1) {
+                let mut on_disk = [0; PAGE_SIZE];
+                let at = u64::from(before % 4) * PAGE_SIZE as u64;
+                shelf
+                    .spill
+                    .as_ref()
+                    .unwrap()
+                    .file
+                    .read_exact_at(&mut on_disk, at)
+                    .unwrap();
+                let blocks = on_disk.as_chunks::<16>().0;
+                assert!(blocks.iter().all(|block| !page(7).as_chunks::<16>().0.contains(block)));
+                assert!(seen.insert(on_disk));
+                assert_eq!(get(&mut shelf, before % 4).unwrap(), page(7));
+            }
+        }
     }
 
     #[test]

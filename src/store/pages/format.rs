@@ -11,9 +11,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::key::TAG_LEN;
 use crate::proto::page::{ImageDigest, MigrationId, PAGE_SIZE, PageAddress, PageDigest};
 use crate::proto::reduce::KnownPages;
+use crate::store::seal::TAG_LEN;
 
 /// Begins every image of this format.
 pub(super) const MAGIC: &[u8; 16] = b"longhaul pages 1";

@@ -8,17 +8,18 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::format::{self, HEAD_AT, HEAD_NUMBER, Head, INDEX_NUMBER, MAGIC, PAGES_AT, SALT_LEN, SEALED_PAGE};
-use super::key::{ImageKey, StoreKey};
+use super::key::StoreKey;
 use super::{Listed, StoreError};
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::reduce::{KnownContent, KnownPages, digest_many};
+use crate::store::seal::SealingKey;
 
 /// An image of the store. What it holds stays readable until it is dropped, whatever becomes of its file's name.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
     file: File,
-    key: ImageKey,
+    key: SealingKey,
     head: Head,
 }
 

@@ -5,20 +5,12 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-
 use super::{StoreError, sync_dir};
+use crate::store::seal::{KEY_LEN, SealingKey};
 
 /// The key of a store: everything in it is sealed under keys that are derived from it.
 pub(super) struct StoreKey([u8; KEY_LEN]);
 
-/// The key of one image. A number seals once.
-pub(super) struct ImageKey(LessSafeKey);
-
-/// Bytes that sealing adds.
-pub(super) const TAG_LEN: usize = 16;
-
-const KEY_LEN: usize = 32;
 const FILE_NAME: &str = "key";
 
 /// What a key is called that is being erased.
@@ -106,41 +98,10 @@ impl StoreKey {
     }
 
     /// The key of the image with this salt.
-    pub(super) fn of_image(&self, salt: &[u8; 32]) -> ImageKey {
+    pub(super) fn of_image(&self, salt: &[u8; 32]) -> SealingKey {
         let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
         hasher.update(&self.0);
         hasher.update(salt);
-        let key =
-            UnboundKey::new(&AES_256_GCM, hasher.finalize().as_bytes()).expect("a BLAKE3 hash has the length of a key");
-        ImageKey(LessSafeKey::new(key))
-    }
-}
-
-impl ImageKey {
-    /// Seals all but the last [`TAG_LEN`] bytes of `sealed` in place under `number`; those become the tag that opens it.
-    pub(super) fn seal(&self, number: u64, sealed: &mut [u8]) {
-        let (bytes, tag) = sealed.split_at_mut(sealed.len() - TAG_LEN);
-        let made = self.0.seal_in_place_separate_tag(nonce(number), Aad::empty(), bytes);
-        tag.copy_from_slice(
-            made.expect("an image is far shorter than what AES-GCM can seal")
-                .as_ref(),
-        );
-    }
-
-    /// Opens in place what was sealed under `number`; `None` where it is not what was sealed.
-    pub(super) fn open<'a>(&self, number: u64, sealed: &'a mut [u8]) -> Option<&'a mut [u8]> {
-        self.0.open_in_place(nonce(number), Aad::empty(), sealed).ok()
-    }
-}
-
-fn nonce(number: u64) -> Nonce {
-    let mut nonce = [0; 12];
-    nonce[..8].copy_from_slice(&number.to_le_bytes());
-    Nonce::assume_unique_for_key(nonce)
-}
-
-impl std::fmt::Debug for ImageKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ImageKey")
+        SealingKey::new(hasher.finalize().as_bytes())
     }
 }

@@ -7,10 +7,11 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use super::format::{self, HEAD_AT, HEAD_NUMBER, Head, INDEX_NUMBER, MAGIC, PAGES_AT, SALT_LEN, SEALED_PAGE, Whose};
-use super::key::{ImageKey, StoreKey};
+use super::key::StoreKey;
 use super::{StoreError, sync_dir};
 use crate::proto::page::{MigrationId, PAGE_SIZE, PageAddress, PageDigest};
 use crate::proto::reduce::{KeptPages, KnownPages, PageShelf, digest_many};
+use crate::store::seal::SealingKey;
 
 /// Pages that are hashed and sealed at a time.
 const AT_A_TIME: usize = 256;
@@ -93,7 +94,7 @@ fn write_beside<S: PageShelf>(beside: &Path, key: &StoreKey, image: ToWrite<'_, 
     let digests = write_pages(&mut out, beside, &key, &image.slots, image.shelf)?;
     let pages = KnownPages::new(digests, image.places).expect("each place was given a number");
     let mut index = format::index_to_bytes(&pages);
-    key.seal(INDEX_NUMBER, &mut index);
+    key.seal_with_tag(INDEX_NUMBER, &mut index);
     out.write_all(&index).map_err(failed)?;
 
     let head = Head {
@@ -107,7 +108,7 @@ fn write_beside<S: PageShelf>(beside: &Path, key: &StoreKey, image: ToWrite<'_, 
     let mut sealed = head
         .to_bytes()
         .ok_or_else(|| failed(std::io::Error::other("the names of the VM and its tenant are too long")))?;
-    key.seal(HEAD_NUMBER, &mut sealed);
+    key.seal_with_tag(HEAD_NUMBER, &mut sealed);
     let finished = || {
         out.seek(SeekFrom::Start(0))?;
         out.write_all(MAGIC)?;
@@ -123,7 +124,7 @@ fn write_beside<S: PageShelf>(beside: &Path, key: &StoreKey, image: ToWrite<'_, 
 fn write_pages<S: PageShelf>(
     out: &mut BufWriter<File>,
     beside: &Path,
-    key: &ImageKey,
+    key: &SealingKey,
     slots: &[u32],
     shelf: &mut S,
 ) -> Result<Vec<PageDigest>, StoreError> {
@@ -143,7 +144,7 @@ fn write_pages<S: PageShelf>(
         }
         for page in pages {
             sealed[..PAGE_SIZE].copy_from_slice(page);
-            key.seal(number, &mut sealed);
+            key.seal_with_tag(number, &mut sealed);
             out.write_all(&sealed).map_err(|error| StoreError::io(beside, error))?;
             number += 1;
         }
