@@ -68,6 +68,18 @@ impl Process {
         }
     }
 
+    /// Waits until the process has ended, which it should not: with the last lines that it said.
+    pub(super) async fn ended(&mut self) -> ProcessError {
+        match self.wait().await {
+            Ok(status) => ProcessError::Ended {
+                name: self.name.clone(),
+                status,
+                said: last_lines(&self.log),
+            },
+            Err(error) => error,
+        }
+    }
+
     /// Its process id, as long as it has not been waited for.
     pub(super) fn id(&self) -> Option<u32> {
         self.child.id()

@@ -92,7 +92,7 @@ async fn record(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64, L
         dials: args.dials.clone(),
     };
     let log = folder.join("vm.log");
-    let guest = Process::spawn("QEMU", None, &launch.command(&files, Start::Boot), &log)?;
+    let mut guest = Process::spawn("QEMU", None, &launch.command(&files, Start::Boot), &log)?;
     let recorded = async {
         let mut heartbeat = Heartbeat::connect(&files.heartbeat, PATIENCE).await?;
         heartbeat.first(PATIENCE).await?;
@@ -118,7 +118,10 @@ async fn record(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64, L
         counted?;
         written
     };
-    let recorded = recorded.await;
+    let recorded = tokio::select! {
+        recorded = recorded => recorded,
+        ended = guest.ended() => Err(ended.into()),
+    };
     guest.kill().await;
     recorded
 }
