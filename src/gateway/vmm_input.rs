@@ -16,6 +16,9 @@ use crate::proto::vmm_stream::qemu::multifd::Merger;
 /// Most bytes taken from a connection at once where there are several: what waits in one of them is held in memory.
 const AT_ONCE: usize = 64 << 10;
 
+/// Reads of what a channel has left when the main stream has ended: its socket holds far less.
+const READS_AT_THE_END: usize = 64;
+
 /// How long a vmm may take to make its connections, from the first on.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -126,15 +129,10 @@ impl Several {
         }
     }
 
-    /// Takes what is there, from one connection after the other, until there are `most` bytes of the stream or as many were taken without any.
-    /// Returns how many bytes were.
+    /// Takes what is there, from one connection after the other, until `most` bytes were taken or have come of them. Returns how many were taken.
     fn take(&mut self, most: usize, out: &mut Vec<u8>) -> Result<usize> {
         let (mut taken, mut without_any) = (0, 0);
-        while out.len() < most
-            && (taken < most || !out.is_empty())
-            && without_any < self.connections.len()
-            && !self.merger.has_ended()
-        {
+        while out.len().max(taken) < most && without_any < self.connections.len() && !self.merger.has_ended() {
             let one = self.turn % self.connections.len();
             self.turn = one + 1;
             match self.take_from(one, out)? {
@@ -160,7 +158,8 @@ impl Several {
                 // QEMU closes its channels first: what they have sent is there.
                 if !self.merger.is_channel(one) {
                     for channel in (0..self.connections.len()).filter(|&other| other != one) {
-                        while self.take_from(channel, out)? > 0 {}
+                        let mut reads = 0..READS_AT_THE_END;
+                        while reads.next().is_some() && self.take_from(channel, out)? > 0 {}
                     }
                 }
                 self.merger.close(one).map_err(Error::other)?;
