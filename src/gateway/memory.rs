@@ -35,7 +35,7 @@ const REGION_BYTES: u64 = 4096 + 128;
 /// A slot at the source, in tenths of a byte: a digest of 16 bytes, 9/10 of an entry of 4, and where its copy is.
 const SOURCE_SLOT_TENTHS: u64 = 245;
 
-/// A slot at the destination: the digest of a page in the spill file.
+/// A slot at the destination: the tag that opens a page in the spill file.
 const DESTINATION_SLOT: u64 = 16;
 
 /// Batches that are encoded or restored, frames that wait for the vmm, and those kept for repairs.

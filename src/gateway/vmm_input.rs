@@ -16,6 +16,9 @@ use crate::proto::vmm_stream::qemu::multifd::Merger;
 /// Most bytes taken from a connection at once where there are several: what waits in one of them is held in memory.
 const AT_ONCE: usize = 64 << 10;
 
+/// And the least, a page with what is before it: pages come out whole.
+const LEAST_AT_ONCE: usize = 8 << 10;
+
 /// Reads of what a channel has left when the main stream has ended: its socket holds far less.
 const READS_AT_THE_END: usize = 64;
 
@@ -35,12 +38,10 @@ pub(crate) enum VmmInput {
 /// Main stream and multifd channels, merged.
 #[derive(Debug)]
 pub(crate) struct Several {
-    /// Until all of them are there.
-    socket: Option<StreamSocket>,
+    /// Where connections are still to come, and when they have to have.
+    missing: Option<(StreamSocket, Instant)>,
     connections: Vec<UnixStream>,
     merger: Merger,
-    /// When they have to be.
-    deadline: Option<Instant>,
     /// Whose turn it is to be read first.
     turn: usize,
 }
@@ -58,10 +59,9 @@ impl VmmInput {
     /// The connections of a migration with so many multifd channels: the first, and those that are still to come to `socket`.
     pub(super) fn several(first: UnixStream, socket: StreamSocket, channels: u8) -> Result<Self> {
         let mut several = Several {
-            socket: Some(socket),
+            missing: Some((socket, clock::now() + CONNECT_DEADLINE)),
             connections: Vec::new(),
             merger: Merger::new(channels),
-            deadline: clock::now().checked_add(CONNECT_DEADLINE),
             turn: 0,
         };
         several.add(first)?;
@@ -97,8 +97,7 @@ impl Several {
         self.merger.connect().map_err(Error::other)?;
         self.connections.push(connection);
         if self.merger.is_complete() {
-            self.socket = None;
-            self.deadline = None;
+            self.missing = None;
         }
         Ok(())
     }
@@ -115,7 +114,7 @@ impl Several {
                 tokio::task::yield_now().await;
                 continue;
             }
-            let deadline = self.deadline;
+            let deadline = self.missing.as_ref().map(|(_, deadline)| *deadline);
             let ready = poll_fn(|context| self.poll_ready(context));
             let ready = match deadline {
                 Some(deadline) => tokio::time::timeout_at(deadline.into(), ready)
@@ -131,35 +130,36 @@ impl Several {
 
     /// Takes what is there, from one connection after the other, until `most` bytes were taken or have come of them. Returns how many were taken.
     fn take(&mut self, most: usize, out: &mut Vec<u8>) -> Result<usize> {
-        let (mut taken, mut without_any) = (0, 0);
-        while out.len().max(taken) < most && without_any < self.connections.len() && !self.merger.has_ended() {
+        let (mut taken, mut idle) = (0, 0);
+        while out.len().max(taken) < most && idle < self.connections.len() && !self.merger.has_ended() {
             let one = self.turn % self.connections.len();
             self.turn = one + 1;
-            match self.take_from(one, out)? {
-                0 => without_any += 1,
+            let room = (most - out.len().max(taken)).clamp(LEAST_AT_ONCE, AT_ONCE);
+            match self.take_from(one, room, out)? {
+                0 => idle += 1,
                 bytes => {
                     taken += bytes;
-                    without_any = 0;
+                    idle = 0;
                 }
             }
         }
         Ok(taken)
     }
 
-    /// Takes what a connection has, at most [`AT_ONCE`] bytes.
-    fn take_from(&mut self, one: usize, out: &mut Vec<u8>) -> Result<usize> {
+    /// Takes what a connection has, up to so many bytes.
+    fn take_from(&mut self, one: usize, room: usize, out: &mut Vec<u8>) -> Result<usize> {
         if !self.merger.may_read(one) {
             return Ok(0);
         }
         let pending = self.merger.pending(one);
-        pending.reserve(AT_ONCE);
-        match self.connections[one].try_read_buf(&mut pending.limit(AT_ONCE)) {
+        pending.reserve(room);
+        match self.connections[one].try_read_buf(&mut pending.limit(room)) {
             Ok(0) => {
                 // QEMU closes its channels first: what they have sent is there.
-                if !self.merger.is_channel(one) {
+                if self.merger.is_main(one) {
                     for channel in (0..self.connections.len()).filter(|&other| other != one) {
                         let mut reads = 0..READS_AT_THE_END;
-                        while reads.next().is_some() && self.take_from(channel, out)? > 0 {}
+                        while reads.next().is_some() && self.take_from(channel, AT_ONCE, out)? > 0 {}
                     }
                 }
                 self.merger.close(one).map_err(Error::other)?;
@@ -176,7 +176,7 @@ impl Several {
 
     /// Ready where a connection has something, or is a new one.
     fn poll_ready(&self, context: &mut Context<'_>) -> Poll<Result<Option<UnixStream>>> {
-        if let Some(socket) = &self.socket
+        if let Some((socket, _)) = &self.missing
             && let Poll::Ready(accepted) = socket.listener.poll_accept(context)
         {
             return Poll::Ready(accepted.map(|(connection, _)| Some(connection)));
@@ -209,17 +209,31 @@ mod tests {
         bytes
     }
 
-    #[tokio::test]
-    async fn connections_that_come_in_any_order_are_one_stream_and_the_socket_goes_when_all_are_there() {
-        let path = std::env::temp_dir().join(format!("longhaul-vmm-input-{}", std::process::id()));
-        let socket = StreamSocket::bind(path.clone()).unwrap();
+    /// A main stream up to the end of RAM's START, and what of it comes out merged.
+    fn start() -> (Vec<u8>, Vec<u8>) {
         let mut start = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
         start.extend_from_slice(b"\0\0\0\0\0\0\x10\x04\x06pc.ram\0\0\0\0\0\0\x10\0");
-        let mut expected = start.clone();
-        expected.extend_from_slice(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
-        // A flush, the end of records and the footer.
-        start.extend_from_slice(b"\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
+        let mut merged = start.clone();
+        merged.extend_from_slice(EOS);
+        start.extend_from_slice(FLUSH);
+        start.extend_from_slice(EOS);
+        (start, merged)
+    }
 
+    const FLUSH: &[u8] = b"\0\0\0\0\0\0\x02\0";
+    /// The end of records and the footer.
+    const EOS: &[u8] = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+
+    fn bind(name: &str) -> StreamSocket {
+        let path = std::env::temp_dir().join(format!("longhaul-vmm-input-{name}-{}", std::process::id()));
+        StreamSocket::bind(path).unwrap()
+    }
+
+    #[tokio::test]
+    async fn connections_that_come_in_any_order_are_one_stream_and_the_socket_goes_when_all_are_there() {
+        let socket = bind("order");
+        let path = socket.path.clone();
+        let (start, expected) = start();
         let mut first = UnixStream::connect(&path).await.unwrap();
         let (accepted, _) = socket.listener.accept().await.unwrap();
         let mut input = VmmInput::several(accepted, socket, 2).unwrap();
@@ -241,5 +255,50 @@ mod tests {
             .expect("everything is there");
         assert_eq!((read, end), (expected, Bytes::new()));
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_page_that_a_channel_has_left_when_the_main_stream_ends_is_an_error() {
+        let socket = bind("late");
+        let mut main = UnixStream::connect(&socket.path).await.unwrap();
+        let mut late = UnixStream::connect(&socket.path).await.unwrap();
+        let (accepted, _) = socket.listener.accept().await.unwrap();
+        let mut input = VmmInput::several(accepted, socket, 1).unwrap();
+        let (mut stream, _) = start();
+        stream.extend_from_slice(b"\x03\0\0\0\x02");
+        stream.extend_from_slice(EOS);
+        main.write_all(&stream).await.unwrap();
+        late.write_all(&channel(0)).await.unwrap();
+        let read = async {
+            // Up to END, which ends with its footer.
+            while !input.read(1 << 16).await.unwrap().ends_with(EOS) {}
+            let mut page = channel(0).split_off(64);
+            page[11] = 0;
+            page[19] = 1;
+            page[22] = 0x10;
+            page[64..70].copy_from_slice(b"pc.ram");
+            page.extend_from_slice(&[7; 4096]);
+            late.write_all(&page).await.unwrap();
+            drop((main, late));
+            loop {
+                match input.read(1 << 16).await {
+                    Ok(read) if read.is_empty() => return None,
+                    Ok(_) => {}
+                    Err(error) => return Some(error.to_string()),
+                }
+            }
+        };
+        let error = tokio::time::timeout(Duration::from_secs(30), read).await.unwrap();
+        assert!(error.unwrap().contains("after its end"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_does_not_come_is_an_error_after_a_while() {
+        let socket = bind("missing");
+        let _first = UnixStream::connect(&socket.path).await.unwrap();
+        let (accepted, _) = socket.listener.accept().await.unwrap();
+        let mut input = VmmInput::several(accepted, socket, 2).unwrap();
+        let error = input.read(16).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 }

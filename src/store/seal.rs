@@ -4,7 +4,7 @@ use std::io;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
-/// A key, and with it everything that it has sealed.
+/// An AES-256-GCM key. A number seals once at most: it is the nonce.
 pub(super) struct SealingKey(LessSafeKey);
 
 /// Bytes that sealing adds.
@@ -23,23 +23,24 @@ impl SealingKey {
         ))
     }
 
-    /// A key that nobody else has, and that is gone with this process.
-    pub(super) fn of_this_process() -> io::Result<Self> {
+    /// A random key that is nowhere but in memory.
+    pub(super) fn ephemeral() -> io::Result<Self> {
         let mut key = [0; KEY_LEN];
         getrandom::fill(&mut key).map_err(io::Error::other)?;
         Ok(Self::new(&key))
     }
 
-    /// Seals all but the last [`TAG_LEN`] bytes of `sealed` in place under `number`; those become the tag that opens it.
+    /// Seals all but the last [`TAG_LEN`] bytes of `sealed` in place under `number`, which was not used before; those
+    /// become the tag that opens it.
     pub(super) fn seal_with_tag(&self, number: u64, sealed: &mut [u8]) {
         let (bytes, tag) = sealed.split_at_mut(sealed.len() - TAG_LEN);
         tag.copy_from_slice(&self.seal(number, bytes));
     }
 
-    /// Seals `bytes` in place under `number`, and gives the tag that opens them.
+    /// Seals `bytes` in place under `number`, which was not used before, and gives the tag that opens them.
     pub(super) fn seal(&self, number: u64, bytes: &mut [u8]) -> Tag {
         let tag = self.0.seal_in_place_separate_tag(nonce(number), Aad::empty(), bytes);
-        let tag = tag.expect("an image is far shorter than what AES-GCM can seal");
+        let tag = tag.expect("pages and indexes are far shorter than what AES-GCM can seal");
         tag.as_ref().try_into().expect("a tag has its length")
     }
 

@@ -5,8 +5,9 @@
 //! get ◄── newest pages                                  get ◄── older pages, opened
 //! ```
 //!
-//! The file has no name, so nothing is left behind however the process ends; what its blocks hold then can be read by nobody, since it was sealed with
-//! a key that was in memory only. Its room is claimed when it is made, so that a full disk is known before a session relies on it. Calls block on the disk: keep them off the reactor's threads.
+//! The file has no name, so nothing is left behind however the process ends. What its blocks hold then can be read by nobody:
+//! the key that sealed it was in memory only. Its room is claimed when it is made, so that a full disk is known before a
+//! session relies on it. Calls block on the disk: keep them off the reactor's threads.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -174,7 +175,7 @@ impl Spill {
                 source,
             });
         }
-        let key = SealingKey::of_this_process().map_err(cannot_create)?;
+        let key = SealingKey::ephemeral().map_err(cannot_create)?;
         let file = unnamed_file(dir).map_err(cannot_create)?;
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
             // A file system that cannot claim room: the disk may then fill up during the session.

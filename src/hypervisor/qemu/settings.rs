@@ -2,8 +2,8 @@
 //!
 //! Every capability that QEMU lists is set to what this project needs, which is *off* for all but a few: return-path,
 //! because with it a lost gateway makes QEMU restart the guest; xbzrle and compress, because they hide pages from the
-//! parser; the post-copy family, because it needs the return path. multifd stays as it is at the source, where its channels
-//! are merged to one stream; so the destination has it off. What is changed is remembered first. Capabilities and
+//! parser; the post-copy family, because it needs the return path. multifd stays on where it is at the source, with fewer
+//! channels, which are merged to one stream; so the destination has it off. What is changed is remembered first. Capabilities and
 //! parameters are looked up by name, never by version, so distributions' backports are served too.
 
 use serde::{Deserialize, Serialize};
@@ -232,8 +232,8 @@ const CHANGED_PARAMETERS: [&str; 8] = [
     "multifd-channels",
 ];
 
-/// What waits in a channel's sockets is beyond the gateway's reach, and QEMU takes it for sent: half a MiB of them is what a stop may have ahead of
-/// it. Over a WAN more of them gain nothing.
+/// QEMU takes for sent what waits in a channel's socket (208 KiB, Linux's `net.core.wmem_default`), which the gateway can do nothing about, and which a
+/// stop has ahead of it. Over a WAN more channels gain nothing.
 const MOST_CHANNELS: u64 = 2;
 
 /// Parameters that are set again and again while a migration runs, whatever they were.

@@ -225,8 +225,8 @@ impl Engine {
     fn parameters(self, memory_mb: u64) -> Option<Value> {
         let mut parameters = match self {
             Self::Longhaul | Self::QemuTcpCubicDefault => return None,
-            // The rest is the gateway's.
-            Self::LonghaulMultifd => return Some(json!({ "multifd-channels": 4 })),
+            // As many as the gateway uses; the rest it sets itself.
+            Self::LonghaulMultifd => return Some(json!({ "multifd-channels": 2 })),
             _ => json!({ "max-bandwidth": NO_CAP, "downtime-limit": DOWNTIME_LIMIT_MS }),
         };
         match self {

@@ -9,7 +9,8 @@
 //! Both gateways of a migration keep the same image, because both see the same pages in the same order. When a VM moves again, the source names
 //! the images that it has, the destination answers which of them it has too, and both begin the session with its pages ([`KnownPages`]).
 //!
-//! Of a VM the two newest are kept: while one site has not written the newest yet, the sites have the one before in common. Seeds are blocks of a disk
+//! Of a VM the two newest are kept: while one site has not written the newest yet, the sites have the one before in common (not where it has yet
+//! to write two: then a session begins with nothing). Seeds are blocks of a disk
 //! image that an operator has given to both sites: the contents of pages without the pages.
 //!
 //! An image is written once, under another name until it is whole and synced, and never changed. So a crash leaves a whole image or none.

@@ -14,7 +14,7 @@ pub(super) struct Merged {
     /// Block of the page record before, in this section.
     block: Option<u16>,
     /// A page has come since the last synchronisation.
-    has_news: bool,
+    has_unsynchronised_pages: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Merged {
             continues: self.block == Some(at.block),
         };
         self.block = Some(at.block);
-        self.has_news = true;
+        self.has_unsynchronised_pages = true;
         let name = &section.ram.blocks()[usize::from(at.block)].name;
         match content {
             Some(content) => {
@@ -88,12 +88,12 @@ impl Merged {
 
     /// All connections have come to a synchronisation.
     pub(super) fn synchronised(&mut self) {
-        self.has_news = false;
+        self.has_unsynchronised_pages = false;
     }
 
     /// RAM is over.
     pub(super) fn end(&mut self, section: RamSection<'_>, out: &mut Vec<u8>) -> Result<(), MultifdError> {
-        if self.has_news {
+        if self.has_unsynchronised_pages {
             return Err(MultifdError::NotSynchronised);
         }
         self.end_section(section, out);

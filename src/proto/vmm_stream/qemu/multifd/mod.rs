@@ -21,7 +21,7 @@ mod tests;
 
 use self::main_stream::{MainStream, Reached};
 use self::merged::Merged;
-use self::packet::{GREETING_LEN, MAGIC, PACKET_LEN, Packet};
+use self::packet::{INITIAL_LEN, MAGIC, PACKET_LEN, Packet};
 use super::element::{FILE_HEADER, be32};
 use crate::proto::page::{PAGE_SIZE, PageAddress};
 use crate::proto::vmm_stream::LostTrackReason;
@@ -121,7 +121,7 @@ enum Role {
     Main,
     Channel {
         number: u8,
-        /// The packet whose pages are coming, and how many have come.
+        /// The packet whose pages are coming, and how many were received.
         packet: Option<(Packet, usize)>,
     },
 }
@@ -174,7 +174,7 @@ impl Merger {
     /// Whether more may be read from a connection: not beyond a synchronisation that others have not come to, and not after its end.
     #[must_use]
     pub fn may_read(&self, connection: usize) -> bool {
-        self.is_heard(connection) && !self.connections[connection].is_closed
+        self.may_consume(connection) && !self.connections[connection].is_closed
     }
 
     /// Where a connection's next bytes go. [`Merger::advance`] takes them from there.
@@ -188,25 +188,28 @@ impl Merger {
     /// The migration cannot go on; nothing may be called after it.
     pub fn advance(&mut self, connection: usize, out: &mut Vec<u8>) -> Result<(), MultifdError> {
         let before = self.synchronised;
-        self.hear(connection, out)?;
-        let mut heard = before;
-        while heard < self.synchronised {
-            heard = self.synchronised;
+        self.consume(connection, out)?;
+        let mut seen = before;
+        while seen < self.synchronised {
+            seen = self.synchronised;
             for other in 0..self.connections.len() {
-                self.hear(other, out)?;
+                self.consume(other, out)?;
             }
         }
         self.check_closed();
         Ok(())
     }
 
-    /// A connection has ended. With the main one the merged stream does, and with a channel that others wait for: of a migration that broke
-    /// off. When the main stream ends, what the channels have sent has to have been taken.
+    /// A connection has ended. With the main one the merged stream does, with a channel that others wait for, and with the last: of a migration
+    /// that broke off. When the main stream ends, what the channels have sent has to have been taken.
     ///
     /// # Errors
     /// As for [`Merger::advance`].
     pub fn close(&mut self, connection: usize) -> Result<(), MultifdError> {
         self.connections[connection].is_closed = true;
+        if self.connections.iter().all(|one| one.is_closed) {
+            self.has_ended = true;
+        }
         if matches!(self.connections[connection].role, Role::Main) {
             self.has_ended = true;
             if self.main.is_over()
@@ -225,32 +228,31 @@ impl Merger {
         self.has_ended
     }
 
-    /// Whether a connection is a channel, or has not said yet: what it has sent is read before the main stream ends.
+    /// Whether a connection is the main one. What the others have sent is read before its end is told.
     #[must_use]
-    pub fn is_channel(&self, connection: usize) -> bool {
-        !matches!(self.connections[connection].role, Role::Main)
+    pub fn is_main(&self, connection: usize) -> bool {
+        matches!(self.connections[connection].role, Role::Main)
     }
 
-    fn is_heard(&self, connection: usize) -> bool {
+    fn may_consume(&self, connection: usize) -> bool {
         self.connections[connection].synchronisations <= self.synchronised
     }
 
     /// Nobody waits for a channel that has ended: the hypervisor says why it did.
     fn check_closed(&mut self) {
         let has_left = |one: &Connection| one.is_closed && one.synchronisations == self.synchronised;
-        if self.waiting > 0 && self.connections.iter().any(has_left) {
+        if !self.main.is_over() && self.waiting > 0 && self.connections.iter().any(has_left) {
             self.has_ended = true;
         }
     }
 
     /// Takes what a connection has pending, up to the next synchronisation.
-    fn hear(&mut self, connection: usize, out: &mut Vec<u8>) -> Result<(), MultifdError> {
-        if !self.is_heard(connection) {
+    fn consume(&mut self, connection: usize, out: &mut Vec<u8>) -> Result<(), MultifdError> {
+        if !self.may_consume(connection) {
             return Ok(());
         }
         let mut pending = std::mem::take(&mut self.connections[connection].pending);
-        let heard = self.hear_bytes(connection, &pending, out);
-        let (taken, reached) = heard?;
+        let (taken, reached) = self.consume_bytes(connection, &pending, out)?;
         pending.drain(..taken);
         self.connections[connection].pending = pending;
         if reached == Reached::Sync {
@@ -265,7 +267,7 @@ impl Merger {
         Ok(())
     }
 
-    fn hear_bytes(
+    fn consume_bytes(
         &mut self,
         connection: usize,
         bytes: &[u8],
@@ -286,7 +288,7 @@ impl Merger {
             ..
         } = self;
         let (taken, reached) = match &mut connections[connection].role {
-            Role::Channel { packet, .. } => hear_channel(packet, &bytes[at..], main, merged, out)?,
+            Role::Channel { packet, .. } => consume_channel(packet, &bytes[at..], main, merged, out)?,
             Role::Main | Role::Unknown => main.advance(&bytes[at..], merged, out)?,
         };
         Ok((at + taken, reached))
@@ -296,15 +298,15 @@ impl Merger {
     fn introduce(&self, bytes: &[u8]) -> Result<Option<(Role, usize)>, MultifdError> {
         let Some(magic) = be32(bytes, 0) else { return Ok(None) };
         if magic == MAGIC {
-            let Some(greeting) = bytes.get(..GREETING_LEN) else {
+            let Some(initial) = bytes.get(..INITIAL_LEN) else {
                 return Ok(None);
             };
-            let number = packet::read_greeting(greeting)?;
+            let number = packet::read_initial(initial)?;
             let is_there = |one: &Connection| matches!(one.role, Role::Channel { number: its, .. } if its == number);
             if number >= self.channels || self.connections.iter().any(is_there) {
                 return Err(MultifdError::Channel(number));
             }
-            return Ok(Some((Role::Channel { number, packet: None }, GREETING_LEN)));
+            return Ok(Some((Role::Channel { number, packet: None }, INITIAL_LEN)));
         }
         let is_second = self.connections.iter().any(|one| matches!(one.role, Role::Main));
         if Some(magic) != be32(&FILE_HEADER, 0) || is_second {
@@ -315,7 +317,7 @@ impl Merger {
 }
 
 /// Takes a channel's packets and their pages, up to the next synchronisation.
-fn hear_channel(
+fn consume_channel(
     current: &mut Option<(Packet, usize)>,
     bytes: &[u8],
     main: &MainStream,
@@ -329,7 +331,7 @@ fn hear_channel(
     };
     let mut at = 0;
     loop {
-        let Some((packet, come)) = current else {
+        let Some((packet, received)) = current else {
             packet::check_flags(&bytes[at..])?;
             let Some(header) = bytes.get(at..at + PACKET_LEN) else {
                 return Ok((at, Reached::More));
@@ -342,7 +344,7 @@ fn hear_channel(
             *current = Some((packet, 0));
             continue;
         };
-        let Some(&page) = packet.pages.get(*come) else {
+        let Some(&page) = packet.pages.get(*received) else {
             let is_sync = packet.is_sync;
             *current = None;
             if is_sync {
@@ -354,7 +356,7 @@ fn hear_channel(
             return Ok((at, Reached::More));
         };
         put(packet.block, page, Some(content))?;
-        *come += 1;
+        *received += 1;
         at += PAGE_SIZE;
     }
 }

@@ -1,7 +1,7 @@
 //! What stands on a multifd channel (`migration/multifd.c`, QEMU 7.2 to 10.2). All integers are big-endian.
 //!
 //! ```text
-//! greeting, 64 bytes:   u32 magic, u32 1, uuid[16], u8 channel, 39 bytes that are not used
+//! initial, 64 bytes:    u32 magic, u32 1, uuid[16], u8 channel, 39 bytes that are not used
 //! packet, 1344 bytes:   u32 magic, u32 1, u32 flags, u32 pages allocated, u32 pages, u32 payload, u64 number,
 //!                       u32 zero pages (QEMU 9.0 and newer, 0 before), 28 bytes that are not used,
 //!                       block[256], u64 offset[128]: those of the pages, then those of the zero pages
@@ -18,8 +18,8 @@ use crate::proto::page::PAGE_SIZE;
 
 pub(super) const MAGIC: u32 = 0x1122_3344;
 const VERSION: u32 = 1;
-pub(super) const GREETING_LEN: usize = 64;
-const GREETING_CHANNEL: usize = 24;
+pub(super) const INITIAL_LEN: usize = 64;
+const INITIAL_CHANNEL: usize = 24;
 
 /// Pages of a packet: QEMU's packets have 512 KiB.
 pub(super) const MAX_PAGES: usize = 128;
@@ -45,10 +45,10 @@ pub(super) struct Packet {
     pub(super) is_sync: bool,
 }
 
-/// Reads the number of the channel that introduces itself with these [`GREETING_LEN`] bytes.
-pub(super) fn read_greeting(bytes: &[u8]) -> Result<u8, MultifdError> {
+/// Reads the number of the channel that introduces itself with these [`INITIAL_LEN`] bytes.
+pub(super) fn read_initial(bytes: &[u8]) -> Result<u8, MultifdError> {
     check_start(bytes)?;
-    Ok(bytes[GREETING_CHANNEL])
+    Ok(bytes[INITIAL_CHANNEL])
 }
 
 /// Reads a packet of [`PACKET_LEN`] bytes.
