@@ -28,14 +28,14 @@ enum Phase {
     #[default]
     Start,
     /// Rounds over RAM. How a synchronisation shows is what START has shown.
-    Rounds(Sync),
+    Rounds(SyncMark),
     /// Behind RAM's END.
     Over,
 }
 
 /// How a synchronisation shows on the main stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sync {
+enum SyncMark {
     /// By a FLUSH record (machine types of QEMU 8.1 and newer).
     Flush,
     /// By the end of every RAM section's records.
@@ -135,15 +135,15 @@ impl MainStream {
             // What else is in START is left out: QEMU may keep it in a buffer until its channels have sent pages.
             (Some(FLAG_FLUSH), Phase::Start) => {
                 merged.end_start(section, out);
-                self.phase = Phase::Rounds(Sync::Flush);
+                self.phase = Phase::Rounds(SyncMark::Flush);
                 Ok(Reached::Sync)
             }
             (Some(FLAG_EOS), Phase::Start) => {
                 merged.end_start(section, out);
-                self.phase = Phase::Rounds(Sync::Eos);
+                self.phase = Phase::Rounds(SyncMark::Eos);
                 Ok(Reached::Sync)
             }
-            (Some(FLAG_FLUSH), Phase::Rounds(Sync::Flush)) | (Some(FLAG_EOS), Phase::Rounds(Sync::Eos)) => {
+            (Some(FLAG_FLUSH), Phase::Rounds(SyncMark::Flush)) | (Some(FLAG_EOS), Phase::Rounds(SyncMark::Eos)) => {
                 Ok(Reached::Sync)
             }
             (Some(FLAG_EOS), _) => Ok(Reached::More),

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! QEMU synchronises main stream and channels once a round, or once a section with machine types before 8.1. Between two synchronisations a
-//! page comes once at most, so its order there is of no account; over a synchronisation it is. So nobody is heard beyond a
+//! page comes once at most, so its order there is of no account; over a synchronisation it is. So nobody is read beyond a
 //! synchronisation before all have come to it. Memory ends behind one too: a page that comes later, or that none followed, is an error.
 //!
 //! Not advisory, as the parser is: a contradiction ends the migration, whose VM goes on at the source. Channels whose payload is compressed
@@ -90,7 +90,7 @@ pub enum MultifdError {
 /// Connections are called by the number that [`Merger::connect`] gave; any other panics.
 ///
 /// Holds for each connection what its reader has put into [`Merger::pending`] and could not be merged yet: less than a page or a packet
-/// where it is being heard, and what was read beyond a synchronisation where it has to wait.
+/// where it is being read, and what was read beyond a synchronisation where it has to wait.
 #[derive(Debug)]
 pub struct Merger {
     channels: u8,
@@ -187,9 +187,8 @@ impl Merger {
     /// # Errors
     /// The migration cannot go on; nothing may be called after it.
     pub fn advance(&mut self, connection: usize, out: &mut Vec<u8>) -> Result<(), MultifdError> {
-        let before = self.synchronised;
+        let mut seen = self.synchronised;
         self.consume(connection, out)?;
-        let mut seen = before;
         while seen < self.synchronised {
             seen = self.synchronised;
             for other in 0..self.connections.len() {
@@ -210,7 +209,7 @@ impl Merger {
         if self.connections.iter().all(|one| one.is_closed) {
             self.has_ended = true;
         }
-        if matches!(self.connections[connection].role, Role::Main) {
+        if self.is_main(connection) {
             self.has_ended = true;
             if self.main.is_over()
                 && let Some(number) = self.connections.iter().find_map(Connection::unfinished)
@@ -332,11 +331,9 @@ fn consume_channel(
     let mut at = 0;
     loop {
         let Some((packet, received)) = current else {
-            packet::check_flags(&bytes[at..])?;
-            let Some(header) = bytes.get(at..at + PACKET_LEN) else {
+            let Some(packet) = packet::read_packet(&bytes[at..], section.ram)? else {
                 return Ok((at, Reached::More));
             };
-            let packet = packet::read_packet(header, section.ram)?;
             at += PACKET_LEN;
             for &page in &packet.zero_pages {
                 put(packet.block, page, None)?;

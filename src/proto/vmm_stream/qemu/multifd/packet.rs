@@ -21,6 +21,9 @@ const VERSION: u32 = 1;
 pub(super) const INITIAL_LEN: usize = 64;
 const INITIAL_CHANNEL: usize = 24;
 
+const FLAGS: usize = 8;
+const FLAGS_END: usize = 12;
+
 /// Pages of a packet: QEMU's packets have 512 KiB.
 pub(super) const MAX_PAGES: usize = 128;
 const BLOCK: usize = 64;
@@ -51,24 +54,30 @@ pub(super) fn read_initial(bytes: &[u8]) -> Result<u8, MultifdError> {
     Ok(bytes[INITIAL_CHANNEL])
 }
 
-/// Reads a packet of [`PACKET_LEN`] bytes.
-pub(super) fn read_packet(bytes: &[u8], ram: &Ram) -> Result<Packet, MultifdError> {
-    check_start(bytes)?;
+/// Reads the packet at the start of `bytes`; `None` where not all [`PACKET_LEN`] of it are there. What shows that it is none is told as soon as it is:
+/// a packet with a device's state is shorter.
+pub(super) fn read_packet(bytes: &[u8], ram: &Ram) -> Result<Option<Packet>, MultifdError> {
+    if bytes.len() >= FLAGS_END {
+        check_start(bytes)?;
+        check_flags(bytes)?;
+    }
+    let Some(bytes) = bytes.get(..PACKET_LEN) else {
+        return Ok(None);
+    };
     let word = |at| be32(bytes, at).expect("a packet has its length");
-    check_flags(bytes)?;
-    let flags = word(8);
+    let flags = word(FLAGS);
     let (pages, zero_pages) = (word(16) as usize, word(32) as usize);
     if pages > MAX_PAGES || zero_pages > MAX_PAGES - pages {
         return Err(MultifdError::Packet("number of pages"));
     }
     let is_sync = flags & FLAG_SYNC != 0;
     if pages + zero_pages == 0 {
-        return Ok(Packet {
+        return Ok(Some(Packet {
             block: 0,
             pages: Vec::new(),
             zero_pages: Vec::new(),
             is_sync,
-        });
+        }));
     }
     if pages > 0 && word(20) as usize != pages * PAGE_SIZE {
         return Err(MultifdError::Packet("payload"));
@@ -86,19 +95,16 @@ pub(super) fn read_packet(bytes: &[u8], ram: &Ram) -> Result<Packet, MultifdErro
     });
     let mut pages_and_zeroes = offsets.collect::<Result<Vec<u64>, MultifdError>>()?;
     let zero_pages = pages_and_zeroes.split_off(pages);
-    Ok(Packet {
+    Ok(Some(Packet {
         block,
         pages: pages_and_zeroes,
         zero_pages,
         is_sync,
-    })
+    }))
 }
 
-/// Checks the flags of a packet, once they are there: one with a device's state is shorter than others.
-pub(super) fn check_flags(bytes: &[u8]) -> Result<(), MultifdError> {
-    let Some(flags) = bytes.get(8..).and_then(|bytes| be32(bytes, 0)) else {
-        return Ok(());
-    };
+fn check_flags(bytes: &[u8]) -> Result<(), MultifdError> {
+    let flags = be32(bytes, FLAGS).unwrap_or_default();
     if flags & FLAGS_COMPRESSION != 0 {
         return Err(MultifdError::Compressed);
     }
