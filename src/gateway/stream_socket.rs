@@ -1,8 +1,12 @@
 //! The socket that a source's vmm is told to migrate to.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::net::UnixListener;
+
+/// How long a vmm may take to connect to the socket it was told to migrate to, and to make all its connections from the first on.
+pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A listening socket that is removed again.
 #[derive(Debug)]

@@ -3,14 +3,14 @@
 use std::future::poll_fn;
 use std::io::{Error, ErrorKind, Result};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use super::clock;
-use super::stream_socket::StreamSocket;
+use super::stream_socket::{CONNECT_DEADLINE, StreamSocket};
 use crate::proto::vmm_stream::qemu::multifd::Merger;
 
 /// Most bytes taken from a connection at once where there are several: what waits in one of them is held in memory.
@@ -21,9 +21,6 @@ const LEAST_AT_ONCE: usize = 8 << 10;
 
 /// Reads of what a channel has left when the main stream has ended: its socket holds far less.
 const READS_AT_THE_END: usize = 64;
-
-/// How long a vmm may take to make its connections, from the first on.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 const TOO_FEW: &str =
     "the hypervisor did not make as many connections as it has multifd channels; is somebody changing its settings?";
@@ -194,6 +191,8 @@ impl Several {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::io::AsyncWriteExt;
 
     use super::*;

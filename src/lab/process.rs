@@ -56,11 +56,7 @@ impl Process {
     pub(super) fn check(&mut self) -> Result<(), ProcessError> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
-            Ok(Some(status)) => Err(ProcessError::Ended {
-                name: self.name.clone(),
-                status,
-                said: last_lines(&self.log),
-            }),
+            Ok(Some(status)) => Err(self.ended_with(status)),
             Err(source) => Err(ProcessError::Unstarted {
                 name: self.name.clone(),
                 source,
@@ -71,12 +67,16 @@ impl Process {
     /// Waits until the process has ended, which it should not: with the last lines that it said.
     pub(super) async fn ended(&mut self) -> ProcessError {
         match self.wait().await {
-            Ok(status) => ProcessError::Ended {
-                name: self.name.clone(),
-                status,
-                said: last_lines(&self.log),
-            },
+            Ok(status) => self.ended_with(status),
             Err(error) => error,
+        }
+    }
+
+    fn ended_with(&self, status: ExitStatus) -> ProcessError {
+        ProcessError::Ended {
+            name: self.name.clone(),
+            status,
+            said: self.said(),
         }
     }
 

@@ -22,7 +22,7 @@ use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
 use super::registry::{Entry, ResolveOrder};
 use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm};
-use super::stream_socket::StreamSocket;
+use super::stream_socket::{CONNECT_DEADLINE, StreamSocket};
 use super::vmm_input::VmmInput;
 use crate::api::Phase;
 use crate::hypervisor::qemu::{SourceError, SwitchoverBandwidth};
@@ -37,9 +37,6 @@ use crate::proto::wire::{SessionMessage, hello};
 
 /// Between looks at the vmm once its stream has ended: the guest stands still.
 const CLOSE_LOOK: Duration = Duration::from_millis(2);
-
-/// How long a vmm may take to connect to the socket it was told to migrate to.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A migration at its source, from the agreement of both sites to its end.
 pub(crate) struct SourceDriver {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::inventory::{disk_name, qom_text, text};
+use super::inventory::{disk_name, memory_devices, qom_text, text};
 use super::progress::MigrationProgress;
 use super::settings::{Capability, Multifd, query_capabilities, query_multifd};
 use super::state::MigrationStatus;
@@ -22,7 +22,7 @@ pub struct Condition {
     pub capabilities: Vec<Capability>,
     /// The connections that its pages would take.
     pub multifd: Option<Multifd>,
-    /// A virtio-mem device, whose state comes in the midst of memory.
+    /// Whether it has a virtio-mem device, whose state comes in the midst of memory; only asked with multifd.
     pub has_virtio_mem: bool,
     /// The outgoing migration that is under way or was the last.
     pub migration: MigrationStatus,
@@ -103,12 +103,14 @@ impl Condition {
     /// Reads it. The guest is not touched.
     pub(super) async fn collect(qmp: &QmpClient, process: &Process) -> Result<Condition, super::SourceError> {
         let progress = MigrationProgress::query(qmp).await?;
+        let capabilities = query_capabilities(qmp).await?;
+        let multifd = query_multifd(qmp, &capabilities).await?;
         Ok(Condition {
             writable_disks: writable_disks(qmp).await?,
             libvirt_sign: libvirt_sign_of(qmp.path(), process)?,
-            capabilities: query_capabilities(qmp).await?,
-            multifd: query_multifd(qmp).await?,
-            has_virtio_mem: has_virtio_mem(qmp).await?,
+            has_virtio_mem: multifd.is_some() && has_virtio_mem(qmp).await?,
+            capabilities,
+            multifd,
             migration: progress.status,
             blocked_reasons: progress.blocked_reasons,
         })
@@ -176,9 +178,8 @@ fn capability_obstacle(name: &str) -> Option<&'static str> {
 }
 
 async fn has_virtio_mem(qmp: &QmpClient) -> Result<bool, QmpError> {
-    let devices = qmp.execute("query-memory-devices", json!({})).await?;
-    let mut devices = devices.as_array().into_iter().flatten();
-    Ok(devices.any(|device| device["type"] == "virtio-mem"))
+    let devices = memory_devices(&qmp.execute("query-memory-devices", json!({})).await?);
+    Ok(devices.iter().any(|device| device.kind == "virtio-mem"))
 }
 
 async fn writable_disks(qmp: &QmpClient) -> Result<Vec<WritableDisk>, QmpError> {

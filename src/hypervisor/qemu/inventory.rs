@@ -391,7 +391,7 @@ fn parse_ram_blocks(list: &str) -> Vec<RamBlock> {
     list.lines().filter_map(block).take(LIST_LIMIT).collect()
 }
 
-fn memory_devices(list: &Value) -> Vec<MemoryDevice> {
+pub(super) fn memory_devices(list: &Value) -> Vec<MemoryDevice> {
     let device = |entry: &Value| MemoryDevice {
         id: text(&entry["data"]["id"]),
         kind: text(&entry["type"]),

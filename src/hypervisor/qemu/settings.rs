@@ -69,9 +69,8 @@ pub(super) async fn query_parameters(qmp: &QmpClient) -> Result<Map<String, Valu
     qmp.query("query-migrate-parameters", json!({})).await
 }
 
-/// How this QEMU spreads a migration over several connections; `None`: it does not.
-pub(super) async fn query_multifd(qmp: &QmpClient) -> Result<Option<Multifd>, QmpError> {
-    let capabilities = query_capabilities(qmp).await?;
+/// How this QEMU, with these capabilities, spreads a migration over several connections; `None`: it does not.
+pub(super) async fn query_multifd(qmp: &QmpClient, capabilities: &[Capability]) -> Result<Option<Multifd>, QmpError> {
     if !capabilities.iter().any(|one| one.name == "multifd" && one.is_on) {
         return Ok(None);
     }
@@ -119,7 +118,7 @@ impl RememberedSettings {
             .capabilities
             .iter()
             .map(|(name, is_on)| (name.clone(), wanted_capability(name, *is_on, side)));
-        let wanted = |name: &str| match (name, side) {
+        let wanted = |name: &str, now: &ParameterValue| match (name, side) {
             // 0 switches QEMU's own limit off; its default is 128 MiB/s. The gateway limits by reading slowly.
             ("max-bandwidth", Side::Source) => Some(ParameterValue::Number(0)),
             ("downtime-limit", Side::Source) => Some(ParameterValue::Number(downtime_limit_ms)),
@@ -128,13 +127,8 @@ impl RememberedSettings {
             ("announce-rounds", Side::Destination) => Some(ParameterValue::Number(0)),
             ("tls-creds" | "tls-hostname", _) => Some(ParameterValue::Text(String::new())),
             ("mode", Side::Source) => Some(ParameterValue::Text("normal".into())),
+            ("multifd-channels", Side::Source) => now.at_most(MOST_CHANNELS),
             _ => None,
-        };
-        let wanted = |name: &str, value: &ParameterValue| match (name, value, side) {
-            ("multifd-channels", ParameterValue::Number(channels), Side::Source) => {
-                Some(ParameterValue::Number(MOST_CHANNELS.min(*channels)))
-            }
-            _ => wanted(name),
         };
         let parameters = self
             .parameters
@@ -194,6 +188,13 @@ impl RememberedSettings {
 }
 
 impl ParameterValue {
+    fn at_most(&self, most: u64) -> Option<ParameterValue> {
+        match self {
+            ParameterValue::Number(number) => Some(ParameterValue::Number(most.min(*number))),
+            ParameterValue::Text(_) => None,
+        }
+    }
+
     fn from_json(value: &Value) -> Option<ParameterValue> {
         match value {
             Value::Number(number) => number.as_u64().map(ParameterValue::Number),
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn multifd_stays_as_it_is_at_the_source_and_is_off_at_the_destination() {
+    fn multifd_stays_on_with_few_channels_at_the_source_and_is_off_at_the_destination() {
         for was_on in [false, true] {
             let before = RememberedSettings {
                 capabilities: vec![("multifd".to_owned(), was_on)],

@@ -21,7 +21,7 @@ use super::inventory::VmInventory;
 use super::owner::{OwnerError, owner, vcpu_threads};
 use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
-use super::settings::{RememberedSettings, Side, query_multifd};
+use super::settings::{RememberedSettings, Side, query_capabilities, query_multifd};
 use super::state::{MigrationStatus, RunState};
 use super::{query_run_state, socket_uri};
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
@@ -347,7 +347,9 @@ impl SourceVm {
     /// # Errors
     /// Those of the monitor.
     pub async fn multifd_channels(&self) -> Result<Option<u8>, SourceError> {
-        Ok(query_multifd(&self.qmp).await?.map(|multifd| multifd.channels))
+        let capabilities = query_capabilities(&self.qmp).await?;
+        let multifd = query_multifd(&self.qmp, &capabilities).await?;
+        Ok(multifd.map(|multifd| multifd.channels))
     }
 
     /// Starts the migration into a listening unix socket. From now on the guest may be paused at any moment, when QEMU
