@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
 use crate::config::{AfterSuccess, Disks, Vm};
+use crate::gateway::again::{self, Successor};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
 use crate::gateway::forecasting::{Forecasting, Sample};
@@ -24,6 +25,7 @@ use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
+use crate::gateway::wanted::Wanted;
 use crate::gateway::{Core, clock, history};
 use crate::gateway::{keeping, launches, outbound};
 use crate::hypervisor::qemu::{Condition, DirtyRate, SourceError, SourceVm, VmInventory};
@@ -63,7 +65,7 @@ const EXTRA_REGIONS: u64 = 64;
 ///
 /// # Errors
 /// The request makes no sense here; everything else is in the report.
-pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, Refusal> {
+pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, Refusal> {
     if core.is_draining() {
         return Err(Refusal::new(
             RefusalKind::Unavailable,
@@ -71,6 +73,8 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
         ));
     }
     vm_of(core, &request)?;
+    // One that has just arrived here, or has just been undone.
+    core.registry.gives_way(&request.vm, None).await;
     let migration = MigrationId(crate::gateway::random::bytes());
     let (entry, orders) = core
         .registry
@@ -84,12 +88,53 @@ pub(crate) fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, 
                 ),
             )
         })?;
-    // Before anybody can know the migration and change them.
-    entry.share.set_rate(cap(core, &request));
-    entry.share.set_weight(request.weight.unwrap_or(Weight::MIN));
+    limit(core, &entry, &request);
     tracing::info!(%migration, vm = request.vm, peer = request.peer, "migration requested");
-    tokio::spawn(run(Arc::clone(core), entry, orders, request));
+    let request = StartRequest {
+        // It goes on across restarts.
+        deadline_seconds: request.deadline_seconds.or(core
+            .config
+            .migration
+            .deadline
+            .map(|deadline| deadline.as_secs_f64())),
+        ..request
+    };
+    let wanted = Wanted::new(request, clock::unix_ms());
+    core.wanted.put(migration, wanted.clone()).await;
+    spawn(core, entry, orders, wanted);
     Ok(Started { migration })
+}
+
+/// Begins what an earlier process was asked for and has not brought to an end.
+pub(crate) async fn start_again(core: &Arc<Core>, next: Successor) {
+    let Successor { migration, wanted } = next;
+    let StartRequest { vm, peer, .. } = &wanted.request;
+    match core.registry.add(migration, vm, peer, api::Role::Source, clock::now()) {
+        Ok((entry, orders)) => {
+            limit(core, &entry, &wanted.request);
+            spawn(core, entry, orders, wanted);
+        }
+        Err(open) => {
+            core.wanted.forget(migration).await;
+            let reason = format!("{vm} is in migration {}", open.migration);
+            let report = Report::without_figures(migration, vm, peer, api::Outcome::Failed, reason);
+            core.registry.remember(report, api::Role::Source, clock::now());
+        }
+    }
+}
+
+/// Not async itself: a migration may end with the beginning of the next.
+fn spawn(core: &Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, wanted: Wanted) {
+    if wanted.restarts > 0 {
+        tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, restarts = wanted.restarts, "begun again");
+    }
+    tokio::spawn(run(Arc::clone(core), entry, orders, wanted));
+}
+
+/// What was asked for, before anybody can know the migration and change it.
+fn limit(core: &Core, entry: &Entry, request: &StartRequest) {
+    entry.share.set_rate(cap(core, request));
+    entry.share.set_weight(request.weight.unwrap_or(Weight::MIN));
 }
 
 /// The cap of a migration that is asked for.
@@ -129,11 +174,12 @@ pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<D
     })
 }
 
-async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, request: StartRequest) {
+async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrder>, wanted: Wanted) {
+    let request = &wanted.request;
     let metrics = Arc::new(core.metrics.migration(api::Role::Source));
     // Nothing of the VM is changed before both sites agree, so this can be let go of anywhere.
     let agreed = tokio::select! {
-        agreed = agree(&core, &entry, &request, &metrics) => agreed,
+        agreed = agree(&core, &entry, request, &metrics) => agreed,
         () = entry.cancel.cancelled() => Err("the operator cancelled it".to_owned()),
     };
     match agreed {
@@ -155,22 +201,27 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 effects: Vec::new(),
                 peer_journal: link.peer_journal(),
                 copying: Some(copying),
+                undone_by_restart: false,
             };
             let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
             driver.adopt(link, channel);
             let end = driver.run(Some(SourceEvent::Begin)).await;
-            finish(&core, &entry, end);
+            finish(&core, &entry, end).await;
             launches::remove_silent_logs(&core).await;
         }
         Err(reason) => {
             let outcome = if entry.cancel.is_cancelled() {
                 api::Outcome::Cancelled
+            } else if wanted.restarts > 0 {
+                // What was asked for has touched the VM before.
+                api::Outcome::Failed
             } else {
                 api::Outcome::Refused
             };
             tracing::warn!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, "{reason}");
             let now = clock::now();
             metrics.ended(now, outcome);
+            core.wanted.forget(entry.migration).await;
             entry.finish(empty_report(&entry, now, outcome, reason), now);
         }
     }
@@ -595,8 +646,14 @@ impl Checked {
     }
 }
 
-/// The one exit: says where the VM is.
-pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
+/// The one exit: says where the VM is. What the restart of a gateway has undone begins again.
+pub(crate) async fn finish(core: &Arc<Core>, entry: &Entry, mut end: SourceEnd) {
+    let successor = again::successor(core, entry, end.undone_by_restart).await;
+    if let Err(Some(why)) = &successor {
+        let undone = end.reason.take().unwrap_or_default();
+        end.reason = Some(format!("{undone}, and {why}"));
+    }
+    let successor = successor.ok();
     let now = clock::now();
     let outcome = match end.outcome {
         Outcome::RunsAtDestination => api::Outcome::Completed,
@@ -611,6 +668,7 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
         (_, None) => "the migration was undone".to_owned(),
     };
     let mut report = empty_report(entry, now, outcome, reason);
+    report.continued_as = successor.as_ref().map(|next| next.migration);
     report.downtime_seconds = end.downtime.map(|downtime| downtime.as_secs_f64());
     report.stream_digest = end.stream.map(|sum| hex(&sum.digest.0));
     report.wire_bytes = end.wire_bytes;
@@ -632,7 +690,14 @@ pub(crate) fn finish(core: &Core, entry: &Entry, end: SourceEnd) {
     }
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
-    entry.finish(report, now);
+    match successor {
+        Some(next) => {
+            let (entry, orders) = core.registry.replace(entry, report, next.migration, now);
+            limit(core, &entry, &next.wanted.request);
+            spawn(core, entry, orders, next.wanted);
+        }
+        None => entry.finish(report, now),
+    }
 }
 
 /// A report without figures, of a migration that did not carry any or is seen from its other end.

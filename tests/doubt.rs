@@ -17,7 +17,11 @@ const SLOWLY: &str = "4mbit";
 
 /// A VM at A that is on its way to a hypervisor at B which has been stopped.
 fn on_its_way() -> (Rig, Running) {
-    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |a, _| a.metrics = true);
+    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |a, _| {
+        a.metrics = true;
+        // Once is enough to see what comes of it.
+        a.settings += "[migration]\nrestarts = \"0\"\n";
+    });
     rig.a.boot("vm");
     let client = rig
         .a

@@ -397,6 +397,9 @@ pub struct Report {
     pub stream_digest: Option<String>,
     /// What was expected at the start; `None` where it ended before.
     pub forecast: Option<Forecast>,
+    /// A gateway was restarted and has undone this migration: the one that was begun in its place.
+    #[serde(default, with = "optional_id_text", skip_serializing_if = "Option::is_none")]
+    pub continued_as: Option<MigrationId>,
 }
 
 impl Report {
@@ -426,6 +429,7 @@ impl Report {
             known_pages: 0,
             stream_digest: None,
             forecast: None,
+            continued_as: None,
         }
     }
 }
@@ -728,5 +732,23 @@ pub mod id_text {
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<MigrationId, D::Error> {
         let text = String::deserialize(deserializer)?;
         unhex(&text).map(MigrationId).map_err(D::Error::custom)
+    }
+}
+
+/// The same where there may be none.
+mod optional_id_text {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::{MigrationId, id_text};
+
+    #[derive(Serialize, Deserialize)]
+    struct Id(#[serde(with = "id_text")] MigrationId);
+
+    pub(super) fn serialize<S: Serializer>(id: &Option<MigrationId>, serializer: S) -> Result<S::Ok, S::Error> {
+        id.map(Id).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<MigrationId>, D::Error> {
+        Ok(Option::<Id>::deserialize(deserializer)?.map(|Id(id)| id))
     }
 }

@@ -57,6 +57,11 @@ impl Display {
         }
     }
 
+    /// What comes from now on is of another migration.
+    pub(super) fn begin_again(&mut self) {
+        (self.percent, self.shown) = (Percent::default(), None);
+    }
+
     pub(super) fn notice(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| note(text)),

@@ -49,5 +49,8 @@ pub(super) fn text(report: &Report) -> String {
         let _ = writeln!(text, "  stream digest {digest}, equal at both ends");
     }
     let _ = writeln!(text, "  migration {}", report.migration);
+    if let Some(next) = report.continued_as {
+        let _ = writeln!(text, "  begun again as migration {next}");
+    }
     text
 }

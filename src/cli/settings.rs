@@ -54,6 +54,10 @@ pub(super) struct Settings {
     #[arg(long, env = "LONGHAUL_MIGRATION_LONGEST_CUT", value_name = "DURATION")]
     migration_longest_cut: Option<String>,
 
+    /// How often a migration that the restart of a gateway has undone is begun again; 0: never.
+    #[arg(long, value_name = "N", env = "LONGHAUL_MIGRATION_RESTARTS")]
+    migration_restarts: Option<String>,
+
     /// Cap of each migration, such as 800mbit.
     #[arg(long, value_name = "RATE", env = "LONGHAUL_MIGRATION_RATE")]
     migration_rate: Option<String>,
@@ -83,6 +87,7 @@ impl Settings {
             ("migration.after_success", &self.migration_after_success),
             ("migration.deadline", &self.migration_deadline),
             ("migration.longest_cut", &self.migration_longest_cut),
+            ("migration.restarts", &self.migration_restarts),
             ("migration.rate", &self.migration_rate),
             ("log.level", &self.log_level),
             ("log.format", &self.log_format),

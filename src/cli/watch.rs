@@ -75,19 +75,28 @@ pub(super) async fn watch(
                 Event::Progress(progress) => display.progress(&progress),
                 Event::Notice(text) => display.notice(&text),
                 Event::Report(report) => {
+                    if let Some(next) = report.continued_as {
+                        display.notice(&format!("{}; begun again as migration {next}", report.reason));
+                        display.begin_again();
+                        watcher.turn_to(next);
+                        if cancelling {
+                            // It was asked for before this one was there.
+                            request_cancel(&client, next, &answers);
+                        }
+                        continue;
+                    }
                     display.clear();
                     output.result(&*report, report::text);
                     return Ok(report.outcome.vm_is().exit_code());
                 }
             },
             Some(()) = signals.interrupt.recv() => match (interrupt, cancelling) {
-                (Interrupt::Detaches, _) => return Err(detached(&display, migration)),
+                (Interrupt::Detaches, _) => return Err(detached(&display, watcher.migration)),
                 (Interrupt::Cancels, true) => display.notice("it is already being cancelled"),
                 (Interrupt::Cancels, false) => {
                     cancelling = true;
                     display.notice("cancelling; the VM stays at the source");
-                    let (client, answers) = (client.clone(), answers.clone());
-                    tokio::spawn(async move { answers.send(client.cancel(migration).await).await });
+                    request_cancel(&client, watcher.migration, &answers);
                 }
             },
             Some(answer) = answer.recv() => match answer {
@@ -99,10 +108,16 @@ pub(super) async fn watch(
                     display.notice(&format!("not cancelled: {error}"));
                 }
             },
-            Some(()) = signals.hangup.recv() => return Err(detached(&display, migration)),
-            Some(()) = signals.terminate.recv() => return Err(detached(&display, migration)),
+            Some(()) = signals.hangup.recv() => return Err(detached(&display, watcher.migration)),
+            Some(()) = signals.terminate.recv() => return Err(detached(&display, watcher.migration)),
         }
     }
+}
+
+/// Whoever waits for signals does not wait for the answer.
+fn request_cancel(client: &Client, migration: MigrationId, answers: &mpsc::Sender<Result<Cancellation, ClientError>>) {
+    let (client, answers) = (client.clone(), answers.clone());
+    tokio::spawn(async move { answers.send(client.cancel(migration).await).await });
 }
 
 fn detached(display: &Display, migration: MigrationId) -> Failure {
@@ -127,6 +142,12 @@ struct Watcher {
 }
 
 impl Watcher {
+    /// From now on another one is followed, which the gateway has begun in place of the one before.
+    fn turn_to(&mut self, migration: MigrationId) {
+        (self.migration, self.following) = (migration, None);
+        (self.tries, self.is_absent) = (0, false);
+    }
+
     /// The next event. Cancel-safe: what has been tried is kept in `self`.
     async fn next(&mut self, display: &Display) -> Result<Event, Failure> {
         loop {

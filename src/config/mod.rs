@@ -106,6 +106,8 @@ pub struct Migration {
     pub deadline: Option<Duration>,
     /// How long pre-copy waits for a peer that cannot be reached; then the migration is cancelled.
     pub longest_cut: Duration,
+    /// How often a migration that the restart of a gateway has undone is begun again.
+    pub restarts: u32,
     /// Cap of each migration. Absent: the link's rate.
     pub rate: Option<ByteRate>,
 }
@@ -209,6 +211,7 @@ impl Config {
     /// | `migration.downtime_limit` | `500ms` | one ocean crossing, one retransmission and the load of the last pages |
     /// | `migration.after_success` | `quit` | a paused copy that stays is a second VM waiting for a mistake |
     /// | `migration.longest_cut` | `10m` | a cable is not mended faster, but routes change within minutes |
+    /// | `migration.restarts` | `5` | an upgrade takes one or two; a migration that ends a gateway each time must not do so for ever |
     /// | `vm.disks` | `none` | a writable disk must never be forgotten silently |
     /// | `log.level`, `log.format` | `info`, `text` | one line a phase and a round |
     #[must_use]
@@ -233,6 +236,7 @@ impl Config {
                 after_success: AfterSuccess::Quit,
                 deadline: None,
                 longest_cut: Duration::from_secs(600),
+                restarts: 5,
                 rate: None,
             },
             peers: Vec::new(),
@@ -375,6 +379,10 @@ impl Config {
         set(
             &mut config.migration.longest_cut,
             migration.value("longest_cut", parse_duration),
+        );
+        set(
+            &mut config.migration.restarts,
+            migration.value("restarts", parse_restarts),
         );
         config.migration.rate = migration.value("rate", ByteRate::from_str);
         migration.finish();
@@ -567,6 +575,10 @@ fn parse_bulk_connections(text: &str) -> Result<u8, String> {
         .ok()
         .filter(|connections| (1..=MOST_BULK_CONNECTIONS).contains(connections))
         .ok_or_else(|| format!("expected a number from 1 to {MOST_BULK_CONNECTIONS}"))
+}
+
+fn parse_restarts(text: &str) -> Result<u32, &'static str> {
+    text.parse().map_err(|_| "expected a number, 0 for never")
 }
 
 fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {

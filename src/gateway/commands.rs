@@ -32,7 +32,10 @@ pub(crate) async fn serve(core: Arc<Core>, mut commands: mpsc::Receiver<Command>
 /// What takes time is done on a task of its own: no command waits for another.
 fn answer(core: &Arc<Core>, command: Command) {
     match command {
-        Command::Start { request, reply } => reply.send(migrate::start(core, request)),
+        Command::Start { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(migrate::start(&core, request).await) });
+        }
         Command::Check { request, reply } => {
             let core = Arc::clone(core);
             tokio::spawn(async move { reply.send(migrate::dry_run(&core, request).await) });
@@ -51,14 +54,29 @@ fn answer(core: &Arc<Core>, command: Command) {
         }
         Command::Follow { migration, reply } => reply.send(entry(core, migration).map(|entry| entry.follow())),
         Command::Cancel { migration, reply } => {
-            reply.send(entry(core, migration).and_then(|entry| entry.request_cancel()));
+            let requested = entry(core, migration).and_then(|entry| entry.request_cancel());
+            let core = Arc::clone(core);
+            tokio::spawn(async move {
+                if requested.is_ok() {
+                    // Not even a gateway that is killed now begins it again.
+                    core.wanted.forget(migration).await;
+                }
+                reply.send(requested);
+            });
         }
         Command::Adjust {
             migration,
             adjustment,
             reply,
         } => {
-            reply.send(entry(core, migration).and_then(|entry| entry.adjust(&adjustment)));
+            let adjusted = entry(core, migration).and_then(|entry| entry.adjust(&adjustment));
+            let core = Arc::clone(core);
+            tokio::spawn(async move {
+                if adjusted.is_ok() {
+                    core.wanted.adjust(migration, &adjustment).await;
+                }
+                reply.send(adjusted);
+            });
         }
         Command::Resolve { request, by, reply } => {
             let core = Arc::clone(core);

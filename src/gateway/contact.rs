@@ -16,7 +16,7 @@ use crate::proto::wire::{Request, SessionMessage};
 
 /// First and longest pause between attempts to reach the peer.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
+const RETRY_LONGEST: Duration = Duration::from_millis(500);
 
 /// A peer that reads takes a message in a round trip. One whose link is dead is found out sooner.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);

@@ -254,6 +254,9 @@ impl DestinationDriver {
                 ))
             }
         };
+        if self.machine.verdict().is_some() {
+            self.entry.set_decided();
+        }
         if resolved && let Some(order) = self.waiting_order.take() {
             let _ = order.reply.send(answer);
         }

@@ -14,6 +14,7 @@
 //! `proto::precopy`, what goes on the wire by `proto::session`.
 
 mod accept;
+pub(crate) mod again;
 pub(crate) mod channel;
 pub(crate) mod clock;
 mod commands;
@@ -49,6 +50,7 @@ mod tunnel;
 pub(crate) mod vm_context;
 mod vmm_input;
 mod vmm_output;
+pub(crate) mod wanted;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -70,6 +72,7 @@ use self::pairing::exchange::Invitations;
 use self::rates::Rates;
 use self::registry::Registry;
 use self::tunnel::{Entrances, ListenError};
+use self::wanted::WantedFiles;
 use crate::api::Command;
 use crate::config::Config;
 use crate::metrics::Metrics;
@@ -100,6 +103,8 @@ pub(crate) struct Core {
     pub(crate) invitations: Mutex<Invitations>,
     pub(crate) journal: JournalHandle,
     pub(crate) registry: Registry,
+    /// What was asked for here and is not over.
+    pub(crate) wanted: WantedFiles,
     pub(crate) drivers: Directory<mpsc::Sender<Attachment>>,
     /// Held while a driver is started for a migration that only the journal knows.
     pub(crate) starting_drivers: tokio::sync::Mutex<()>,
@@ -137,6 +142,7 @@ pub async fn run(
     let ended = history::reports(journal.records(), &config.site);
     let journal = JournalHandle::spawn(journal, Arc::clone(&metrics));
     remove_left_over_sockets(&config);
+    let wanted = WantedFiles::load(&config.state_dir);
 
     let store = keeping::open(&config).await;
     let identity = Identity::load_or_create(&config.state_dir, clock::wall())?;
@@ -178,6 +184,7 @@ pub async fn run(
         invitations: Mutex::default(),
         journal,
         registry: Registry::default(),
+        wanted,
         drivers: Directory::default(),
         starting_drivers: tokio::sync::Mutex::default(),
         inbound: Directory::default(),
@@ -198,6 +205,7 @@ pub async fn run(
     }
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
+    again::take_up(&core).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),

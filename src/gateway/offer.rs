@@ -29,6 +29,7 @@ use crate::store::spill::SpillShelf;
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
 pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer) -> Vec<String> {
     let tried = async {
+        core.registry.gives_way(&offer.vm, None).await;
         let (vm, source) = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
         dictionary(core, peer, offer, agreed, Vec::new()).await?;
@@ -118,6 +119,7 @@ async fn accept(
     offer: &Offer,
     images: Vec<KnownImage>,
 ) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
+    core.registry.gives_way(&offer.vm, Some(peer)).await;
     let (vm, source) = look(core, offer)?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {

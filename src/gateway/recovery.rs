@@ -9,13 +9,13 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::Core;
 use super::destination::{Attachment, DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::registry::Entry;
 use super::source::{SourceDriver, SourceStart};
 use super::source_vmm::SourceVmm;
 use super::vm_context::VmContext;
+use super::{Core, again};
 use crate::api::{self, Phase};
 use crate::migrate;
 use crate::proto::ownership::{
@@ -129,12 +129,14 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         })?;
     entry.set_phase(Phase::Committing);
     let peer_journal = first.peer_journal;
+    let undone_by_restart = again::is_undone(records);
     let start = SourceStart {
         vmm,
         machine,
         effects,
         peer_journal,
         copying: None,
+        undone_by_restart,
     };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);
     driver.look_for_peer();
@@ -143,7 +145,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         let mut end = driver.run(None).await;
         let restarted = "this gateway was restarted in the middle of it";
         end.reason.get_or_insert_with(|| restarted.to_owned());
-        migrate::finish(&core, &entry, end);
+        migrate::finish(&core, &entry, end).await;
     });
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,9 @@ const REMEMBERED: usize = 200;
 /// that reads.
 const WATCHER_QUEUE: usize = 64;
 
+/// How long a migration that gives way is waited for: its hypervisor is ended, or the peer asked whether it has given up.
+const GIVES_WAY_WITHIN: Duration = Duration::from_secs(20);
+
 /// Every migration of this process, oldest first.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
@@ -40,6 +43,8 @@ pub(crate) struct Entry {
     pub(crate) cancel: CancellationToken,
     /// What it may take of its link.
     pub(crate) share: Arc<Share>,
+    /// Set when it is over.
+    over: CancellationToken,
     state: Mutex<State>,
     resolutions: mpsc::Sender<ResolveOrder>,
 }
@@ -61,6 +66,8 @@ struct State {
     advice: Option<String>,
     /// From here on a cancellation is refused, with this reason.
     committed: bool,
+    /// What becomes of the VM is known on this side, and what is left is to tidy up.
+    decided: bool,
     ended_after: Option<f64>,
     watchers: Vec<mpsc::Sender<Event>>,
 }
@@ -83,6 +90,40 @@ impl Registry {
             return Err(Arc::clone(open));
         }
         Ok(Self::push(&mut entries, migration, vm, peer, role, now))
+    }
+
+    /// Ends a migration and puts another of the same VM in its place, at once: whoever hears of the one finds the other.
+    pub(crate) fn replace(
+        &self,
+        ended: &Entry,
+        report: Report,
+        migration: MigrationId,
+        now: Instant,
+    ) -> (Arc<Entry>, mpsc::Receiver<ResolveOrder>) {
+        let mut entries = self.entries();
+        let added = Self::push(&mut entries, migration, &ended.vm, &ended.peer, ended.role, now);
+        ended.finish(report, now);
+        if ended.cancel.is_cancelled() {
+            // This very moment.
+            added.0.cancel.cancel();
+        }
+        added
+    }
+
+    /// Waits, for a while, until no migration of the VM is open that is about to end: one that is decided here, or that came from `source`, which
+    /// offers the VM anew and so has given it up.
+    pub(crate) async fn gives_way(&self, vm: &str, source: Option<&str>) {
+        let waited = async {
+            while let Some(open) = self.open_for_vm(vm) {
+                let given_up = open.role == Role::Destination && Some(open.peer.as_str()) == source;
+                if open.needs_person() || !(given_up || open.state().decided) {
+                    return;
+                }
+                open.over.cancelled().await;
+            }
+        };
+        // Where that is not enough, the open migration is the answer.
+        let _ = tokio::time::timeout(GIVES_WAY_WITHIN, waited).await;
     }
 
     /// An entry for a migration that the journal knows, whatever else its VM does meanwhile.
@@ -125,6 +166,7 @@ impl Registry {
             started: now,
             cancel: CancellationToken::new(),
             share: Arc::default(),
+            over: CancellationToken::new(),
             state: Mutex::default(),
             resolutions,
         });
@@ -246,6 +288,11 @@ impl Entry {
         self.state().committed = true;
     }
 
+    /// From here on it only has to tidy up: the VM's next migration may wait for that.
+    pub(crate) fn set_decided(&self) {
+        self.state().decided = true;
+    }
+
     /// It is over.
     pub(crate) fn finish(&self, report: Report, now: Instant) {
         let mut state = self.state();
@@ -257,6 +304,7 @@ impl Entry {
         state.advice = None;
         tell_last(state.watchers.drain(..), &report);
         state.report = Some(report);
+        self.over.cancel();
     }
 
     /// Whether it is over.

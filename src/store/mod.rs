@@ -1,5 +1,6 @@
 //! What a gateway keeps on disk.
 
+pub(crate) mod file;
 pub mod fingerprint;
 pub mod journal;
 pub mod pages;

@@ -5,14 +5,15 @@
 //! change counts once it is on the disk.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::file::replace_file;
 pub use super::fingerprint::{Fingerprint, InvalidFingerprint};
 use crate::config::units::{PeerAddress, parse_name};
 
@@ -231,29 +232,6 @@ fn read(path: &Path) -> Result<BTreeMap<String, TrustedPeer>, TrustError> {
         }
     }
     Ok(contents.peers)
-}
-
-/// Puts `contents` in the place of `path`, durably and at once, readable by the owner only.
-fn replace_file(path: &Path, contents: &[u8]) -> std::io::Result<()> {
-    let beside = path.with_extension("json.new");
-    // What a crash left there; its mode is not to be trusted.
-    match std::fs::remove_file(&beside) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
-    file.write_all(contents)?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)?;
-    let directory = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()
 }
 
 /// Trust cannot be read or changed.

@@ -2,6 +2,7 @@
 
 use super::SourceDriver;
 use crate::api::Phase;
+use crate::gateway::again;
 use crate::gateway::clock;
 use crate::gateway::contact::ContactEvent;
 use crate::gateway::outbound::StreamEnd;
@@ -93,8 +94,14 @@ impl SourceDriver {
             SessionMessage::Ownership(message) => {
                 match &message {
                     Message::Running => self.resumed_at = self.resumed_at.or(Some(clock::now())),
-                    Message::Aborted { reason } => self.fail(reason.to_string()),
+                    Message::Aborted { reason } => {
+                        // What was noticed here first is the cause of it.
+                        self.undone_by_restart =
+                            again::is_restart(*reason) && (self.undone_by_restart || self.reason.is_none());
+                        self.fail(reason.to_string());
+                    }
                     Message::Reverted => {
+                        self.undone_by_restart = false;
                         self.fail("the destination's hypervisor refused to start the VM and gave it back".to_owned());
                     }
                     _ => {}

@@ -63,6 +63,8 @@ pub(crate) struct SourceDriver {
     /// What the destination last had, and since when nothing has been added, while the guest stands still.
     standstill: Option<(u64, Instant)>,
     cancel_seen: bool,
+    /// Its predecessor was restarted in the middle of it, or so was the destination's gateway; nobody wanted it to end.
+    undone_by_restart: bool,
     /// Why the migration failed, in the words of whoever noticed first.
     reason: Option<String>,
     stopped_at: Option<Instant>,
@@ -85,6 +87,8 @@ pub(crate) struct SourceEnd {
     pub(crate) outcome: Outcome,
     pub(crate) reason: Option<String>,
     pub(crate) cancelled: bool,
+    /// The VM is here because a gateway was restarted, and for no other reason.
+    pub(crate) undone_by_restart: bool,
     pub(crate) downtime: Option<Duration>,
     pub(crate) wire_bytes: u64,
     pub(crate) resent_bytes: u64,
@@ -99,6 +103,8 @@ pub(crate) struct SourceStart {
     pub(crate) effects: Vec<Effect>,
     pub(crate) peer_journal: JournalId,
     pub(crate) copying: Option<Copying>,
+    /// By what is known at the start: see [`SourceEnd`].
+    pub(crate) undone_by_restart: bool,
 }
 
 impl SourceDriver {
@@ -129,6 +135,7 @@ impl SourceDriver {
             asked_to_resume: None,
             standstill: None,
             cancel_seen: false,
+            undone_by_restart: start.undone_by_restart,
             reason: None,
             stopped_at: None,
             resumed_at: None,
@@ -186,6 +193,7 @@ impl SourceDriver {
             outcome,
             reason: self.reason,
             cancelled: self.cancel_seen,
+            undone_by_restart: self.undone_by_restart && outcome == Outcome::RunsAtSource && !self.cancel_seen,
             downtime,
             wire_bytes,
             resent_bytes: self.stream.as_ref().map_or(0, |stream| stream.outbound.resent_bytes()),
@@ -209,6 +217,7 @@ impl SourceDriver {
                 if let SourceEvent::Resolve(_) = event
                     && let Some(order) = self.waiting_order.take()
                 {
+                    self.undone_by_restart = false;
                     let text = format!("the decision about {} is being carried out", self.entry.vm);
                     let _ = order.reply.send(Ok(text));
                 }
@@ -232,6 +241,12 @@ impl SourceDriver {
                 | SourceState::Learning { .. }
         ) {
             self.entry.set_committed();
+        }
+        if matches!(
+            self.machine.state(),
+            SourceState::Learning { .. } | SourceState::Discarding { .. } | SourceState::Closing { .. }
+        ) {
+            self.entry.set_decided();
         }
     }
 

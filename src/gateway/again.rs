@@ -1,0 +1,181 @@
+//! Begins a migration again that the restart of a gateway has undone, at either end: the VM runs on at the source meanwhile, and
+//! nobody has to look.
+//!
+//! It is a new migration with an id of its own, since each is decided once and for all. The report of the one that was undone names it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::registry::Entry;
+use super::wanted::Wanted;
+use super::{Core, clock};
+use crate::api::{self, Report};
+use crate::migrate;
+use crate::proto::ownership::{AbortReason, JournalRecord, Outcome, RecordKind, Role, Standing, Verdict};
+use crate::proto::page::MigrationId;
+
+/// What begins in the place of a migration that has ended.
+#[derive(Debug)]
+pub(crate) struct Successor {
+    pub(crate) migration: MigrationId,
+    pub(crate) wanted: Wanted,
+}
+
+/// Whether it is the restart of a gateway that a destination gives as its reason.
+pub(crate) fn is_restart(reason: AbortReason) -> bool {
+    matches!(
+        reason,
+        AbortReason::Restarted | AbortReason::NeverPrepared | AbortReason::BytesLost
+    )
+}
+
+/// What comes after a migration that has ended at its source, and why nothing does although a restart has undone it.
+pub(crate) async fn successor(
+    core: &Core,
+    entry: &Entry,
+    undone_by_restart: bool,
+) -> Result<Successor, Option<String>> {
+    let wanted = core.wanted.get(entry.migration);
+    let next = match wanted.filter(|_| undone_by_restart && !entry.cancel.is_cancelled()) {
+        Some(_) if core.is_draining() => Err(Some("this gateway is being stopped and begins nothing".to_owned())),
+        Some(wanted) => promise(core, wanted).await.map_err(Some),
+        None => Err(None),
+    };
+    // One of them is there at any time.
+    core.wanted.forget(entry.migration).await;
+    match next {
+        Ok(next) if entry.cancel.is_cancelled() => {
+            core.wanted.forget(next.migration).await;
+            Err(None)
+        }
+        next => next,
+    }
+}
+
+async fn promise(core: &Core, wanted: Wanted) -> Result<Successor, String> {
+    let successor = Successor {
+        migration: MigrationId(super::random::bytes()),
+        wanted: wanted.again(core.config.migration.restarts, clock::unix_ms())?,
+    };
+    core.wanted.put(successor.migration, successor.wanted.clone()).await;
+    Ok(successor)
+}
+
+/// At the start of a gateway: what was wanted and is not in the hands of a driver is begun again, or forgotten where it is done.
+pub(crate) async fn take_up(core: &Arc<Core>) {
+    let mut undone: BTreeMap<String, Vec<(MigrationId, Wanted)>> = BTreeMap::new();
+    for (migration, wanted) in core.wanted.all() {
+        let mut records = core.journal.records_of(migration).await;
+        records.retain(|record| record.role == Role::Source);
+        match state_of(&records) {
+            Found::Open => {}
+            Found::Undone => undone
+                .entry(wanted.request.vm.clone())
+                .or_default()
+                .push((migration, wanted)),
+            Found::Over => core.wanted.forget(migration).await,
+        }
+    }
+    for (vm, earlier) in undone {
+        // Two, where the earlier process ended between a migration and its successor.
+        let newest = earlier.iter().max_by_key(|(_, wanted)| wanted.restarts);
+        let wanted = newest.map(|(_, wanted)| wanted.clone());
+        let Some(wanted) = wanted else { continue };
+        let peer = wanted.request.peer.clone();
+        let next = promise(core, wanted).await;
+        for (migration, _) in earlier {
+            core.wanted.forget(migration).await;
+            let mut reason = "this gateway was restarted in the middle of it".to_owned();
+            if let Err(why) = &next {
+                reason = format!("{reason}, and {why}");
+            }
+            let report = Report {
+                continued_as: next.as_ref().ok().map(|next| next.migration),
+                ..Report::without_figures(migration, &vm, &peer, api::Outcome::Failed, reason)
+            };
+            core.registry.remember(report, api::Role::Source, clock::now());
+        }
+        if let Ok(next) = next {
+            migrate::start_again(core, next).await;
+        }
+    }
+}
+
+/// What the journal says of a migration that was wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// Its driver will come to an end with it.
+    Open,
+    /// The VM is here, as it was.
+    Undone,
+    /// It has arrived, or ended for another reason than a restart.
+    Over,
+}
+
+fn state_of(records: &[JournalRecord]) -> Found {
+    if records.is_empty() {
+        // Not even begun.
+        return Found::Undone;
+    }
+    if Standing::of(records.iter().map(|record| &record.kind)) == Standing::Open {
+        return Found::Open;
+    }
+    if is_undone(records) { Found::Undone } else { Found::Over }
+}
+
+/// Whether the VM is at its source, or will be, for no other reason than that a gateway was restarted: by the source's records, once that gateway
+/// was.
+pub(crate) fn is_undone(records: &[JournalRecord]) -> bool {
+    records.iter().all(|record| match &record.kind {
+        RecordKind::Learnt(Verdict::Aborted(reason)) => is_restart(*reason),
+        RecordKind::Learnt(Verdict::Running | Verdict::Reverted) | RecordKind::Resolved(_) => false,
+        RecordKind::Closed(outcome) => *outcome == Outcome::RunsAtSource,
+        _ => true,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::page::JournalId;
+
+    fn records(kinds: &[RecordKind]) -> Vec<JournalRecord> {
+        let record = |kind: &RecordKind| JournalRecord {
+            migration: MigrationId([1; 16]),
+            role: Role::Source,
+            kind: kind.clone(),
+            peer: "tokyo".to_owned(),
+            peer_journal: JournalId([2; 16]),
+            vm: "db-1".to_owned(),
+            context: vec![],
+            unix_ms: 0,
+        };
+        kinds.iter().map(record).collect()
+    }
+
+    #[test]
+    fn only_what_a_restart_has_undone_is_begun_again() {
+        let started = RecordKind::Started { was_running: true };
+        let here = RecordKind::Closed(Outcome::RunsAtSource);
+        let learnt = |reason| RecordKind::Learnt(Verdict::Aborted(reason));
+        let found = |kinds: &[RecordKind]| state_of(&records(kinds));
+        assert_eq!(found(&[]), Found::Undone);
+        assert_eq!(found(&[started.clone()]), Found::Open);
+        assert_eq!(found(&[started.clone(), here.clone()]), Found::Undone);
+        for (reason, expected) in [
+            (AbortReason::Restarted, Found::Undone),
+            (AbortReason::BytesLost, Found::Undone),
+            (AbortReason::LoadFailed, Found::Over),
+            (AbortReason::Cancelled, Found::Over),
+        ] {
+            assert_eq!(
+                found(&[started.clone(), learnt(reason), here.clone()]),
+                expected,
+                "{reason}"
+            );
+        }
+        for outcome in [Outcome::RunsAtDestination, Outcome::VmmDied] {
+            assert_eq!(found(&[started.clone(), RecordKind::Closed(outcome)]), Found::Over);
+        }
+    }
+}
