@@ -106,6 +106,101 @@ fn two_journals_have_two_names() {
 }
 
 #[test]
+fn a_copy_of_a_journal_is_refused_until_somebody_says_that_it_is_the_latest() {
+    let directory = directory();
+    let (path, records) = journal_of(&directory, 2);
+    let backup = directory.path().join("backup");
+    fs::copy(&path, &backup).unwrap();
+    let mut journal = Journal::open(&path, 0).unwrap();
+    journal.append(started(9)).unwrap();
+    drop(journal);
+
+    // Put back in the place of the journal, as from a backup.
+    fs::rename(&backup, &path).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let error = Journal::open(&path, 0).unwrap_err();
+    assert!(matches!(error, JournalError::Copied { .. }), "{error}");
+    assert!(error.to_string().contains("longhaul journal adopt"), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), bytes, "a refused journal is left as it is");
+    assert_eq!(read_only(&path).unwrap().records, records);
+
+    Journal::adopt(&path).unwrap();
+    for _ in 0..2 {
+        assert_eq!(Journal::open(&path, 0).unwrap().records(), records);
+    }
+    let open = Journal::open(&path, 0).unwrap();
+    assert!(matches!(Journal::adopt(&path), Err(JournalError::Locked { .. })));
+    drop(open);
+}
+
+/// `longhaul journal ARGS FILE`: its exit code, and what it said on both outputs.
+fn command(args: &[&str], file: &Path) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
+    let output = command.arg("journal").args(args).arg(file).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_person_reads_the_journal_beside_the_gateway_and_adopts_a_copy() {
+    let directory = directory();
+    let path = directory.path().join("ownership.journal");
+    let mut journal = Journal::open(&path, 1_700_000_000_000).unwrap();
+    let learnt = RecordKind::Learnt(Verdict::Aborted(AbortReason::LoadFailed));
+    for kind in [
+        RecordKind::Started { was_running: false },
+        RecordKind::Permit(PERMIT),
+        learnt,
+    ] {
+        journal.append(record(7, Role::Source, kind)).unwrap();
+    }
+    let (code, text, _) = command(&["show"], &path);
+    assert_eq!(code, Some(0), "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(
+        lines[0].starts_with("journal ") && lines[0].ends_with("begun 2023-11-14T22:13:20Z"),
+        "{text}"
+    );
+    for (line, expected) in lines[2..].iter().zip([
+        ["vm-7", "started", "the guest was paused"],
+        ["vm-7", "permit", "1073741824 bytes"],
+        ["vm-7", "learnt", "could not load the VM"],
+    ]) {
+        assert!(expected.iter().all(|word| line.contains(word)), "{line}: {expected:?}");
+    }
+    let (_, json, _) = command(&["show", "--output", "json"], &path);
+    let shown: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(shown["records"].as_array().unwrap().len(), 3, "{shown}");
+    assert_eq!(shown["records"][1]["record"], "permit");
+    assert_eq!(shown["torn"], false);
+
+    let copy = directory.path().join("copy");
+    fs::copy(&path, &copy).unwrap();
+    assert_eq!(command(&["adopt"], &copy), (Some(0), String::new(), String::new()));
+    Journal::open(&copy, 0).unwrap();
+    let (code, _, said) = command(&["adopt"], &path);
+    assert!(code == Some(2) && said.contains("in use by another gateway"), "{said}");
+    let (code, _, said) = command(&["show"], &directory.path().join("none"));
+    assert!(code == Some(2) && said.contains("No such file"), "{said}");
+}
+
+#[test]
+fn a_journal_of_a_release_that_did_not_write_where_it_lies_is_told_from_its_copies_from_now_on() {
+    let directory = directory();
+    let (path, records) = journal_of(&directory, 1);
+    let mut old = fs::read(&path).unwrap();
+    for half in [0, BLOCK / 2] {
+        old[half + 88..half + BLOCK / 2].fill(0);
+    }
+    let copy = directory.path().join("copy");
+    fs::write(&copy, &old).unwrap();
+    assert_eq!(Journal::open(&copy, 0).unwrap().records(), records);
+    let second = directory.path().join("second");
+    fs::copy(&copy, &second).unwrap();
+    assert!(matches!(Journal::open(&second, 0), Err(JournalError::Copied { .. })));
+}
+
+#[test]
 fn a_second_gateway_is_told_which_journal_is_in_use() {
     let directory = directory();
     let path = directory.path().join("ownership.journal");
@@ -126,7 +221,7 @@ fn a_record_cut_short_at_any_byte_is_there_whole_or_not_at_all() {
     let written = last.start + whole[last.clone()].iter().rposition(|byte| *byte != 0).unwrap() + 1;
     let half = last.start + BLOCK / 2;
     let first_half_ends = last.start + whole[last.start..half].iter().rposition(|byte| *byte != 0).unwrap() + 1;
-    let torn_path = directory.path().join("torn.journal");
+    let torn_path = path;
     for cut in last.start..=written {
         // Between zeros every cut gives the same file.
         if cut > last.start && whole[cut] == 0 && whole[cut - 1] == 0 && cut != half {
@@ -164,7 +259,7 @@ fn no_single_damaged_byte_loses_anything() {
     let directory = directory();
     let (path, records) = journal_of(&directory, 2);
     let whole = trimmed(&path, 2);
-    let damaged = directory.path().join("damaged.journal");
+    let damaged = path;
     for at in 0..3 * BLOCK {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (at % 8);

@@ -10,6 +10,7 @@ mod control;
 mod dry_run;
 mod fingerprint;
 mod gateway;
+mod journal;
 mod limit;
 mod link_test;
 mod list;
@@ -66,6 +67,8 @@ enum Verb {
     Fingerprint(fingerprint::Args),
     #[command(subcommand)]
     Store(store::StoreCommand),
+    #[command(subcommand)]
+    Journal(journal::JournalCommand),
     WanEmulator(EmulatorArgs),
     #[command(subcommand)]
     Lab(LabCommand),
@@ -89,6 +92,7 @@ impl Verb {
             Self::Unpair(args) => ask(unpair::run(args)),
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
             Self::Store(command) => store::run(&command).map(ExitCode::from),
+            Self::Journal(command) => journal::run(&command).map(ExitCode::from),
             Self::WanEmulator(args) => crate::wan::run(args).map_err(|error| Failure::no(with_causes(&error))),
             Self::Lab(lab) => run_lab(lab),
         }

@@ -3,7 +3,8 @@
 //! ```text
 //! file    header block, then one block a record, then zeros to the end (preallocated)
 //! block   [half: 2048 bytes][the same half again]
-//! header  "longhaul-journal" 16 | version u32 | 0 u32 | journal id 16 | created u64 | first sequence u64 | BLAKE3 32 | zeros
+//! header  "longhaul-journal" 16 | version u32 | 0 u32 | journal id 16 | created u64 | first sequence u64 | BLAKE3 32
+//!         | inode u64 | its birth: seconds i64, nanoseconds u32 | 1 u32 | BLAKE3 of all before 32 | zeros
 //! record  payload length u32 | 0 u32 | sequence u64 | BLAKE3 32 | payload (postcard of JournalRecord) | zeros
 //! ```
 //!
@@ -11,6 +12,9 @@
 //! another journal, or one in a wrong place, is not a record. The second half is there because of the last record: a checksum
 //! alone cannot tell a write that was cut short, which nobody has relied on, from a bit that went bad in a record that was
 //! acknowledged. A write cut short spoils both halves or leaves a good one; one bad sector spoils one half.
+//!
+//! The inode says which file the journal was written to: a copy has another. A header without (written by a release before 2026-12) is
+//! given one when it is opened.
 
 use crate::proto::ownership::JournalRecord;
 use crate::proto::page::JournalId;
@@ -24,6 +28,9 @@ pub(super) const VERSION: u32 = 1;
 const HALF_BYTES: usize = BLOCK_BYTES / 2;
 const MAGIC: &[u8; 16] = b"longhaul-journal";
 const HEADER_BYTES: usize = 56;
+const PLACE_AT: usize = HEADER_BYTES + 32;
+const PLACE_END: usize = PLACE_AT + 24;
+const HAS_PLACE: u32 = 1;
 const PREFIX_BYTES: usize = 48;
 
 /// No journal lives to write as many; what follows may be counted without overflow.
@@ -41,6 +48,17 @@ pub(super) struct Header {
     pub(super) created_unix_ms: u64,
     /// Sequence number of the record in the first block after the header.
     pub(super) first_sequence: u64,
+    /// The file that it was written to.
+    pub(super) place: Option<Place>,
+}
+
+/// Which file it is, as long as that exists: an inode's number is given again, its birth is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) inode: u64,
+    /// Since the Unix epoch; zeros where the file system does not tell.
+    pub(super) birth_seconds: i64,
+    pub(super) birth_nanoseconds: u32,
 }
 
 /// What a first block is, if it is not a header of ours.
@@ -75,13 +93,25 @@ impl Header {
         half[40..48].copy_from_slice(&self.created_unix_ms.to_le_bytes());
         half[48..56].copy_from_slice(&self.first_sequence.to_le_bytes());
         let checksum = blake3::hash(&half[..HEADER_BYTES]);
-        half[HEADER_BYTES..HEADER_BYTES + 32].copy_from_slice(checksum.as_bytes());
+        half[HEADER_BYTES..PLACE_AT].copy_from_slice(checksum.as_bytes());
+        if let Some(place) = self.place {
+            half[PLACE_AT..PLACE_AT + 8].copy_from_slice(&place.inode.to_le_bytes());
+            half[PLACE_AT + 8..PLACE_AT + 16].copy_from_slice(&place.birth_seconds.to_le_bytes());
+            half[PLACE_AT + 16..PLACE_AT + 20].copy_from_slice(&place.birth_nanoseconds.to_le_bytes());
+            half[PLACE_AT + 20..PLACE_END].copy_from_slice(&HAS_PLACE.to_le_bytes());
+            let checksum = blake3::hash(&half[..PLACE_END]);
+            half[PLACE_END..PLACE_END + 32].copy_from_slice(checksum.as_bytes());
+        }
         twice(&half)
     }
 
     pub(super) fn decode(block: &Block) -> Result<Self, BadHeader> {
         let (first, second) = block.split_at(HALF_BYTES);
-        Self::decode_half(first).or_else(|bad| Self::decode_half(second).map_err(|_| bad))
+        let header = Self::decode_half(first).or_else(|bad| Self::decode_half(second).map_err(|_| bad))?;
+        Ok(Self {
+            place: decode_place(first).or_else(|| decode_place(second)),
+            ..header
+        })
     }
 
     fn decode_half(half: &[u8]) -> Result<Self, BadHeader> {
@@ -92,7 +122,7 @@ impl Header {
         if version != VERSION {
             return Err(BadHeader::OtherVersion(version));
         }
-        if half[HEADER_BYTES..HEADER_BYTES + 32] != *blake3::hash(&half[..HEADER_BYTES]).as_bytes() {
+        if half[HEADER_BYTES..PLACE_AT] != *blake3::hash(&half[..HEADER_BYTES]).as_bytes() {
             return Err(BadHeader::Damaged);
         }
         let first_sequence = u64::from_le_bytes(array(&half[48..56]));
@@ -103,8 +133,19 @@ impl Header {
             id: JournalId(array(&half[24..40])),
             created_unix_ms: u64::from_le_bytes(array(&half[40..48])),
             first_sequence,
+            place: None,
         })
     }
+}
+
+fn decode_place(half: &[u8]) -> Option<Place> {
+    let is_whole = half[PLACE_END..PLACE_END + 32] == *blake3::hash(&half[..PLACE_END]).as_bytes()
+        && u32::from_le_bytes(array(&half[PLACE_AT + 20..PLACE_END])) == HAS_PLACE;
+    is_whole.then(|| Place {
+        inode: u64::from_le_bytes(array(&half[PLACE_AT..PLACE_AT + 8])),
+        birth_seconds: i64::from_le_bytes(array(&half[PLACE_AT + 8..PLACE_AT + 16])),
+        birth_nanoseconds: u32::from_le_bytes(array(&half[PLACE_AT + 16..PLACE_AT + 20])),
+    })
 }
 
 /// The block of a record, or nothing if the record is larger than a block holds.
@@ -212,6 +253,30 @@ mod tests {
             Slot::Broken,
             "a record of another journal"
         );
+    }
+
+    #[test]
+    fn a_header_says_where_it_was_written_and_an_old_one_does_not() {
+        let old = Header {
+            id: JournalId([1; 16]),
+            created_unix_ms: 2,
+            first_sequence: 3,
+            place: None,
+        };
+        assert_eq!(Header::decode(&old.encode()), Ok(old));
+        let place = Place {
+            inode: 4,
+            birth_seconds: -5,
+            birth_nanoseconds: 6,
+        };
+        let header = Header {
+            place: Some(place),
+            ..old
+        };
+        let block = header.encode();
+        assert_eq!(Header::decode(&block), Ok(header));
+        // What an older release reads is where it was.
+        assert_eq!(block[..PLACE_AT], old.encode()[..PLACE_AT]);
     }
 
     #[test]

@@ -43,6 +43,17 @@ pub enum JournalError {
         /// Where the first damaged block begins.
         offset: u64,
     },
+    /// It lies in another file than the one it was written to.
+    #[error(
+        "the ownership journal {} was copied or restored to where it is, and may lack what was decided since. If no gateway has used it \
+         elsewhere since it was copied, say so: longhaul journal adopt {}. If it is from a backup, make sure where each of its VMs \
+         runs (longhaul journal show {}), and move it away: the peers will then treat its migrations as in doubt",
+        path.display(), path.display(), path.display()
+    )]
+    Copied {
+        /// The journal.
+        path: PathBuf,
+    },
     /// No room for a new migration. Nothing was written, and the journal can still be used.
     #[error("the disk of the ownership journal {} is full; free some space before a migration is begun", path.display())]
     Full {

@@ -19,16 +19,17 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, RenameFlags, StatxFlags};
 use rustix::io::Errno;
 
+use super::file::sync_directory;
 use crate::proto::ownership::{JournalRecord, RecordKind, Resolution, Role, Standing};
 use crate::proto::page::{JournalId, MigrationId};
 
 pub use error::JournalError;
 pub use follow::Follower;
 
-use block::{BLOCK_BYTES, BadHeader, Block, Header, Slot};
+use block::{BLOCK_BYTES, BadHeader, Block, Header, Place, Slot};
 
 /// Blocks by which the file grows: 1 MiB.
 const STEP_BLOCKS: u64 = 256;
@@ -75,8 +76,8 @@ impl Journal {
     /// A last record that was cut short was never acknowledged and is dropped. A record with one damaged half is mended.
     ///
     /// # Errors
-    /// Another gateway has it open; it is no journal, of another format, or damaged elsewhere than in a record cut short; the
-    /// disk is full or fails. The file is then as it was.
+    /// Another gateway has it open; it is no journal, of another format, or damaged elsewhere than in a record cut short; it lies
+    /// in another file than it was written to; the disk is full or fails. The file is then as it was.
     pub fn open(path: &Path, now_unix_ms: u64) -> Result<Self, JournalError> {
         let failed = |action| {
             move |source| JournalError::Io {
@@ -107,6 +108,25 @@ impl Journal {
                 Err(error) => return Err(failed("opened")(error)),
             }
         }
+    }
+
+    /// Takes a copied journal for the one that was copied: it is opened from now on.
+    ///
+    /// # Errors
+    /// As [`Journal::open`], but for its place; and there must be one.
+    pub fn adopt(path: &Path) -> Result<(), JournalError> {
+        let failed = |source| JournalError::Io {
+            path: path.to_owned(),
+            action: "adopted",
+            source,
+        };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        lock(&file, path)?;
+        let mut header = read(path, &file)?.header;
+        header.place = Some(place_of(&file).map_err(failed)?);
+        file.write_all_at(&*header.encode(), 0)
+            .and_then(|()| file.sync_all())
+            .map_err(failed)
     }
 
     /// The journal's name, which the peers record.
@@ -199,16 +219,17 @@ impl Journal {
             .filter(|(_, forget)| !**forget)
             .map(|(record, _)| record.clone())
             .collect();
-        let header = Header {
-            first_sequence: self.header.first_sequence + self.records.len() as u64,
-            ..self.header
-        };
         let failed = |source| JournalError::Io {
             path: self.path.clone(),
             action: "compacted",
             source,
         };
         let open = open_beside(&self.path)?;
+        let header = Header {
+            first_sequence: self.header.first_sequence + self.records.len() as u64,
+            place: Some(place_of(&open).map_err(failed)?),
+            ..self.header
+        };
         let allocated = write_anew(&open, &header, &kept).map_err(failed)?;
         let named = fs::rename(beside(&self.path), &self.path).and_then(|()| sync_directory(&self.path));
         if let Err(source) = named {
@@ -230,12 +251,13 @@ impl Journal {
         };
         let mut id = [0; 16];
         getrandom::fill(&mut id).map_err(|error| failed(io::Error::other(error)))?;
+        let file = open_beside(path)?;
         let header = Header {
             id: JournalId(id),
             created_unix_ms: now_unix_ms,
             first_sequence: 1,
+            place: Some(place_of(&file).map_err(failed)?),
         };
-        let file = open_beside(path)?;
         let allocated = match write_anew(&file, &header, &[]) {
             Ok(allocated) => allocated,
             Err(source) => {
@@ -275,7 +297,16 @@ impl Journal {
     }
 
     fn replay(path: &Path, file: File) -> Result<Self, JournalError> {
-        let read = read(path, &file)?;
+        let failed = |source| JournalError::Io {
+            path: path.to_owned(),
+            action: "made durable",
+            source,
+        };
+        let mut read = read(path, &file)?;
+        let here = place_of(&file).map_err(failed)?;
+        if read.header.place.replace(here).is_some_and(|place| place != here) {
+            return Err(JournalError::Copied { path: path.to_owned() });
+        }
         let shown = path.display();
         if read.mended > 0 {
             tracing::warn!(journal = %shown, records = read.mended, "mended records of which one half was damaged; look at the disk");
@@ -293,11 +324,6 @@ impl Journal {
                 });
             }
         }
-        let failed = |source| JournalError::Io {
-            path: path.to_owned(),
-            action: "made durable",
-            source,
-        };
         file.write_all_at(&*read.header.encode(), 0).map_err(failed)?;
         for (at, record) in (0..).zip(&read.records) {
             let block = block::encode_record(read.header.id, read.header.first_sequence + at, record)
@@ -469,6 +495,17 @@ fn read(path: &Path, file: &File) -> Result<Read, JournalError> {
     })
 }
 
+/// The file that this is.
+fn place_of(file: &File) -> io::Result<Place> {
+    let told = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)?;
+    let birth = told.stx_mask & StatxFlags::BTIME.bits() != 0;
+    Ok(Place {
+        inode: told.stx_ino,
+        birth_seconds: if birth { told.stx_btime.tv_sec } else { 0 },
+        birth_nanoseconds: if birth { told.stx_btime.tv_nsec } else { 0 },
+    })
+}
+
 fn offset_of(record: u64) -> u64 {
     (record + 1) * BLOCK_BYTES as u64
 }
@@ -583,12 +620,4 @@ fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
         }
         Err(error) => Err(error.into()),
     }
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(directory)?.sync_all()
 }
