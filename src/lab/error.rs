@@ -126,6 +126,18 @@ pub(super) enum LabError {
     /// There are no free ports.
     #[error("no free UDP ports on the loopback device: {0}")]
     NoPort(std::io::Error),
+    /// A guest could not be saved to be used again.
+    #[error("the booted guest could not be saved: QEMU says {status}")]
+    Unsaved {
+        /// Of its migration to a file.
+        status: String,
+    },
+    /// A fault could not be taken back.
+    #[error("a fault could not be taken back: {source}")]
+    Unmended {
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A migration that was to be cancelled did not begin.
     #[error("the migration that was to be cancelled did not begin")]
     NotBegun,

@@ -13,6 +13,9 @@ pub const ADDRESS_A: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
 /// Address of site B on the link.
 pub const ADDRESS_B: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
 
+/// Where links that are up have their files.
+const STATE: &str = "/run/longhaul-link";
+
 /// A link that is up until [`Link::down`].
 #[derive(Clone, Debug)]
 pub(super) struct Link {
@@ -61,6 +64,19 @@ impl Link {
         Ok(())
     }
 
+    /// The same, by the emulator also where the kernel could do it: it can be cut at once ([`Link::control`]).
+    pub(super) async fn up_emulated(&self, profile: &str, seed: u64) -> Result<(), LinkError> {
+        let seed = seed.to_string();
+        let link = ["up", "--profile", profile, "--name", &self.name, "--seed", &seed];
+        self.script(&[&link[..], &["--backend", "emulator"]].concat()).await?;
+        Ok(())
+    }
+
+    /// Where the emulator of the link takes commands.
+    pub(super) fn control(&self) -> PathBuf {
+        Path::new(STATE).join(&self.name).join("control")
+    }
+
     /// Removes the link and its namespaces.
     pub(super) async fn down(&self) -> Result<(), LinkError> {
         self.script(&["down", "--name", &self.name]).await?;
@@ -88,7 +104,7 @@ impl Link {
     /// Whether anything of the link exists, also of one that is half made.
     pub(super) fn is_there(&self) -> bool {
         let namespace = |end: &str| PathBuf::from(format!("/run/netns/{}-{end}", self.name));
-        let state = Path::new("/run/longhaul-link").join(&self.name);
+        let state = Path::new(STATE).join(&self.name);
         state.exists() || ["a", "b", "wan"].iter().any(|end| namespace(end).exists())
     }
 

@@ -1,10 +1,11 @@
 //! Processes of the lab: started in a network namespace, ended by id, none left behind.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::process::{Child, Command};
 
 /// A process that runs beside the lab and is killed with it.
@@ -83,6 +84,17 @@ impl Process {
     /// Its process id, as long as it has not been waited for.
     pub(super) fn id(&self) -> Option<u32> {
         self.child.id()
+    }
+
+    /// A descriptor of the process, which means no other one even when this one has ended.
+    pub(super) fn descriptor(&self) -> Result<OwnedFd, ProcessError> {
+        let failed = |source| ProcessError::Unstarted {
+            name: self.name.clone(),
+            source,
+        };
+        let pid = self.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+        let pid = pid.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+        pidfd_open(pid, PidfdFlags::empty()).map_err(|error| failed(error.into()))
     }
 
     /// Waits until the process has ended.

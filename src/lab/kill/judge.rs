@@ -1,13 +1,25 @@
 //! What a finding means: was the promise kept?
 //!
-//! Never two copies at once. Before PERMIT the VM runs at the source, at the latest [`BACK_WITHIN`] seconds after the killed
-//! gateway is back; after it exactly one copy runs once both are back. The guest is whole, nothing else is left, and both
-//! gateways and the command say where the VM is.
+//! Never two copies at once. Before PERMIT the VM runs at the source, at the latest [`BACK_WITHIN`] seconds after all is well again; after
+//! it exactly one copy runs, at the latest after [`ONE_WITHIN`]. The guest is whole, nothing else is left, and both gateways and
+//! the command say where the VM is.
+//!
+//! A fault may ask for more, or leave less:
+//!
+//! | fault | what must be |
+//! | --- | --- |
+//! | a gateway killed or stopped, the link cut | the above |
+//! | the source's hypervisor killed | before PERMIT the VM is dead and runs nowhere, and `longhaul migrate` says 3; after it, it runs at B |
+//! | the destination's hypervisor killed | before COMMIT the VM runs at A; after RUNNING it is dead and A does not run it; between the two it runs at A once a person has said that it is lost at B |
+//! | the command killed or stopped | the VM moves as if nothing had been |
+//! | a journal that cannot be written | the above, once there is room and its gateway was started again; until then the command may end with 3 |
 
-use super::case::{Case, Place, Step};
-use super::observe::{Run, WallTime, most_at_once};
-use super::run::Finding;
-use crate::api::Where;
+use super::case::Case;
+use super::fault::Fault;
+use super::moment::{Place, Step};
+use super::observe::{Run, longest_standstill, most_at_once};
+use super::run::{Finding, is_lost};
+use crate::api::{Outcome, Where};
 use crate::lab::heartbeat::Crossing;
 
 /// Seconds until the VM runs at the source where no PERMIT was given.
@@ -23,10 +35,10 @@ pub(super) struct Judgement {
     pub(super) place: Option<Place>,
     pub(super) permitted: bool,
     pub(super) copies_at_once: usize,
-    /// From the restart until exactly one copy ran, and went on to.
+    /// From when all was well again: the longest time during which no copy ran. `None` where none runs at the end.
     pub(super) one_after_seconds: Option<f64>,
     pub(super) intact: bool,
-    /// The gateway had gone on when it was killed, or was not killed at all.
+    /// The fault was never made, or the gateway had gone on when it was hit.
     pub(super) missed: bool,
     /// What broke the promise, in sentences.
     pub(super) problems: Vec<String>,
@@ -40,35 +52,69 @@ pub(super) fn judge(case: &Case, found: &Finding) -> Judgement {
         [false, true] => Some(Place::B),
         _ => None,
     };
-    let permitted = found.journals[0].contains(&Step::Permit);
-    let copies_at_once = most_at_once(&runs);
-    let one_after_seconds = place.map(|place| one_after(runs[place.index()], runs, found.back));
-    let intact = found.verified.is_some_and(|verified| verified.is_intact());
-    let missed = case.kill.is_some() && (found.killed.is_none() || case.is_missed(&found.victims_journal));
+    let one_after_seconds = match (place, found.mended) {
+        (None, _) => None,
+        (Some(_), Some(mended)) => Some(longest_standstill(&runs, mended)),
+        (Some(_), None) => Some(0.0),
+    };
     let mut judgement = Judgement {
         place,
-        permitted,
-        copies_at_once,
+        permitted: found.journals[0].contains(&Step::Permit),
+        copies_at_once: most_at_once(&runs),
         one_after_seconds,
-        intact,
-        missed,
+        intact: found.verified.is_some_and(|verified| verified.is_intact()),
+        missed: case.injection.is_some() && (found.struck.is_none() || case.is_missed(&found.victims_journal)),
         problems: Vec::new(),
     };
-    judgement.look_at_copies(found);
+    if is_lost(case, &found.journals) {
+        judgement.look_at_the_dead(case, found, &runs);
+    } else {
+        judgement.look_at_copies(case, found);
+        judgement.look_at_answers(case, found);
+    }
     judgement.look_at_beats(found);
-    judgement.look_at_answers(found);
+    judgement.look_at_the_rest(case, found);
     judgement
 }
 
 impl Judgement {
-    fn look_at_copies(&mut self, found: &Finding) {
-        if self.copies_at_once > 1 {
+    /// The fault has killed the only copy that may run.
+    fn look_at_the_dead(&mut self, case: &Case, found: &Finding, runs: &[&[Run]]) {
+        if let Some(place) = self.place {
+            self.problems.push(format!("the VM runs at {place}, though it is dead"));
+        }
+        let (died_at, expected) = match case.fault() {
+            Some(Fault::KillQemu(Place::B)) => (Place::B, Outcome::Completed),
+            _ => (Place::A, Outcome::VmDied),
+        };
+        if died_at == Place::A && !runs[Place::B.index()].is_empty() {
             self.problems
-                .push(format!("{} copies ran at the same time", self.copies_at_once));
+                .push("the VM has run at B, but A has no record of a permit".to_owned());
         }
-        if found.seen.iter().any(|seen| seen.met_late) {
-            self.problems.push("the copy at B ran before it was watched".to_owned());
+        // Where nothing had begun it may also say that nothing was touched.
+        let is_untouched = found.journals[0].is_empty();
+        let says_so = |code: i32| {
+            let says = |place: Where| code == i32::from(place.exit_code());
+            says(expected.vm_is()) || is_untouched && says(Where::Untouched)
+        };
+        if !found.exit_code.is_some_and(says_so) {
+            self.problems.push(match found.exit_code {
+                Some(code) => format!("longhaul migrate ended with {code}: {}", found.said),
+                None => "longhaul migrate did not end".to_owned(),
+            });
         }
+        if !is_untouched {
+            match found.told[0].as_ref().map(|told| told.outcome) {
+                Some(Some(outcome)) if outcome == expected => {}
+                Some(Some(outcome)) => self.problems.push(format!("the gateway of A says {outcome}")),
+                _ => self
+                    .problems
+                    .push("the gateway of A does not say how it ended".to_owned()),
+            }
+        }
+    }
+
+    fn look_at_copies(&mut self, case: &Case, found: &Finding) {
         let Some(place) = self.place else {
             self.problems
                 .push("the VM does not run in exactly one place".to_owned());
@@ -81,21 +127,53 @@ impl Judgement {
         };
         if let Some(seconds) = self.one_after_seconds.filter(|seconds| *seconds > limit) {
             self.problems
-                .push(format!("{what} only {seconds:.1} s after the gateway was back"));
+                .push(format!("{what} only {seconds:.1} s after all was well again"));
         }
         if !self.permitted && place == Place::B {
             self.problems
                 .push("the VM runs at B, but A has no record of a permit".to_owned());
         }
-        if let Some(restless) = &found.restless {
-            self.problems.push(format!("no rest: {restless}"));
+        let only_place = match case.fault() {
+            Some(Fault::KillQemu(Place::A) | Fault::KillCommand | Fault::StopCommand) | None => Some(Place::B),
+            Some(Fault::KillQemu(Place::B)) => Some(Place::A),
+            _ => None,
+        };
+        if let Some(only) = only_place.filter(|only| *only != place && !case.is_cancelled()) {
+            self.problems.push(format!("the VM runs at {place} and not at {only}"));
         }
         if found.settings_kept == Some(false) {
             self.problems
                 .push("QEMU at A does not have its migration settings back".to_owned());
         }
-        if !self.intact {
-            self.problems.push("the guest did not prove its memory".to_owned());
+        match found.verified {
+            Some(verified) if verified.is_intact() => {}
+            Some(verified) => self.problems.push(format!(
+                "the guest found {} damaged pages of {}",
+                verified.bad, verified.pages
+            )),
+            None => self.problems.push("the guest did not prove its memory".to_owned()),
+        }
+    }
+
+    /// What holds whether the VM lives or not.
+    fn look_at_the_rest(&mut self, case: &Case, found: &Finding) {
+        if self.copies_at_once > 1 {
+            self.problems
+                .push(format!("{} copies ran at the same time", self.copies_at_once));
+        }
+        if found.seen.iter().any(|seen| seen.met_late) {
+            self.problems.push("the copy at B ran before it was watched".to_owned());
+        }
+        if let Some(restless) = &found.restless {
+            self.problems.push(format!("no rest: {restless}"));
+        }
+        if !found.leftovers.is_empty() {
+            self.problems
+                .push(format!("left behind: {}", found.leftovers.join(", ")));
+        }
+        // A person takes part only where that is what the fault does, and then the journal says so.
+        if found.advice.is_some() && case.fault() != Some(Fault::KillQemu(Place::B)) {
+            self.problems.push("a person had to decide".to_owned());
         }
     }
 
@@ -108,6 +186,10 @@ impl Judgement {
         }
         let last = at_a.as_ref().and_then(|heard| heard.last);
         let first = at_b.as_ref().and_then(|heard| heard.first);
+        // Where a person has said that the copy at B is lost, A goes on from where it was paused: what B did since is gone.
+        if found.advice.is_some() {
+            return;
+        }
         if let (Some(last), Some(first)) = (last, first) {
             match Crossing::between(last, first) {
                 Some(crossing) if crossing.is_seamless() => {}
@@ -121,7 +203,7 @@ impl Judgement {
     }
 
     /// Command and gateways must say where the VM is.
-    fn look_at_answers(&mut self, found: &Finding) {
+    fn look_at_answers(&mut self, case: &Case, found: &Finding) {
         let Some(place) = self.place else { return };
         let expected = match place {
             Place::A => Where::Source,
@@ -129,10 +211,14 @@ impl Judgement {
         };
         // Where nothing had begun it may also say that nothing was touched.
         let is_untouched = found.journals[0].is_empty() && expected == Where::Source;
+        // The command need not wait for a person, or for a disk.
+        let may_doubt = found.advice.is_some() || matches!(case.fault(), Some(Fault::FullDisk(_)));
         let says_where = |code: i32| {
-            code == i32::from(expected.exit_code()) || is_untouched && code == i32::from(Where::Untouched.exit_code())
+            let says = |place: Where| code == i32::from(place.exit_code());
+            says(expected) || is_untouched && says(Where::Untouched) || may_doubt && says(Where::Unknown)
         };
         match found.exit_code {
+            _ if case.fault() == Some(Fault::KillCommand) => {}
             Some(code) if says_where(code) => {}
             Some(code) => self
                 .problems
@@ -159,32 +245,17 @@ impl Judgement {
     }
 }
 
-/// Seconds after `back` from which the copy ran that runs at the end, and no other did.
-fn one_after(runs: &[Run], all: [&[Run]; 2], back: Option<WallTime>) -> f64 {
-    let Some(back) = back else { return 0.0 };
-    let since = runs.last().map_or(back, |run| run.from);
-    let others_end = all
-        .iter()
-        .flat_map(|runs| runs.iter())
-        .filter_map(|run| run.until)
-        .max()
-        .unwrap_or(since);
-    since.max(others_end).seconds_since(back)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::api::Outcome;
     use crate::lab::heartbeat::Verified;
-    use crate::lab::kill::case::matrix;
-    use crate::lab::kill::observe::Seen;
+    use crate::lab::kill::matrix::Matrix;
+    use crate::lab::kill::observe::{Seen, WallTime};
     use crate::lab::kill::run::Told;
 
     fn case(name: &str) -> Case {
-        matrix(1).into_iter().find(|case| case.name == name).unwrap()
+        let mut cases = Matrix::of(1).cases.into_iter();
+        cases.find(|case| case.name == name).unwrap()
     }
 
     fn ran(from: u64, until: Option<u64>) -> Run {
@@ -206,8 +277,9 @@ mod tests {
             command_seconds: Some(30.0),
             exit_code: Some(0),
             said: String::new(),
-            killed: Some(WallTime(11_000_000)),
-            back: Some(WallTime(20_000_000)),
+            struck: Some(WallTime(11_000_000)),
+            mended: Some(WallTime(20_000_000)),
+            advice: None,
             victims_journal: vec![Step::Prepared, Step::Commit],
             journals: [
                 vec![Step::Started, Step::Permit, Step::Learnt, Step::Closed],
@@ -236,7 +308,71 @@ mod tests {
             told: [told.clone(), told],
             settings_kept: None,
             restless: None,
+            leftovers: vec![],
         }
+    }
+
+    /// The hypervisor of one site was killed and no copy runs.
+    fn died(place: Place, exit_code: i32, outcome: Outcome) -> Finding {
+        let mut found = moved(21_000_000);
+        found.seen[1].runs.clear();
+        found.mended = found.struck;
+        found.exit_code = Some(exit_code);
+        found.verified = None;
+        if place == Place::A {
+            found.journals = [vec![Step::Started, Step::Closed], vec![Step::Prepared, Step::Abort]];
+        }
+        for told in found.told.iter_mut().flatten() {
+            told.outcome = Some(outcome);
+        }
+        found
+    }
+
+    #[test]
+    fn a_vm_whose_hypervisor_was_killed_before_the_permit_is_dead_and_that_is_said() {
+        let case = case("started-kill-qemu-a");
+        let judgement = judge(&case, &died(Place::A, 3, Outcome::VmDied));
+        assert_eq!(judgement.problems, Vec::<String>::new());
+        assert_eq!(judgement.one_after_seconds, None);
+        assert!(!judge(&case, &died(Place::A, 1, Outcome::VmDied)).problems.is_empty());
+        assert!(!judge(&case, &died(Place::A, 3, Outcome::Failed)).problems.is_empty());
+    }
+
+    #[test]
+    fn a_copy_that_died_at_b_after_running_is_not_replaced_by_that_of_a() {
+        let case = case("running-kill-qemu-b");
+        let mut found = died(Place::B, 0, Outcome::Completed);
+        assert_eq!(judge(&case, &found).problems, Vec::<String>::new());
+        found.seen[0].runs.push(ran(22_000_000, None));
+        assert!(judge(&case, &found).problems[0].contains("though it is dead"));
+    }
+
+    #[test]
+    fn a_person_is_asked_only_where_the_destination_has_died_undecided() {
+        let mut found = moved(21_000_000);
+        found.advice = Some("decide".to_owned());
+        assert!(judge(&case("commit-stop-b-long"), &found).problems[0].contains("a person"));
+        found.journals[1] = vec![Step::Prepared, Step::Commit, Step::Resolved, Step::Revert];
+        found.seen[0].runs.push(ran(21_000_000, None));
+        found.seen[1].runs.clear();
+        found.exit_code = Some(3);
+        for told in found.told.iter_mut().flatten() {
+            told.outcome = Some(Outcome::Failed);
+        }
+        let judgement = judge(&case("commit-kill-qemu-b"), &found);
+        assert_eq!(judgement.problems, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_command_that_is_killed_does_not_take_the_migration_with_it() {
+        let mut found = moved(21_000_000);
+        found.exit_code = None;
+        assert_eq!(
+            judge(&case("permit-kill-command"), &found).problems,
+            Vec::<String>::new()
+        );
+        found.journals[0] = vec![Step::Started, Step::Closed];
+        assert!(!judge(&case("permit-kill-command"), &found).problems.is_empty());
     }
 
     #[test]
@@ -252,7 +388,8 @@ mod tests {
     fn two_copies_at_once_are_wrong_whatever_comes_of_them() {
         let judgement = judge(&case("commit-kill-b"), &moved(9_999_999));
         assert_eq!(judgement.copies_at_once, 2);
-        assert!(judgement.problems[0].contains("2 copies"), "{judgement:?}");
+        let says_so = |problem: &String| problem.contains("2 copies");
+        assert!(judgement.problems.iter().any(says_so), "{judgement:?}");
     }
 
     #[test]
@@ -284,16 +421,11 @@ mod tests {
     #[test]
     fn a_gateway_that_was_never_killed_is_a_miss() {
         let found = Finding {
-            killed: None,
-            back: None,
+            struck: None,
+            mended: None,
             ..moved(21_000_000)
         };
         assert!(judge(&case("commit-kill-b"), &found).missed);
-        let undisturbed = Case {
-            name: "undisturbed".to_owned(),
-            kill: None,
-            away: Duration::ZERO,
-        };
-        assert!(!judge(&undisturbed, &found).missed);
+        assert!(!judge(&Case::undisturbed(), &found).missed);
     }
 }

@@ -4,13 +4,16 @@
 //! lies between is never shorter than what ran. A QEMU whose process has ended runs nothing.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{PidfdFlags, pidfd_open};
 use serde_json::Value;
 
 /// Microseconds since the Unix epoch, of this host's one clock: what QEMU puts on its events.
@@ -73,27 +76,40 @@ impl Seen {
 /// Watches the QEMU that will serve a socket, from its start to its end. Stops watching when dropped.
 pub(super) struct Observer {
     seen: Arc<Mutex<Seen>>,
+    process: Arc<OnceLock<OwnedFd>>,
     leaving: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What a QEMU has said and somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    /// The vCPUs stand.
+    Stopped,
+    /// The dirty pages are sent for this time; the first time it is all pages.
+    Pass(u64),
+}
+
 impl Observer {
     /// Watches from a thread of its own, so that nothing waits for other tasks. `boots`: the guest runs from the start.
-    /// `on_stop` is called when the vCPUs stand, at once.
-    pub(super) fn start(socket: &Path, boots: bool, on_stop: impl Fn() + Send + 'static) -> std::io::Result<Self> {
+    /// `hear` is called with what QEMU says, at once.
+    pub(super) fn start(socket: &Path, boots: bool, hear: impl Fn(Said) + Send + 'static) -> std::io::Result<Self> {
         let seen = Arc::new(Mutex::new(Seen::default()));
+        let process = Arc::new(OnceLock::new());
         let leaving = Arc::new(AtomicBool::new(false));
         let watcher = Watcher {
             socket: socket.to_owned(),
             boots,
             seen: Arc::clone(&seen),
+            process: Arc::clone(&process),
             leaving: Arc::clone(&leaving),
         };
         let thread = std::thread::Builder::new()
             .name("observer".to_owned())
-            .spawn(move || watcher.watch(&on_stop))?;
+            .spawn(move || watcher.watch(&hear))?;
         Ok(Self {
             seen,
+            process,
             leaving,
             thread: Some(thread),
         })
@@ -102,6 +118,11 @@ impl Observer {
     /// What was seen so far.
     pub(super) fn seen(&self) -> Seen {
         lock(&self.seen).clone()
+    }
+
+    /// The process that is watched, once there is one.
+    pub(super) fn process(&self) -> Arc<OnceLock<OwnedFd>> {
+        Arc::clone(&self.process)
     }
 }
 
@@ -119,16 +140,17 @@ struct Watcher {
     socket: PathBuf,
     boots: bool,
     seen: Arc<Mutex<Seen>>,
+    process: Arc<OnceLock<OwnedFd>>,
     leaving: Arc<AtomicBool>,
 }
 
 impl Watcher {
-    fn watch(&self, on_stop: &dyn Fn()) {
+    fn watch(&self, hear: &dyn Fn(Said)) {
         while !self.is_leaving() {
             match UnixStream::connect(&self.socket) {
                 // One that closes before it has said anything was not ready, or is the socket of one that is ending.
                 Ok(stream) => {
-                    let _ = self.listen(stream, on_stop);
+                    let _ = self.listen(stream, hear);
                     let mut seen = lock(&self.seen);
                     if seen.met {
                         seen.ended = true;
@@ -142,8 +164,11 @@ impl Watcher {
     }
 
     /// Follows one connection to its end.
-    fn listen(&self, stream: UnixStream, on_stop: &dyn Fn()) -> std::io::Result<()> {
+    fn listen(&self, stream: UnixStream, hear: &dyn Fn(Said)) -> std::io::Result<()> {
         stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+        // While it is connected its id is its own.
+        let pid = socket_peercred(&stream)?.pid;
+        let mut process = Some(pidfd_open(pid, PidfdFlags::empty())?);
         let mut writer = stream.try_clone()?;
         let mut reader = BufReader::new(stream);
         let mut line = String::new();
@@ -169,6 +194,9 @@ impl Watcher {
             } else if let Some(running) = message["return"]["running"].as_bool() {
                 let mut seen = lock(&self.seen);
                 seen.met = true;
+                if let Some(process) = process.take() {
+                    let _ = self.process.set(process);
+                }
                 if running && seen.runs.is_empty() {
                     seen.met_late = !self.boots;
                     seen.resume(WallTime::now());
@@ -178,9 +206,10 @@ impl Watcher {
                 match name {
                     "RESUME" => lock(&self.seen).resume(at),
                     "STOP" => {
-                        on_stop();
+                        hear(Said::Stopped);
                         lock(&self.seen).stop(at);
                     }
+                    "MIGRATION_PASS" => hear(Said::Pass(message["data"]["pass"].as_u64().unwrap_or_default())),
                     _ => {}
                 }
             }
@@ -231,6 +260,22 @@ pub(super) fn most_at_once(copies: &[&[Run]]) -> usize {
     most
 }
 
+/// The longest time from `from` on during which no copy ran, and after which one did.
+pub(super) fn longest_standstill(copies: &[&[Run]], from: WallTime) -> f64 {
+    let mut runs: Vec<&Run> = copies.iter().flat_map(|runs| runs.iter()).collect();
+    runs.sort_by_key(|run| run.from);
+    let mut stood_from = from;
+    let mut longest: f64 = 0.0;
+    for run in runs {
+        longest = longest.max(run.from.seconds_since(stood_from));
+        match run.until {
+            Some(until) => stood_from = stood_from.max(until),
+            None => break,
+        }
+    }
+    longest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,13 +297,31 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_stands_still_from_when_all_is_well_again_until_a_copy_runs() {
+        let second = |at: f64| WallTime((at * 1e6) as u64);
+        let run = |from, until: Option<f64>| Run {
+            from: second(from),
+            until: until.map(second),
+        };
+        let stood = |copies: &[&[Run]], from| longest_standstill(copies, second(from));
+        // It ran all the time; it came back after a second; it came back before and moved later in half a second.
+        assert_eq!(stood(&[&[run(1.0, None)], &[]], 5.0), 0.0);
+        assert_eq!(stood(&[&[run(1.0, Some(4.0)), run(6.0, None)], &[]], 5.0), 1.0);
+        assert_eq!(stood(&[&[run(1.0, Some(7.0))], &[run(7.5, None)]], 5.0), 0.5);
+    }
+
+    #[test]
     fn an_observer_notes_what_a_monitor_tells_and_calls_at_once_when_the_guest_stands() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let stopped = Arc::new(AtomicBool::new(false));
         let seen_stop = Arc::clone(&stopped);
-        let observer = Observer::start(&path, true, move || seen_stop.store(true, Ordering::SeqCst)).unwrap();
+        let observer = Observer::start(&path, true, move |said| {
+            assert_eq!(said, Said::Stopped);
+            seen_stop.store(true, Ordering::SeqCst);
+        })
+        .unwrap();
         let (stream, _) = listener.accept().unwrap();
         let mut writer = stream.try_clone().unwrap();
         let mut lines = BufReader::new(stream).lines();

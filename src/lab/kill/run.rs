@@ -4,16 +4,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
 use super::Tools;
-use super::case::{Case, Moment, Place, Step};
-use super::observe::{Observer, Seen, WallTime};
+use super::case::{Case, Injection};
+use super::disk::Disk;
+use super::fault::Fault;
+use super::moment::{Moment, Place, Step};
+use super::observe::{Observer, Said, Seen, WallTime};
 use super::site::Site;
+use super::strike::{Strike, Target};
 use super::trigger::{JournalWatch, Trigger};
-use crate::api::{Outcome, Phase};
+use crate::api::{Outcome, Phase, ResolveRequest, Statement};
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::{LinkSection, VM};
 use crate::lab::heartbeat::{Heard, Heartbeat, HeartbeatError, Verified};
@@ -31,10 +36,14 @@ pub(super) struct Finding {
     pub(super) exit_code: Option<i32>,
     /// The last line that it said.
     pub(super) said: String,
-    pub(super) killed: Option<WallTime>,
-    /// When the killed gateway was started again; the last one, where both were killed.
-    pub(super) back: Option<WallTime>,
-    /// Records of the victim's journal when it was dead; where both are, of both.
+    /// When the fault was made.
+    pub(super) struck: Option<WallTime>,
+    /// When all was well again: what was stopped, cut, or full was not so any more, and what was killed was started again, the last one
+    /// of several. Where that cannot be: when the fault was made, or when a person had decided.
+    pub(super) mended: Option<WallTime>,
+    /// A person had to decide, and this was the advice.
+    pub(super) advice: Option<String>,
+    /// Records of the journals of the gateways that were killed or stopped, when they were.
     pub(super) victims_journal: Vec<Step>,
     /// Records of both journals at the end.
     pub(super) journals: [Vec<Step>; 2],
@@ -48,6 +57,8 @@ pub(super) struct Finding {
     pub(super) settings_kept: Option<bool>,
     /// What had not come to rest when the lab stopped waiting.
     pub(super) restless: Option<String>,
+    /// Processes and files that a migration has left behind.
+    pub(super) leftovers: Vec<String>,
 }
 
 /// A gateway's answer to `longhaul status`.
@@ -67,6 +78,10 @@ pub(super) struct Ground {
     pub(super) link: LinkSection,
     /// `--rate` of the migration.
     pub(super) rate: Option<String>,
+    /// The guest that goes on here; `None`: it is booted.
+    pub(super) saved: Option<PathBuf>,
+    /// Where the link's emulator listens.
+    pub(super) link_control: Option<PathBuf>,
 }
 
 /// Runs the case. `usual` is how long an undisturbed migration takes, once that is known.
@@ -85,31 +100,41 @@ pub(super) async fn run(
 /// The processes and watchers of one case.
 struct Stage {
     gateways: [Option<Process>; 2],
+    /// How often the gateways were started.
+    starts: u32,
     qemu: Process,
     trigger: Arc<Trigger>,
     watches: Vec<JournalWatch>,
     observers: [Observer; 2],
     beats_a: Heartbeat,
     beats_b: JoinHandle<Result<Heartbeat, HeartbeatError>>,
+    /// Where a disk is to be full.
+    disk: Option<Disk>,
 }
 
 impl Stage {
-    /// Starts and pairs the gateways, boots the guest at A, and prepares to kill.
+    /// Starts and pairs the gateways, and the guest at A.
     async fn set(tools: &Tools, ground: &Ground, case: &Case) -> Result<Self, LabError> {
         let [a, b] = &ground.sites;
         let thread = |source| LabError::Thread { source };
+        // Before anything else: processes in a network namespace do not see what is mounted later.
+        let disk = match case.fault() {
+            Some(Fault::FullDisk(place)) => Some(Disk::mount(&ground.sites[place.index()].state()).await?),
+            _ => None,
+        };
         let trigger = Trigger::new();
-        let qemu = a.boot(&tools.launch)?;
-        let at_stop = Arc::clone(&trigger);
-        let is_switchover = matches!(case.kill, Some((_, Moment::Switchover)));
-        let observe_a = move || {
-            if is_switchover {
-                at_stop.fire();
-            }
+        let qemu = a.boot(&tools.launch, ground.saved.as_deref())?;
+        let fire = Arc::clone(&trigger);
+        let moment = case.moment();
+        let hear_a = move |said| match (said, moment) {
+            (Said::Stopped, Some(Moment::Switchover)) => fire.fire(),
+            // The pass that is about to begin is counted, from 1.
+            (Said::Pass(2..), Some(Moment::LastPass)) => fire.fire(),
+            _ => {}
         };
         let observers = [
-            Observer::start(&a.watch, true, observe_a).map_err(thread)?,
-            Observer::start(&b.watch, false, || {}).map_err(thread)?,
+            Observer::start(&a.watch, true, hear_a).map_err(thread)?,
+            Observer::start(&b.watch, false, |_| {}).map_err(thread)?,
         ];
         a.configure(b, &tools.launch, &ground.link)?;
         b.configure(a, &tools.launch, &ground.link)?;
@@ -119,34 +144,60 @@ impl Stage {
         ];
         a.pair(&tools.longhaul, b).await?;
         let mut beats_a = Heartbeat::connect(&a.files.heartbeat, SOON).await?;
-        let settled = tools.launch.dials.pages_per_second / 2;
-        beats_a
-            .wait_for("half a second of work", BOOT, |heard| {
-                heard.last.is_some_and(|beat| beat.writes >= settled)
-            })
-            .await?;
+        let some_work = |heard: &Heard| match (heard.first, heard.last) {
+            (Some(first), Some(last)) => last.writes >= first.writes + tools.launch.dials.pages_per_second / 4,
+            _ => false,
+        };
+        beats_a.wait_for("a moment of work", BOOT, some_work).await?;
         let path = b.files.heartbeat.clone();
         let beats_b = tokio::spawn(async move { Heartbeat::connect(&path, CASE).await });
-
-        let mut watches = Vec::new();
-        if let Some((victim, moment)) = case.kill {
-            let places = victim.places().into_iter();
-            trigger.aim(places.filter_map(|place| gateways[place.index()].as_ref().and_then(Process::id)));
-            if let Moment::Record { at, step } | Moment::CancelledRecord { at, step } = moment {
-                let fire = Arc::clone(&trigger);
-                let journal = ground.sites[at.index()].journal();
-                watches.push(JournalWatch::start(&journal, step, move || fire.fire()).map_err(thread)?);
-            }
-        }
         Ok(Self {
             gateways,
+            starts: 1,
             qemu,
             trigger,
-            watches,
+            watches: Vec::new(),
             observers,
             beats_a,
             beats_b,
+            disk,
         })
+    }
+
+    /// Prepares the fault, and watches for its moment where that is in a journal.
+    fn prepare(&mut self, ground: &Ground, injection: Injection, command: &Process) -> Result<(), LabError> {
+        let strike = self.strike_of(ground, injection.fault, command)?;
+        self.trigger.arm(strike);
+        if let Moment::Record { at, step } | Moment::CancelledRecord { at, step } = injection.moment {
+            let fire = Arc::clone(&self.trigger);
+            let journal = ground.sites[at.index()].journal();
+            let watch = JournalWatch::start(&journal, step, move || fire.fire());
+            self.watches.push(watch.map_err(|source| LabError::Thread { source })?);
+        }
+        Ok(())
+    }
+
+    fn strike_of(&self, ground: &Ground, fault: Fault, command: &Process) -> Result<Strike, LabError> {
+        let there = |process: &Process| process.descriptor().map(Target::There);
+        let gateways = |places: Vec<Place>| -> Result<Vec<Target>, LabError> {
+            let processes = places.iter().filter_map(|place| self.gateways[place.index()].as_ref());
+            Ok(processes.map(there).collect::<Result<_, _>>()?)
+        };
+        let hypervisor = |place: Place| Target::Coming(self.observers[place.index()].process());
+        let (targets, signal) = match fault {
+            Fault::KillGateway(victim) => (gateways(victim.places())?, Signal::KILL),
+            Fault::StopGateway(place) => (gateways(vec![place])?, Signal::STOP),
+            Fault::KillQemu(place) => (vec![hypervisor(place)], Signal::KILL),
+            Fault::StopQemu => (vec![hypervisor(Place::B)], Signal::STOP),
+            Fault::KillCommand => (vec![there(command)?], Signal::KILL),
+            Fault::StopCommand => (vec![there(command)?], Signal::STOP),
+            Fault::CutLink(directions) => {
+                let control = ground.link_control.clone().ok_or(LabError::NoCase)?;
+                return Ok(Strike::Cut { control, directions });
+            }
+            Fault::FullDisk(_) => return Ok(Strike::Fill(self.disk.clone().ok_or(LabError::NoCase)?)),
+        };
+        Ok(Strike::Signal { targets, signal })
     }
 
     async fn perform(
@@ -162,25 +213,35 @@ impl Stage {
             arguments.extend(["--rate", rate]);
         }
         let settings = settings_of(a).await?;
+        if let (Some(disk), Some(Fault::FullDisk(place))) = (&self.disk, case.fault()) {
+            let journal = ground.sites[place.index()].journal();
+            disk.prepare(&journal)
+                .map_err(|source| LabError::file(&journal, source))?;
+        }
         let log = a.directory.join("migrate.log");
         let argv = a.client(&tools.longhaul, &arguments);
         let begun = WallTime::now();
         let mut command = Process::spawn("longhaul migrate", a.namespace.as_deref(), &argv, &log)?;
         let mut ended = None;
+        if let Some(injection) = case.injection {
+            self.prepare(ground, injection, &command)?;
+        }
 
         if case.is_cancelled() {
             self.cancel(a, &log).await?;
         }
-        let share = match case.kill {
-            Some((_, Moment::Share(share))) => Some(usual.unwrap_or(ASSUMED).mul_f64(share)),
+        let share = match case.moment() {
+            Some(Moment::Share(share)) => Some(usual.unwrap_or(ASSUMED).mul_f64(share)),
             _ => None,
         };
         let deadline = tokio::time::Instant::now() + MOMENT;
         let alarm = tokio::time::Instant::now() + share.unwrap_or(MOMENT);
-        // Until the kill; or, where it does not come or none is wanted, until the command ends.
+        // Until the fault; or, where it does not come or none is wanted, until the command ends.
         while self.trigger.fired().is_none() && tokio::time::Instant::now() < deadline {
             if share.is_some() && tokio::time::Instant::now() >= alarm {
-                self.trigger.fire();
+                let fire = Arc::clone(&self.trigger);
+                let fired = tokio::task::spawn_blocking(move || fire.fire()).await;
+                fired.expect("making a fault does not panic");
             }
             if command.check().is_err() {
                 // A record that comes with the end of the migration is seen a moment later than the end.
@@ -192,32 +253,33 @@ impl Stage {
             tokio::time::sleep(LOOK).await;
         }
 
-        let killed = self.trigger.fired();
-        let mut back = None;
+        let struck = self.trigger.fired();
+        let mut mended = struck;
         let mut victims_journal = Vec::new();
-        if let (Some(_), Some((victim, _))) = (killed, case.kill) {
-            for place in victim.places() {
-                if let Some(mut gateway) = self.gateways[place.index()].take() {
-                    gateway.wait().await?;
-                }
-                victims_journal.extend(steps_of(&ground.sites[place.index()].journal(), place));
-            }
-            tokio::time::sleep(case.away).await;
-            for place in victim.places() {
-                let site = &ground.sites[place.index()];
-                back = Some(WallTime::now());
-                self.gateways[place.index()] = Some(site.start_gateway(&tools.longhaul, 2).await?);
-            }
+        if let (Some(_), Some(fault)) = (struck, case.fault()) {
+            mended = Some(self.mend(tools, ground, fault, case.away, &mut victims_journal).await?);
         }
 
         let migration = id_in(&log);
+        let mut advice = None;
         let mut restless = Some(String::new());
         let deadline = tokio::time::Instant::now() + REST;
         while restless.is_some() && tokio::time::Instant::now() < deadline {
             if command.check().is_err() {
                 ended.get_or_insert_with(WallTime::now);
             }
-            restless = self.restless(ground, ended.is_some()).await;
+            if advice.is_none()
+                && let Some(migration) = migration
+                && needs_person(case, ground)
+                && let Ok(status) = b.api().status(migration).await
+                && let Some(told) = status.advice
+            {
+                // The person has looked at B and seen no hypervisor.
+                b.api().resolve(&lost_here()).await?;
+                advice = Some(told);
+                mended = Some(WallTime::now());
+            }
+            restless = self.restless(ground, case, ended.is_some()).await;
             tokio::time::sleep(LOOK).await;
         }
         // Whatever would start a second copy by mistake has this long to do so.
@@ -257,17 +319,59 @@ impl Stage {
             command_seconds: ended.map(|ended| ended.seconds_since(begun)),
             exit_code,
             said,
-            killed,
-            back,
+            struck,
+            mended,
+            advice,
             victims_journal,
-            journals: Place::BOTH.map(|place| steps_of(&ground.sites[place.index()].journal(), place)),
+            journals: journals_of(ground),
             seen: [self.observers[0].seen(), self.observers[1].seen()],
             heard: [Some(self.beats_a.heard()), beats_b.map(|beats| beats.heard())],
             verified,
             told,
             settings_kept,
             restless,
+            leftovers: self.leftovers(ground, running),
         })
+    }
+
+    /// Waits as long as the fault lasts and takes it back. Returns when all was well again.
+    async fn mend(
+        &mut self,
+        tools: &Tools,
+        ground: &Ground,
+        fault: Fault,
+        away: Duration,
+        victims_journal: &mut Vec<Step>,
+    ) -> Result<WallTime, LabError> {
+        let struck = self.trigger.fired().unwrap_or_else(WallTime::now);
+        if let Fault::KillGateway(victim) = fault {
+            for place in victim.places() {
+                if let Some(mut gateway) = self.gateways[place.index()].take() {
+                    gateway.wait().await?;
+                }
+            }
+        }
+        for place in fault.halted() {
+            victims_journal.extend(steps_of(&ground.sites[place.index()].journal(), place));
+        }
+        if matches!(fault, Fault::KillQemu(_) | Fault::KillCommand) {
+            return Ok(struck);
+        }
+        tokio::time::sleep(away).await;
+        let mut mended = WallTime::now();
+        if let Some(strike) = self.trigger.strike() {
+            strike.mend().map_err(|source| LabError::Unmended { source })?;
+        }
+        for place in fault.restarted() {
+            if let Some(gateway) = self.gateways[place.index()].take() {
+                gateway.kill().await;
+            }
+            mended = WallTime::now();
+            self.starts += 1;
+            let site = &ground.sites[place.index()];
+            self.gateways[place.index()] = Some(site.start_gateway(&tools.longhaul, self.starts).await?);
+        }
+        Ok(mended)
     }
 
     /// Cancels the migration once it copies.
@@ -286,21 +390,23 @@ impl Stage {
         Ok(())
     }
 
-    /// What is still on its way; `None`: exactly one copy runs, nothing else is left, and everybody knows it.
-    async fn restless(&self, ground: &Ground, command_ended: bool) -> Option<String> {
+    /// What is still on its way; `None`: exactly one copy runs, or none where the fault has killed the only one, nothing else is left, and
+    /// everybody knows it.
+    async fn restless(&self, ground: &Ground, case: &Case, command_ended: bool) -> Option<String> {
+        let expected = usize::from(!is_lost(case, &journals_of(ground)));
         let running = self
             .observers
             .iter()
             .filter(|observer| observer.seen().is_running())
             .count();
-        if running != 1 {
+        if running != expected {
             return Some(format!("{running} copies run"));
         }
         if !command_ended {
             return Some("longhaul migrate has not ended".to_owned());
         }
         let hypervisors = hypervisors_of(&ground.directory).len();
-        if hypervisors != 1 {
+        if hypervisors != expected {
             return Some(format!("{hypervisors} QEMU processes are there"));
         }
         for site in &ground.sites {
@@ -322,6 +428,28 @@ impl Stage {
         None
     }
 
+    /// Processes beside the gateways and the hypervisor of the guest, and files of a migration in the gateways' directories.
+    fn leftovers(&self, ground: &Ground, running: [bool; 2]) -> Vec<String> {
+        let gateways = self.gateways.iter().flatten().count();
+        let guests = running.iter().filter(|runs| **runs).count();
+        let processes = processes_of(&ground.directory, None).len();
+        let mut left = Vec::new();
+        if processes > gateways + guests {
+            left.push(format!("{processes} processes, of which {gateways} are gateways"));
+        }
+        for site in &ground.sites {
+            let entries = std::fs::read_dir(site.state()).into_iter().flatten().flatten();
+            let of_a_migration = |name: &String| name.ends_with(".stream") || name.ends_with(".launching");
+            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            left.extend(
+                names
+                    .filter(of_a_migration)
+                    .map(|name| format!("{name} at {}", site.place)),
+            );
+        }
+        left
+    }
+
     /// Ends everything that the case has started.
     async fn strike(self) {
         self.beats_b.abort();
@@ -331,6 +459,36 @@ impl Stage {
         }
         self.qemu.kill().await;
     }
+}
+
+/// Whether the fault has killed the only copy that may run: that at A before PERMIT, or that at B after RUNNING.
+pub(super) fn is_lost(case: &Case, journals: &[Vec<Step>; 2]) -> bool {
+    match case.fault() {
+        Some(Fault::KillQemu(Place::A)) => !journals[0].contains(&Step::Permit),
+        Some(Fault::KillQemu(Place::B)) => journals[1].contains(&Step::Running),
+        _ => false,
+    }
+}
+
+/// Whether docs/ownership.md leaves it to a person: the hypervisor at B is dead, and nobody knows whether its guest has run.
+fn needs_person(case: &Case, ground: &Ground) -> bool {
+    let [_, at_b] = journals_of(ground);
+    let is_undecided = at_b.last() == Some(&Step::Commit);
+    case.fault() == Some(Fault::KillQemu(Place::B))
+        && is_undecided
+        && hypervisors_of(&ground.sites[1].directory).is_empty()
+}
+
+/// What a person says at B who has seen that no hypervisor is there.
+fn lost_here() -> ResolveRequest {
+    ResolveRequest {
+        vm: VM.to_owned(),
+        statement: Statement::LostHere,
+    }
+}
+
+fn journals_of(ground: &Ground) -> [Vec<Step>; 2] {
+    Place::BOTH.map(|place| steps_of(&ground.sites[place.index()].journal(), place))
 }
 
 /// Records of one side's journal, by name; none where there is no journal.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::case::Place;
+use super::moment::Place;
 use crate::api::Client;
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::{GatewayFile, LinkSection, client, words};
@@ -47,10 +47,13 @@ impl Site {
         })
     }
 
-    /// Boots the guest here.
-    pub(super) fn boot(&self, launch: &Launch) -> Result<Process, LabError> {
+    /// Boots the guest here, or goes on with one that was saved.
+    pub(super) fn boot(&self, launch: &Launch, saved: Option<&Path>) -> Result<Process, LabError> {
         let log = self.directory.join("qemu.log");
-        let argv = self.qemu(launch, &self.files, Start::Boot);
+        let mut argv = self.qemu(launch, &self.files, Start::Boot);
+        if let Some(saved) = saved {
+            argv.extend(["-incoming".to_owned(), format!("exec:cat {}", saved.display())]);
+        }
         Ok(Process::spawn("QEMU at A", self.namespace.as_deref(), &argv, &log)?)
     }
 
@@ -131,7 +134,8 @@ impl Site {
         self.directory.join("gateway.toml")
     }
 
-    fn state(&self) -> PathBuf {
+    /// The gateway's state directory.
+    pub(super) fn state(&self) -> PathBuf {
         self.directory.join("state")
     }
 

@@ -1,4 +1,4 @@
-//! Kills a gateway at its moment. The moment is seen from outside: in a journal file, by a monitor of QEMU, on the clock.
+//! Makes a fault at its moment. The moment is seen from outside: in a journal file, by a monitor of QEMU, on the clock.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,50 +6,51 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
-
-use super::case::Step;
+use super::moment::Step;
 use super::observe::WallTime;
+use super::strike::Strike;
 use crate::store::journal::Follower;
 
-/// A kill that is prepared: whoever sees the moment first fires it.
+/// A fault that is prepared: whoever sees the moment first makes it.
 #[derive(Debug)]
 pub(super) struct Trigger {
-    victims: OnceLock<Vec<Pid>>,
+    strike: OnceLock<Strike>,
     fired: OnceLock<WallTime>,
 }
 
 impl Trigger {
-    /// A trigger that kills nobody until [`Trigger::aim`].
+    /// A trigger that does nothing until [`Trigger::arm`].
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            victims: OnceLock::new(),
+            strike: OnceLock::new(),
             fired: OnceLock::new(),
         })
     }
 
-    /// From now on firing kills these processes. They must not be waited for before the trigger has fired, so that their ids
-    /// stay their own. Only the first call does something.
-    pub(super) fn aim(&self, victims: impl Iterator<Item = u32>) {
-        let pids = victims.filter_map(|victim| Pid::from_raw(i32::try_from(victim).ok()?));
-        self.victims.get_or_init(|| pids.collect());
+    /// From now on firing does this. Only the first call does something.
+    pub(super) fn arm(&self, strike: Strike) {
+        // A trigger that is armed stays as it is.
+        let _ = self.strike.set(strike);
     }
 
-    /// SIGKILL. Only the first call does something.
+    /// Makes the fault. Only the first call does something. Blocks as [`Strike::make`].
     pub(super) fn fire(&self) {
-        let Some(victims) = self.victims.get() else { return };
-        self.fired.get_or_init(|| {
-            for victim in victims {
-                // One that has ended by itself is found out by whoever holds it.
-                let _ = kill_process(*victim, Signal::KILL);
-            }
-            WallTime::now()
-        });
+        if let Some(strike) = self.strike.get() {
+            self.fired.get_or_init(|| {
+                strike.make();
+                WallTime::now()
+            });
+        }
     }
 
     /// When it fired.
     pub(super) fn fired(&self) -> Option<WallTime> {
         self.fired.get().copied()
+    }
+
+    /// What was, or will be, done.
+    pub(super) fn strike(&self) -> Option<&Strike> {
+        self.strike.get()
     }
 }
 
