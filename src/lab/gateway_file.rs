@@ -49,6 +49,8 @@ pub(super) struct GatewayFile<'a> {
     pub(super) log_level: Option<&'static str>,
     /// Name and address.
     pub(super) peer: (&'a str, SocketAddr),
+    /// How often it begins a migration again by itself; `None`: as the gateway has it.
+    pub(super) restarts: Option<&'static str>,
     /// The VM: its QMP socket where it leaves, QEMU where it arrives.
     pub(super) vm: Option<(&'a Path, Vec<String>)>,
 }
@@ -62,6 +64,7 @@ impl GatewayFile<'_> {
             listen: self.listen,
             link: self.link,
             metrics: Metrics { listen: "off" },
+            migration: self.restarts.map(|restarts| Migration { restarts }),
             store: self.link.keeps_pages.then_some(Store { size: "8gib" }),
             log: self.log_level.map(|level| Log { level }),
             peer: [Peer {
@@ -86,6 +89,8 @@ struct Gateway<'a> {
     link: &'a LinkSection,
     metrics: Metrics,
     #[serde(skip_serializing_if = "Option::is_none")]
+    migration: Option<Migration>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     store: Option<Store>,
     #[serde(skip_serializing_if = "Option::is_none")]
     log: Option<Log>,
@@ -96,6 +101,11 @@ struct Gateway<'a> {
 #[derive(Serialize)]
 struct Metrics {
     listen: &'static str,
+}
+
+#[derive(Serialize)]
+struct Migration {
+    restarts: &'static str,
 }
 
 #[derive(Serialize)]

@@ -117,6 +117,7 @@ impl Site {
             listen: self.listen,
             link,
             log_level: None,
+            restarts: None,
             peer: (other.name, other.listen),
             vm: launch.map(|launch| (self.files.qmp.as_path(), launch.command(&files, Start::ReceivePaused))),
         }

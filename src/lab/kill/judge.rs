@@ -14,6 +14,8 @@
 //! | the command killed or stopped | the VM moves as if nothing had been |
 //! | a journal that cannot be written | the above, once there is room and its gateway was started again; until then the command may end with 3 |
 
+use std::time::Duration;
+
 use super::case::Case;
 use super::fault::Fault;
 use super::moment::{Place, Step};
@@ -26,7 +28,10 @@ use crate::lab::heartbeat::Crossing;
 pub(super) const BACK_WITHIN: f64 = 5.0;
 
 /// Seconds until exactly one copy runs after PERMIT: a silent peer is noticed, called, and has fsynced its answer.
-pub(super) const ONE_WITHIN: f64 = 15.0;
+pub(super) const ONE_WITHIN: f64 = 5.0;
+
+/// A source whose peer is silent for this long after PERMIT tells the command that it does not know, and goes on by itself.
+const DOUBTED_AFTER: Duration = Duration::from_secs(30);
 
 /// The judgement of one case.
 #[derive(Clone, Debug, PartialEq)]
@@ -211,8 +216,9 @@ impl Judgement {
         };
         // Where nothing had begun it may also say that nothing was touched.
         let is_untouched = found.journals[0].is_empty() && expected == Where::Source;
-        // The command need not wait for a person, or for a disk.
-        let may_doubt = found.advice.is_some() || matches!(case.fault(), Some(Fault::FullDisk(_)));
+        // The command need not wait for a person, for a disk, or for a peer that is away for long.
+        let may_doubt =
+            found.advice.is_some() || matches!(case.fault(), Some(Fault::FullDisk(_))) || case.away > DOUBTED_AFTER;
         let says_where = |code: i32| {
             let says = |place: Where| code == i32::from(place.exit_code());
             says(expected) || is_untouched && says(Where::Untouched) || may_doubt && says(Where::Unknown)

@@ -48,6 +48,24 @@ fn everything_else(random: &mut Random) -> Vec<Case> {
         let fault = Fault::KillGateway(victim);
         cases.push(case("last-pass", fault, Moment::LastPass, random.between(AWAY)));
     }
+    for (name, moment) in [
+        (
+            "permit",
+            Moment::Record {
+                at: Place::A,
+                step: Step::Permit,
+            },
+        ),
+        (
+            "commit",
+            Moment::Record {
+                at: Place::B,
+                step: Step::Commit,
+            },
+        ),
+    ] {
+        cases.push(case(name, Fault::CutLink(Directions::Both), moment, MINUTE).named("minute"));
+    }
     for fault in faults() {
         for (name, moment) in moments() {
             if fault_lasts(fault) {
@@ -176,6 +194,8 @@ const AWAY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(6)]
 const SHORT: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(1800)];
 /// Longer than that.
 const LONG: [Duration; 2] = [Duration::from_millis(2500), Duration::from_secs(8)];
+/// Longer than a source keeps silent about a destination that is.
+const MINUTE: Duration = Duration::from_secs(60);
 /// Longer than a source waits for a destination that takes nothing, 15 s.
 const LONGER: [Duration; 2] = [Duration::from_secs(16), Duration::from_secs(20)];
 
@@ -212,7 +232,12 @@ mod tests {
         assert_eq!(moments().len(), 8);
         for fault in faults() {
             let each = if fault_lasts(fault) { 2 } else { 1 };
-            let expected = each * moments().len() + FEWER_SEEDED_MOMENTS as usize;
+            let minutes = if fault == Fault::CutLink(Directions::Both) {
+                2
+            } else {
+                0
+            };
+            let expected = each * moments().len() + FEWER_SEEDED_MOMENTS as usize + minutes;
             assert_eq!(count(&cases, |other| other == fault), expected, "{fault}");
         }
     }

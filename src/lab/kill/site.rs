@@ -70,6 +70,8 @@ impl Site {
             listen: self.listen,
             link,
             log_level: Some("debug"),
+            // One migration is looked at, to its end.
+            restarts: Some("0"),
             peer: (other.place.site(), other.listen),
             vm: Some((&self.files.qmp, self.qemu(launch, &files, Start::ReceivePaused))),
         }
