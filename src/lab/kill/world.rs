@@ -56,21 +56,22 @@ impl World {
         Ok(())
     }
 
-    /// A fresh directory and two sites in it, on the link of this number.
+    /// A fresh directory and two sites in it, for one of the cases that run at the same time: on the link of its number, or on an
+    /// address of its own, so that none takes a port of which another's gateway is just being started again.
     pub(super) fn ground(
         &self,
         name: &str,
-        link: usize,
+        number: usize,
         rate: &str,
         saved: Option<PathBuf>,
     ) -> Result<Ground, LabError> {
         let directory = self.directory.join(name);
         std::fs::create_dir(&directory).map_err(|source| LabError::file(&directory, source))?;
         let site = |place, namespace, listen| Site::new(&directory, place, namespace, listen);
-        let link = self.links.get(link);
+        let link = self.links.get(number);
         let sites = match link {
             None => {
-                let [at_a, at_b] = free_addresses()?;
+                let [at_a, at_b] = free_addresses(number)?;
                 [site(Place::A, None, at_a)?, site(Place::B, None, at_b)?]
             }
             Some(link) => [
@@ -123,9 +124,10 @@ impl World {
     }
 }
 
-/// Two addresses of the loopback device on which a gateway finds both its ports free.
-fn free_addresses() -> Result<[SocketAddr; 2], LabError> {
-    let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+/// Two ports of the loopback device's address of this number on which a gateway finds both its ports free.
+fn free_addresses(number: usize) -> Result<[SocketAddr; 2], LabError> {
+    // At most nine cases run at the same time.
+    let loopback = IpAddr::from(Ipv4Addr::new(127, 0, 0, 1 + u8::try_from(number).unwrap_or_default()));
     let mut held = Vec::new();
     let mut found = Vec::new();
     while found.len() < 2 {
