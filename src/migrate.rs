@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
-use crate::config::{AfterSuccess, Disks, Vm};
+use crate::config::{AfterSuccess, Disks, Hook, Vm};
 use crate::gateway::again::{self, Successor};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
 use crate::gateway::forecasting::{Forecasting, Sample};
+use crate::gateway::hooks::{self, Facts};
 use crate::gateway::keeping::Slots;
 use crate::gateway::links::Link;
 use crate::gateway::memory::Need;
@@ -150,7 +151,8 @@ fn cap(core: &Core, request: &StartRequest) -> Option<ByteRate> {
 /// # Errors
 /// The request makes no sense here.
 pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<DryRun, Refusal> {
-    let (mut checks, checked) = check(core, &request, Thoroughness::AskDestination).await;
+    let migration = MigrationId(crate::gateway::random::bytes());
+    let (mut checks, checked) = check(core, &request, migration, Thoroughness::AskDestination).await;
     let forecast = match &checked {
         Some(checked) => Some(checked.forecasting(checked.sample().await).forecast()),
         None => None,
@@ -244,7 +246,7 @@ async fn agree(
 ) -> Result<Agreed, String> {
     entry.set_phase(Phase::Checking);
     metrics.enters(clock::now(), Phase::Checking);
-    let (checks, checked) = check(core, request, Thoroughness::OwnSide).await;
+    let (checks, checked) = check(core, request, entry.migration, Thoroughness::OwnSide).await;
     let failed: Vec<String> = checks
         .into_iter()
         .filter(|check| !check.ok)
@@ -358,6 +360,7 @@ async fn agree(
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
         settings: vm.changed_settings(),
     };
+    hooks::owe(core, entry.migration, api::Role::Source)?;
     copying.show(now, Phase::Preparing, None, entry);
     Ok(Agreed {
         vmm: SourceVmm::new(vm, context),
@@ -421,7 +424,12 @@ struct Checked {
 }
 
 /// Every check in turn. `None` unless all of them passed.
-async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (Vec<Check>, Option<Checked>) {
+async fn check(
+    core: &Arc<Core>,
+    request: &StartRequest,
+    migration: MigrationId,
+    how: Thoroughness,
+) -> (Vec<Check>, Option<Checked>) {
     let mut checks = Vec::new();
     let mut note = |name: &str, result: Result<String, String>| {
         let ok = result.is_ok();
@@ -519,8 +527,16 @@ async fn check(core: &Arc<Core>, request: &StartRequest, how: Thoroughness) -> (
         cap,
         deadline,
     };
-    if how == Thoroughness::AskDestination {
-        let question = Request::Check(checked.offer(MigrationId(crate::gateway::random::bytes())));
+    if hooks::is_configured(core, Hook::PreCheck) {
+        let facts = Facts::new(migration, &request.vm, &request.peer, api::Role::Source);
+        let passed = hooks::run(core, Hook::PreCheck, &facts).await;
+        fine &= note(
+            "pre_check",
+            passed.map(|()| "the hook has nothing against it".to_owned()),
+        );
+    }
+    if fine && how == Thoroughness::AskDestination {
+        let question = Request::Check(checked.offer(migration));
         let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
         fine &= note(
             "destination",
@@ -647,7 +663,7 @@ impl Checked {
 }
 
 /// The one exit: says where the VM is. What the restart of a gateway has undone begins again.
-pub(crate) async fn finish(core: &Arc<Core>, entry: &Entry, mut end: SourceEnd) {
+pub(crate) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, mut end: SourceEnd) {
     let successor = again::successor(core, entry, end.undone_by_restart).await;
     if let Err(Some(why)) = &successor {
         let undone = end.reason.take().unwrap_or_default();
@@ -690,6 +706,7 @@ pub(crate) async fn finish(core: &Arc<Core>, entry: &Entry, mut end: SourceEnd) 
     }
     tracing::info!(migration = %entry.migration, vm = entry.vm, peer = entry.peer, %outcome, reason = report.reason,
         total_seconds = report.total_seconds, downtime_seconds = report.downtime_seconds, wire_bytes = report.wire_bytes);
+    hooks::after(core, entry, outcome, &report.reason);
     match successor {
         Some(next) => {
             let (entry, orders) = core.registry.replace(entry, report, next.migration, now);

@@ -63,7 +63,7 @@ fn the_reference_file_documents_every_key_that_is_read() {
     // An unknown key in each table is answered with the keys that are known there.
     let mut read = BTreeSet::new();
     let entry = "days = \"mon\"\nhours = \"08:00-18:00\"\nrate = \"1mbit\"\nno_such = 1\n";
-    let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[store]\nno_such = 1\n[migration]\nno_such = 1\n[log]\nno_such = 1\n\
+    let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[store]\nno_such = 1\n[migration]\nno_such = 1\n[hooks]\nno_such = 1\n[log]\nno_such = 1\n\
                  [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n\
                  [[tunnel]]\nname = \"t\"\nconnect = \"/c\"\nno_such = 1\n";
     for problem in parse(&probe.replace("ENTRY", entry)).unwrap_err() {
@@ -192,6 +192,8 @@ fn what_no_gateway_could_work_with_is_a_mistake() {
             "from 1 to 8",
         ),
         ("[metrics]\nlisten = \"127.0.0.1:0\"", "metrics.listen", "port from 1"),
+        ("[hooks]\npre_check = \"check\"", "hooks.pre_check", "absolute path"),
+        ("[hooks]\ntime_limit = \"26s\"", "hooks.time_limit", "25s at most"),
     ] {
         let problem = wrong(text);
         assert_eq!(problem.key, key, "{problem}");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul::api::{Outcome, Pages, Phase, Role};
+use longhaul::config::Hook;
 use longhaul::metrics::{Direction, Kind, Look, Metrics, SERIES, Stage, Values, Waiting, serve};
 use longhaul::proto::page::ByteRate;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -83,6 +84,7 @@ fn busy() -> Arc<Metrics> {
     metrics.observe_downtime(Duration::from_millis(300));
     metrics.add_shaper_wait(Duration::from_millis(250));
     metrics.count_journal_error();
+    metrics.count_hook(Hook::BeforeSwitchover, false);
     metrics.set_in_doubt(1);
     metrics.set_link_rate(ByteRate(25_000_000));
     for name in ["tokyo", "oslo"] {
@@ -224,6 +226,8 @@ fn what_is_counted_comes_out_under_its_labels() {
         ),
         150_000.0
     );
+    let hook = [("hook", "before_switchover"), ("result", "failed")];
+    assert_eq!(value(&families, "longhaul_hooks_total", &hook), 1.0);
     assert_eq!(value(&families, "longhaul_link_rate_bytes_per_second", &[]), 25e6);
     assert_eq!(
         value(&families, "longhaul_peer_rate_bytes_per_second", &[("peer", "oslo")]),

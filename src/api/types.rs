@@ -480,6 +480,9 @@ pub struct MigrationStatus {
     pub report: Option<Report>,
     /// What a person has to do, where it is in doubt.
     pub advice: Option<String>,
+    /// The newest sentences that the operator should read, the last one at the end.
+    #[serde(default)]
+    pub notices: Vec<String>,
 }
 
 /// Which end of a migration a gateway is.

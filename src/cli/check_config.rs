@@ -1,6 +1,7 @@
 //! `longhaul check-config`: would the gateway start with this?
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use super::output::result;
 use super::settings::Settings;
@@ -13,7 +14,7 @@ use crate::proto::rate::Calendar;
 /// Reads a configuration and names every mistake in it.
 ///
 /// Takes the flags and environment variables of `longhaul gateway` too, and checks what the gateway would run with. Of each calendar it
-/// says what holds now and until when.
+/// says what holds now and until when, and of each hook whether its file can be run.
 /// Exit code: 0 it is valid, 2 it is not.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -23,6 +24,16 @@ pub(super) struct Args {
 
     #[command(flatten)]
     settings: Settings,
+}
+
+/// Why nobody can run this file, if nobody can. Not a mistake of the configuration, which may be there before its hooks.
+fn not_executable(program: &Path) -> Option<&'static str> {
+    match std::fs::metadata(program) {
+        Err(_) => Some("is missing"),
+        Ok(file) if !file.is_file() => Some("is not a file"),
+        Ok(file) if file.permissions().mode() & 0o111 == 0 => Some("is not executable: chmod +x it"),
+        Ok(_) => None,
+    }
 }
 
 pub(super) fn run(args: &Args) -> Result<u8, Failure> {
@@ -51,6 +62,11 @@ pub(super) fn run(args: &Args) -> Result<u8, Failure> {
     for peer in &config.peers {
         let whose = format!("calendar of {}", peer.name);
         say(&whose, &peer.calendar, config.peer_rate_at(&peer.name, now));
+    }
+    for (hook, program) in &config.hooks.programs {
+        if let Some(wrong) = not_executable(program) {
+            result(&format!("hooks.{hook}: {} {wrong}", program.display()));
+        }
     }
     Ok(YES)
 }

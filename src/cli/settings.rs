@@ -62,6 +62,26 @@ pub(super) struct Settings {
     #[arg(long, value_name = "RATE", env = "LONGHAUL_MIGRATION_RATE")]
     migration_rate: Option<String>,
 
+    /// Executable that runs as one more check of a migration.
+    #[arg(long, value_name = "FILE", env = "LONGHAUL_HOOKS_PRE_CHECK")]
+    hooks_pre_check: Option<String>,
+
+    /// Executable that runs at the source before the VM can be stopped.
+    #[arg(long, value_name = "FILE", env = "LONGHAUL_HOOKS_BEFORE_SWITCHOVER")]
+    hooks_before_switchover: Option<String>,
+
+    /// Executable that runs once the VM runs at the destination.
+    #[arg(long, value_name = "FILE", env = "LONGHAUL_HOOKS_AFTER_ACTIVATION")]
+    hooks_after_activation: Option<String>,
+
+    /// Executable that runs once a migration that had begun has failed.
+    #[arg(long, value_name = "FILE", env = "LONGHAUL_HOOKS_AFTER_FAILURE")]
+    hooks_after_failure: Option<String>,
+
+    /// Longest time for each of them, such as 10s.
+    #[arg(long, value_name = "DURATION", env = "LONGHAUL_HOOKS_TIME_LIMIT")]
+    hooks_time_limit: Option<String>,
+
     /// Least severe level that is logged: error, warn, info, debug, trace.
     #[arg(long, value_name = "LEVEL", env = "LONGHAUL_LOG_LEVEL")]
     log_level: Option<String>,
@@ -89,6 +109,11 @@ impl Settings {
             ("migration.longest_cut", &self.migration_longest_cut),
             ("migration.restarts", &self.migration_restarts),
             ("migration.rate", &self.migration_rate),
+            ("hooks.pre_check", &self.hooks_pre_check),
+            ("hooks.before_switchover", &self.hooks_before_switchover),
+            ("hooks.after_activation", &self.hooks_after_activation),
+            ("hooks.after_failure", &self.hooks_after_failure),
+            ("hooks.time_limit", &self.hooks_time_limit),
             ("log.level", &self.log_level),
             ("log.format", &self.log_format),
         ] {

@@ -49,6 +49,9 @@ fn text(status: &MigrationStatus) -> String {
     if let Some(progress) = status.progress.as_ref().filter(|_| status.report.is_none()) {
         let _ = writeln!(text, "  {}", eta(progress));
     }
+    for notice in &status.notices {
+        let _ = writeln!(text, "  {notice}");
+    }
     if let Some(advice) = &status.advice {
         let _ = writeln!(text, "  {advice}");
     }

@@ -5,6 +5,7 @@
 //! trust store, which pairing writes.
 
 mod calendar;
+mod hooks;
 mod section;
 mod tunnel;
 pub mod units;
@@ -18,6 +19,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
+pub use self::hooks::{Hook, Hooks};
 pub use self::section::{Overrides, Problem};
 use self::section::{Section, Source};
 pub use self::tunnel::{Entrance, Exit, Place};
@@ -56,6 +58,8 @@ pub struct Config {
     pub store: Store,
     /// How migrations run when the command does not say.
     pub migration: Migration,
+    /// What operators have run when a migration gets somewhere.
+    pub hooks: Hooks,
     /// Gateways of other sites, in the order of the file.
     pub peers: Vec<Peer>,
     /// VMs that may leave or arrive here, in the order of the file.
@@ -212,6 +216,7 @@ impl Config {
     /// | `migration.after_success` | `quit` | a paused copy that stays is a second VM waiting for a mistake |
     /// | `migration.longest_cut` | `10m` | a cable is not mended faster, but routes change within minutes |
     /// | `migration.restarts` | `5` | an upgrade takes one or two; a migration that ends a gateway each time must not do so for ever |
+    /// | `hooks.time_limit` | `10s` | a route or a name is moved within it, and a VM that waits is not forgotten |
     /// | `vm.disks` | `none` | a writable disk must never be forgotten silently |
     /// | `log.level`, `log.format` | `info`, `text` | one line a phase and a round |
     #[must_use]
@@ -239,6 +244,7 @@ impl Config {
                 restarts: 5,
                 rate: None,
             },
+            hooks: Hooks::default(),
             peers: Vec::new(),
             vms: Vec::new(),
             entrances: Vec::new(),
@@ -386,6 +392,8 @@ impl Config {
         );
         config.migration.rate = migration.value("rate", ByteRate::from_str);
         migration.finish();
+
+        config.hooks = hooks::read(top.section("hooks"));
 
         let mut log = top.section("log");
         set(&mut config.log.level, log.value("level", LogLevel::from_str));

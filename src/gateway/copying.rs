@@ -55,6 +55,8 @@ pub(crate) struct Copying {
     forecasting: Forecasting,
     memory_bytes: u64,
     believes: bool,
+    /// The guest must not be stopped yet.
+    held: bool,
     applied: Option<Settings>,
     last: Option<Progress>,
     wire: WireRate,
@@ -118,6 +120,7 @@ impl Copying {
             forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
             believes: false,
+            held: false,
             applied: None,
             last: None,
             wire: WireRate::default(),
@@ -152,12 +155,34 @@ impl Copying {
 
     /// What QEMU is told before it starts: the settings of a path of which nothing has been measured yet.
     pub(crate) fn first_settings(&self, link: &Link) -> Settings {
-        self.policy.settings(self.path_rate(link), 1.0)
+        self.as_held(self.policy.settings(self.path_rate(link), 1.0))
     }
 
     /// The hypervisor cannot be told a bandwidth and goes by what it measures.
     pub(crate) fn set_believes_itself(&mut self) {
         self.believes = true;
+    }
+
+    /// Whether the guest is to be kept running, whatever the policy allows.
+    pub(crate) fn set_held(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Memory of the guest.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Whether it should have ended by now.
+    pub(crate) fn is_late(&self, now: Instant) -> bool {
+        self.policy.is_late(now)
+    }
+
+    fn as_held(&self, settings: Settings) -> Settings {
+        match self.held {
+            true => settings.held(),
+            false => settings,
+        }
     }
 
     /// Takes in a look at the hypervisor. New settings, where they changed enough to be worth a command.
@@ -258,9 +283,10 @@ impl Copying {
         self.last = Some(look);
         match decision {
             Decision::Continue(settings) if self.believes => {
-                Ok(self.worth_setting(settings.for_believed(ByteRate(ram.bytes_per_second))))
+                let believed = settings.for_believed(ByteRate(ram.bytes_per_second));
+                Ok(self.worth_setting(self.as_held(believed)))
             }
-            Decision::Continue(settings) => Ok(self.worth_setting(settings)),
+            Decision::Continue(settings) => Ok(self.worth_setting(self.as_held(settings))),
             Decision::GiveUp { reason } => Err(reason),
         }
     }

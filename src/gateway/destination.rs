@@ -10,6 +10,7 @@ use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::hooks;
 use super::inbound::{Inbound, Progress, Shelf};
 use super::keeping;
 use super::launches;
@@ -235,6 +236,7 @@ impl DestinationDriver {
         if let Some(active) = self.active.take() {
             active.ended(now, outcome);
         }
+        hooks::after(&self.core, &self.entry, outcome, &reason);
         self.entry
             .finish(migrate::empty_report(&self.entry, now, outcome, reason), now);
     }

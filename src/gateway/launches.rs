@@ -75,7 +75,7 @@ pub(crate) async fn remove_silent_logs(core: &Core) {
 }
 
 /// The files `vmm-MIGRATION.EXTENSION`.
-fn files_of(state_dir: &Path, extension: &str) -> Vec<(MigrationId, PathBuf)> {
+pub(super) fn files_of(state_dir: &Path, extension: &str) -> Vec<(MigrationId, PathBuf)> {
     let entries = std::fs::read_dir(state_dir).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {

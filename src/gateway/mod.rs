@@ -25,6 +25,7 @@ mod destination_vmm;
 mod directory;
 pub(crate) mod forecasting;
 pub(crate) mod history;
+pub(crate) mod hooks;
 mod inbound;
 mod journal;
 pub(crate) mod keeping;
@@ -58,6 +59,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::accept::BulkConnections;
 use self::destination::Attachment;
@@ -76,6 +78,7 @@ use self::wanted::WantedFiles;
 use crate::api::Command;
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::proto::ownership::Role;
 use crate::proto::page::MigrationId;
 use crate::store::journal::{Journal, JournalError};
 use crate::store::pages::PageStore;
@@ -119,6 +122,8 @@ pub(crate) struct Core {
     /// Where migrations leave what the next ones begin with, if anywhere.
     pub(crate) store: Option<Arc<PageStore>>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Hooks that run once a migration is over.
+    pub(crate) after_hooks: TaskTracker,
     draining: CancellationToken,
 }
 
@@ -195,14 +200,18 @@ pub async fn run(
         memory,
         store,
         metrics,
+        after_hooks: TaskTracker::new(),
         draining: drain.clone(),
     });
 
     launches::end_unrecorded(&core).await;
     launches::remove_silent_logs(&core).await;
-    for (role, report) in ended {
-        core.registry.remember(report, role, clock::now());
+    for (role, report) in &ended {
+        core.registry.remember(report.clone(), *role, clock::now());
     }
+    let owed_too = owed.iter().map(|migration| (*migration, Role::Destination));
+    let taken_up: Vec<_> = open.iter().copied().chain(owed_too).collect();
+    hooks::settle(&core, &ended, &taken_up);
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
     again::take_up(&core).await;
@@ -223,6 +232,11 @@ pub async fn run(
     core.metrics.set_ready(false);
     entrances.abort();
     core.wait_for_open_migrations().await;
+    core.after_hooks.close();
+    if !core.after_hooks.is_empty() {
+        tracing::info!(hooks = core.after_hooks.len(), "draining: waiting for hooks to end");
+    }
+    core.after_hooks.wait().await;
     standing.abort();
     core.transport
         .shutdown(CloseCode::Draining, "the gateway is being stopped")

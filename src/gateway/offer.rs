@@ -9,12 +9,13 @@ use super::accept::Known;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
+use super::hooks::{self, Facts};
 use super::inbound::Shelf;
 use super::keeping::{self, Found, Slots};
 use super::launches;
 use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
-use crate::config::Vm;
+use crate::config::{Hook, Vm};
 use crate::hypervisor::qemu::{Severity, VmInventory, compare};
 use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
@@ -33,7 +34,7 @@ pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer
         let (vm, source) = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
         dictionary(core, peer, offer, agreed, Vec::new()).await?;
-        let started = start_vm(core, vm, offer, &source).await;
+        let started = start_vm(core, peer, vm, offer, &source).await;
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
@@ -137,11 +138,15 @@ async fn accept(
                 core.config.site, open.migration, offer.vm
             )
         })?;
-    let started = start_vm(core, vm, offer, &source).await;
+    let started = match hooks::owe(core, offer.migration, Role::Destination) {
+        Ok(()) => start_vm(core, peer, vm, offer, &source).await,
+        Err(reason) => Err(reason),
+    };
     let vmm = match started {
         Ok(started) => started,
         Err(reason) => {
             launches::end(core, offer.migration);
+            hooks::forget(core, offer.migration, Role::Destination);
             let now = super::clock::now();
             let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
             entry.finish(report, now);
@@ -243,7 +248,15 @@ pub(super) async fn shelf(
 }
 
 /// The hypervisor that will receive the VM, compared with the source's. Nothing of it is left where this fails.
-async fn start_vm(core: &Core, vm: &Vm, offer: &Offer, source: &VmInventory) -> Result<DestinationVmm, String> {
+async fn start_vm(
+    core: &Core,
+    peer: &str,
+    vm: &Vm,
+    offer: &Offer,
+    source: &VmInventory,
+) -> Result<DestinationVmm, String> {
+    let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
+    hooks::run(core, Hook::PreCheck, &facts).await?;
     let socket = core.stream_socket(offer.migration);
     check_room(
         &core.config.site,

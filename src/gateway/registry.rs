@@ -25,6 +25,9 @@ const WATCHER_QUEUE: usize = 64;
 /// How long a migration that gives way is waited for: its hypervisor is ended, or the peer asked whether it has given up.
 const GIVES_WAY_WITHIN: Duration = Duration::from_secs(20);
 
+/// Notices of a migration that are shown.
+const NOTICES: usize = 8;
+
 /// Every migration of this process, oldest first.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
@@ -64,6 +67,8 @@ struct State {
     progress: Option<Progress>,
     report: Option<Report>,
     advice: Option<String>,
+    /// The newest sentences that the operator should read.
+    notices: VecDeque<String>,
     /// From here on a cancellation is refused, with this reason.
     committed: bool,
     /// What becomes of the VM is known on this side, and what is left is to tidy up.
@@ -242,9 +247,14 @@ impl Entry {
     /// A sentence that the operator should read.
     pub(crate) fn notice(&self, text: &str) {
         tracing::warn!(migration = %self.migration, vm = self.vm, "{text}");
-        self.state()
+        let mut state = self.state();
+        state
             .watchers
             .retain(|watcher| watcher.try_send(Event::Notice(text.to_owned())).is_ok());
+        if state.notices.len() == NOTICES {
+            state.notices.pop_front();
+        }
+        state.notices.push_back(text.to_owned());
     }
 
     /// A person has to act: whoever looks on is told, and where the VM is in doubt, and need not wait. Shown until the migration
@@ -434,6 +444,7 @@ impl Entry {
             progress: state.progress.clone(),
             report: state.report.clone(),
             advice: state.advice.clone(),
+            notices: state.notices.iter().cloned().collect(),
         }
     }
 

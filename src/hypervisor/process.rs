@@ -13,6 +13,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, p
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
+/// What starts a program that is to end with whoever starts it. One that is killed cannot clean up; then the kernel ends it.
+pub(crate) const WITH_ITS_PARENT: [&str; 4] = ["setpriv", "--pdeathsig", "KILL", "--"];
+
 /// A process of this host that exists or existed.
 #[derive(Debug)]
 pub struct Process {

@@ -24,7 +24,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use super::process::WITH_ITS_PARENT;
+use crate::hypervisor::process::WITH_ITS_PARENT;
 
 /// Asks the lab's guest every few milliseconds whether it is there, until its own standard input ends; prints what it saw.
 #[derive(Clone, Debug, clap::Args)]

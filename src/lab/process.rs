@@ -8,6 +8,8 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::process::{Child, Command};
 
+use crate::hypervisor::process::WITH_ITS_PARENT;
+
 /// A process that runs beside the lab and is killed with it.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -181,9 +183,6 @@ fn last_lines(log: &Path) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
 }
-
-/// A lab that is killed cannot clean up; then the kernel ends what it started.
-pub(super) const WITH_ITS_PARENT: [&str; 4] = ["setpriv", "--pdeathsig", "KILL", "--"];
 
 const LAST_LINES: usize = 20;
 

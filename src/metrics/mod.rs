@@ -26,6 +26,7 @@ pub use self::series::{Kind, SERIES, Series, Values};
 pub use self::serve::serve;
 pub use self::tunnels::TunnelStream;
 use crate::api::{Outcome, Pages, Phase, Role};
+use crate::config::Hook;
 use crate::proto::page::ByteRate;
 
 type Labels = Vec<(&'static str, String)>;
@@ -56,6 +57,7 @@ pub struct Metrics {
     store_images: Gauge,
     known_pages: Counter,
     journal_errors: Counter,
+    hooks: [[Counter; 2]; Hook::ALL.len()],
     tunnel_streams: [Gauge; 2],
     tunnel_bytes: [Counter; 2],
     tunnel_frame_bytes: [Counter; 2],
@@ -103,6 +105,13 @@ impl Metrics {
         let vmm_bytes = closed(&mut registry, &series::VMM_BYTES);
         let frame_bytes = closed(&mut registry, &series::FRAME_BYTES);
         let peers = PeerFamilies::register(&mut registry);
+        let hooks: Family<Labels, Counter> = register(&mut registry, &series::HOOKS);
+        let hooks = Hook::ALL.map(|hook| {
+            HOOK_RESULTS.map(|result| {
+                let labels = vec![("hook", hook.word().to_owned()), ("result", result.to_owned())];
+                hooks.get_or_create_owned(&labels)
+            })
+        });
         let migrations: Family<Labels, Counter> = register(&mut registry, &series::MIGRATIONS);
         Self {
             ready: AtomicBool::new(false),
@@ -132,6 +141,7 @@ impl Metrics {
             store_images: register(&mut registry, &series::STORE_IMAGES),
             known_pages: register(&mut registry, &series::KNOWN_PAGES),
             journal_errors: register(&mut registry, &series::JOURNAL_ERRORS),
+            hooks,
             tunnel_streams: closed(&mut registry, &series::TUNNEL_STREAMS),
             tunnel_bytes: closed(&mut registry, &series::TUNNEL_BYTES),
             tunnel_frame_bytes: closed(&mut registry, &series::TUNNEL_FRAME_BYTES),
@@ -216,6 +226,11 @@ impl Metrics {
     /// The rate of the link that holds now; zero where none is configured.
     pub fn set_link_rate(&self, rate: ByteRate) {
         self.link_rate.set(rate.0 as f64);
+    }
+
+    /// A hook has ended.
+    pub fn count_hook(&self, hook: Hook, succeeded: bool) {
+        self.hooks[hook as usize][usize::from(!succeeded)].inc();
     }
 
     /// The journal could not make a record durable.
@@ -517,6 +532,8 @@ where
     words.map(|word| family.get_or_create_owned(&vec![(label, word.to_owned())]))
 }
 
+const HOOK_RESULTS: [&str; 2] = ["ok", "failed"];
+
 const DIRECTIONS: [&str; 2] = ["in", "out"];
 
 #[cfg(test)]
@@ -544,6 +561,8 @@ mod tests {
             words(&series::ACTIVE, "role"),
             [Role::Source.word(), Role::Destination.word()]
         );
+        assert_eq!(words(&series::HOOKS, "hook"), Hook::ALL.map(Hook::word));
+        assert_eq!(words(&series::HOOKS, "result"), HOOK_RESULTS);
         assert_eq!(words(&series::WAN_BYTES, "direction"), DIRECTIONS);
         assert_eq!(words(&series::QUEUE_BYTES, "stage").len(), Stage::ALL.len());
     }

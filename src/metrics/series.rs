@@ -218,6 +218,17 @@ pub(super) const JOURNAL_ERRORS: Series = counter(
     &[],
     "Records that the ownership journal could not make durable",
 );
+pub(super) const HOOKS: Series = counter(
+    "longhaul_hooks_total",
+    &[
+        (
+            "hook",
+            Values::Closed(&["pre_check", "before_switchover", "after_activation", "after_failure"]),
+        ),
+        ("result", Values::Closed(&["ok", "failed"])),
+    ],
+    "Hooks that have ended, by which and whether with success",
+);
 pub(super) const TUNNEL_STREAMS: Series = gauge(
     "longhaul_tunnel_streams",
     &[ROLE],
@@ -265,6 +276,7 @@ pub const SERIES: &[Series] = &[
     STORE_IMAGES,
     KNOWN_PAGES,
     JOURNAL_ERRORS,
+    HOOKS,
     TUNNEL_STREAMS,
     TUNNEL_BYTES,
     TUNNEL_FRAME_BYTES,

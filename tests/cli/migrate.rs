@@ -399,6 +399,7 @@ fn status(phase: Phase, report: Option<Report>) -> MigrationStatus {
         progress: None,
         report,
         advice: None,
+        notices: Vec::new(),
     }
 }
 

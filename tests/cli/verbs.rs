@@ -59,6 +59,7 @@ fn knows(directory: &TempDir) -> (Gateway, Receiver<String>) {
                     progress: None,
                     report: None,
                     advice,
+                    notices: Vec::new(),
                 })
             } else {
                 Err(nothing())

@@ -206,6 +206,8 @@ impl Line<'_> {
             };
             let began = clock::now();
             let (frame, coded) = draft.code(coder);
+            let pages = coded.as_ref().map_or(0, |coded| coded.stats().pages.sum());
+            self.shared.counted_pages.fetch_add(pages, Ordering::AcqRel);
             let finding = Finding {
                 coded,
                 stream_bytes: frame.stream_bytes,

@@ -19,6 +19,7 @@ use super::clock;
 use super::leftover::{Leftover, LeftoverSlot};
 use super::links::Link;
 use super::share::Share;
+use super::source::LEAST_PAGE_BYTES;
 use super::vmm_input::VmmInput;
 use super::vmm_output::HELD_TAIL;
 use crate::metrics::{Stage, Waiting};
@@ -93,6 +94,10 @@ struct Shared {
     /// Bytes of the vmm stream between the socket and a frame.
     encoding_bytes: AtomicU64,
     vmm_bytes: AtomicU64,
+    /// Pages of the frames so far.
+    counted_pages: AtomicU64,
+    /// Where so many may have been read, nothing more is.
+    hold_at: AtomicU64,
     frame_bytes: AtomicU64,
     pages: Mutex<PageCounts>,
     /// What the stream held, once it has ended.
@@ -132,6 +137,8 @@ impl Outbound {
             never_left_bytes: AtomicU64::new(0),
             encoding_bytes: AtomicU64::new(0),
             vmm_bytes: AtomicU64::new(0),
+            counted_pages: AtomicU64::new(0),
+            hold_at: AtomicU64::new(u64::MAX),
             frame_bytes: AtomicU64::new(0),
             pages: Mutex::default(),
             leftover: LeftoverSlot::default(),
@@ -316,6 +323,22 @@ impl Outbound {
         self.shared.to_read.notify_one();
     }
 
+    /// Pages of the stream that have become frames.
+    pub(crate) fn counted_pages(&self) -> u64 {
+        self.shared.counted_pages.load(Ordering::Acquire)
+    }
+
+    /// From now on the vmm is made to wait where so many pages may have been read, but for one read more.
+    pub(crate) fn hold_at(&self, pages: u64) {
+        self.shared.hold_at.store(pages, Ordering::Relaxed);
+        self.shared.to_read.notify_one();
+    }
+
+    /// The vmm is not made to wait for that any more.
+    pub(crate) fn release(&self) {
+        self.hold_at(u64::MAX);
+    }
+
     /// Frame bytes that have been taken from the vmm and wait: here for the path, or there for the decoder.
     pub(crate) fn backlog_bytes(&self) -> u64 {
         self.shared.backlog()
@@ -431,7 +454,8 @@ impl Shared {
         self.frame_bytes.fetch_add(frame.lane_bytes(), Ordering::Relaxed);
         session.push(frame, last);
         drop(session);
-        self.encoding_bytes.fetch_sub(stream_bytes, Ordering::Relaxed);
+        // After its pages were counted: `is_held` may see both, and never neither.
+        self.encoding_bytes.fetch_sub(stream_bytes, Ordering::Release);
         self.to_send.notify_one();
         self.to_read.notify_one();
     }
@@ -453,7 +477,14 @@ impl Shared {
         } else {
             self.backlog()
         };
-        waits > self.backlog_limit.load(Ordering::Relaxed)
+        waits > self.backlog_limit.load(Ordering::Relaxed) || self.is_held()
+    }
+
+    fn is_held(&self) -> bool {
+        // What becomes a frame between the two is counted twice.
+        let uncounted = self.encoding_bytes.load(Ordering::Acquire) / LEAST_PAGE_BYTES;
+        let counted = self.counted_pages.load(Ordering::Acquire);
+        counted + uncounted >= self.hold_at.load(Ordering::Relaxed)
     }
 
     fn waits_here(&self) -> u64 {

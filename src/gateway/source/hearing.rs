@@ -1,6 +1,7 @@
 //! What a source's driver is told, by the stream, the peer and the vmm, and what it makes of it.
 
 use super::SourceDriver;
+use super::before_switchover::Hold;
 use crate::api::Phase;
 use crate::gateway::again;
 use crate::gateway::clock;
@@ -13,6 +14,14 @@ use crate::proto::wire::SessionMessage;
 impl SourceDriver {
     pub(super) fn on_stream_end(&mut self, ended: StreamEnd) {
         match ended {
+            // What has not been let by must not be handed over.
+            StreamEnd::Eof(_) if !matches!(self.hold, Hold::Open) => {
+                self.fail(format!(
+                    "the hypervisor sent all of {} before the hook before_switchover had succeeded",
+                    self.entry.vm
+                ));
+                self.feed(&SourceEvent::Cancel);
+            }
             StreamEnd::Eof(summary) => {
                 let sum = StreamSum {
                     digest: summary.digest,

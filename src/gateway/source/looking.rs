@@ -39,10 +39,16 @@ impl SourceDriver {
         if self.waits_in_vain(now) || !is_copying {
             return;
         }
+        if self.waits_too_long() {
+            return;
+        }
+        self.start_late().await;
         let Some(stream) = &self.stream else { return };
         if stream.sum.is_some() {
             return self.look_for_completion().await;
         }
+        // Before the vmm is asked, so that it has sent at least these.
+        let counted = stream.outbound.counted_pages();
         let answer = match self.vmm.connected().await {
             Ok(vm) => vm.progress().await,
             Err(error) => Err(error),
@@ -60,7 +66,14 @@ impl SourceDriver {
             self.feed(&SourceEvent::MigrateFailed);
             return;
         }
-        let Some(link) = self.link.clone() else { return };
+        if let Err(reason) = self.keep_from_stopping(&progress, counted).await {
+            self.fail(reason);
+            self.feed(&SourceEvent::Cancel);
+            return;
+        }
+        let (Some(link), Some(stream)) = (self.link.clone(), &self.stream) else {
+            return;
+        };
         let outbound = Arc::clone(&stream.outbound);
         self.look_at_sample(now).await;
         let Some(copying) = &mut self.copying else { return };

@@ -3,6 +3,7 @@
 //! The machine decides (`proto::ownership`), the policy advises (`proto::precopy`), this file routes. Everything that
 //! happens comes in over one queue, so that nothing here can wait for two things in the wrong order.
 
+mod before_switchover;
 mod hearing;
 mod looking;
 
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
+use self::before_switchover::Hold;
+pub(crate) use self::before_switchover::LEAST_PAGE_BYTES;
 use super::Core;
 use super::clock;
 use super::contact::{Contact, ContactEvent, Search};
@@ -54,6 +57,8 @@ pub(crate) struct SourceDriver {
     stream: Option<Stream>,
     /// `None` where a restarted gateway finishes what its predecessor began.
     copying: Option<Copying>,
+    /// What waits for the hook before the switchover.
+    hold: Hold,
     lost_contact: Option<Instant>,
     looked: Instant,
     /// A person was told that the destination is not heard of.
@@ -129,6 +134,7 @@ impl SourceDriver {
             link: None,
             stream: None,
             copying: start.copying,
+            hold: Hold::Open,
             lost_contact: None,
             looked: clock::now(),
             silence_told: false,
@@ -260,12 +266,19 @@ impl SourceDriver {
             Effect::AskPeer => self.look_for_peer(),
             Effect::NeedsPerson(doubt) => self.entry.advise(&format!("{}: {doubt}", self.entry.vm)),
             Effect::StartMigrate => {
-                if let Err(error) = self.start_migrate().await {
+                let started = match self.hold().await {
+                    Ok(true) => return,
+                    Ok(false) => self.start_migrate().await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = started {
                     self.fail(error);
                     self.feed(&SourceEvent::MigrateFailed);
                 }
             }
             Effect::CancelMigrate => {
+                // A hook that runs is killed.
+                self.hold = Hold::Open;
                 if let Some(stream) = &self.stream {
                     stream.outbound.stop();
                 }
@@ -422,6 +435,7 @@ impl SourceDriver {
             sender: None,
             left_before: 0,
         });
+        self.hold_at_start();
         self.start_sending(&link);
         self.show(Phase::Precopy, None);
         Ok(())
@@ -498,6 +512,7 @@ impl SourceDriver {
                 self.looked = clock::now();
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event).await,
+            ended = self.hold.ended() => self.on_before_switchover(ended).await,
             event = self.vmm.next_event() => self.on_vm_event(event),
             () = cancelled => {
                 self.cancel_seen = true;

@@ -75,6 +75,15 @@ impl Settings {
             ..self
         }
     }
+
+    /// For a vmm that is to keep its guest running as long as it can.
+    #[must_use]
+    pub fn held(self) -> Self {
+        Self {
+            downtime_limit: LEAST_LIMIT,
+            ..self
+        }
+    }
 }
 
 /// The shortest `downtime-limit` that a vmm is given: its own unit.
@@ -112,7 +121,7 @@ impl Policy {
     /// What to do, given how things stand. Call at every sample and at every new round.
     pub fn decide(&mut self, sample: &Sample) -> Decision {
         self.watch_for_a_stall(sample);
-        if self.deadline.is_some_and(|deadline| sample.now >= deadline) {
+        if self.is_late(sample.now) {
             return Decision::GiveUp {
                 reason: self.why_not_in_time(sample),
             };
@@ -130,6 +139,12 @@ impl Policy {
             downtime_limit: settings.downtime_limit.saturating_sub(lag).max(LEAST_LIMIT),
             ..settings
         })
+    }
+
+    /// Whether the deadline has passed.
+    #[must_use]
+    pub fn is_late(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| now >= deadline)
     }
 
     /// Settings for a path of this goodput and a stream of this reduction ratio.

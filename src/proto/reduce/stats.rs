@@ -30,6 +30,14 @@ pub struct BatchStats {
     pub bytes_out: u64,
 }
 
+impl PageCounts {
+    /// All of them.
+    #[must_use]
+    pub fn sum(&self) -> u64 {
+        self.zero + self.same + self.reference + self.delta + self.literal + self.raw
+    }
+}
+
 impl AddAssign for PageCounts {
     fn add_assign(&mut self, other: Self) {
         self.zero += other.zero;
