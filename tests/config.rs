@@ -192,6 +192,11 @@ fn what_no_gateway_could_work_with_is_a_mistake() {
             "from 1 to 8",
         ),
         ("[metrics]\nlisten = \"127.0.0.1:0\"", "metrics.listen", "port from 1"),
+        (
+            "[migration]\nannounce_rounds = \"1001\"",
+            "migration.announce_rounds",
+            "0 to 1000",
+        ),
         ("[hooks]\npre_check = \"check\"", "hooks.pre_check", "absolute path"),
         ("[hooks]\ntime_limit = \"26s\"", "hooks.time_limit", "25s at most"),
     ] {

@@ -60,7 +60,7 @@ async fn a_running_guest_leaves_one_qemu_and_runs_in_another() {
     let loaded = destination.wait_loaded(SOON).await.unwrap();
     assert_eq!(loaded.run_state(), &RunState::Paused);
     destination.cont(&loaded, SOON).await.unwrap();
-    destination.announce_self().await.unwrap();
+    destination.announce_self(5).await.unwrap();
     destination.restore_settings().await.unwrap();
     assert_eq!(destination.run_state().await.unwrap(), RunState::Running);
 
@@ -547,7 +547,7 @@ async fn the_network_hears_of_the_guest_only_once_it_runs() {
     let captured = || std::fs::metadata(&capture).unwrap().len();
     assert_eq!(captured(), 24);
     destination.cont(&loaded, SOON).await.unwrap();
-    destination.announce_self().await.unwrap();
+    destination.announce_self(5).await.unwrap();
     until("an announcement is sent", || captured() > 24).await;
 }
 

@@ -62,6 +62,10 @@ pub(super) struct Settings {
     #[arg(long, value_name = "RATE", env = "LONGHAUL_MIGRATION_RATE")]
     migration_rate: Option<String>,
 
+    /// How often a VM that has arrived is announced to its network.
+    #[arg(long, value_name = "NUMBER", env = "LONGHAUL_MIGRATION_ANNOUNCE_ROUNDS")]
+    migration_announce_rounds: Option<String>,
+
     /// Executable that runs as one more check of a migration.
     #[arg(long, value_name = "FILE", env = "LONGHAUL_HOOKS_PRE_CHECK")]
     hooks_pre_check: Option<String>,
@@ -109,6 +113,7 @@ impl Settings {
             ("migration.longest_cut", &self.migration_longest_cut),
             ("migration.restarts", &self.migration_restarts),
             ("migration.rate", &self.migration_rate),
+            ("migration.announce_rounds", &self.migration_announce_rounds),
             ("hooks.pre_check", &self.hooks_pre_check),
             ("hooks.before_switchover", &self.hooks_before_switchover),
             ("hooks.after_activation", &self.hooks_after_activation),

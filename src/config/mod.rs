@@ -114,6 +114,8 @@ pub struct Migration {
     pub restarts: u32,
     /// Cap of each migration. Absent: the link's rate.
     pub rate: Option<ByteRate>,
+    /// How often a VM that runs at the destination is announced to its network.
+    pub announce_rounds: u32,
 }
 
 /// The gateway of another site.
@@ -216,6 +218,7 @@ impl Config {
     /// | `migration.after_success` | `quit` | a paused copy that stays is a second VM waiting for a mistake |
     /// | `migration.longest_cut` | `10m` | a cable is not mended faster, but routes change within minutes |
     /// | `migration.restarts` | `5` | an upgrade takes one or two; a migration that ends a gateway each time must not do so for ever |
+    /// | `migration.announce_rounds` | `5` | QEMU's own, over the first second: one lost frame does not leave a switch in error |
     /// | `hooks.time_limit` | `10s` | a route or a name is moved within it, and a VM that waits is not forgotten |
     /// | `vm.disks` | `none` | a writable disk must never be forgotten silently |
     /// | `log.level`, `log.format` | `info`, `text` | one line a phase and a round |
@@ -243,6 +246,7 @@ impl Config {
                 longest_cut: Duration::from_secs(600),
                 restarts: 5,
                 rate: None,
+                announce_rounds: 5,
             },
             hooks: Hooks::default(),
             peers: Vec::new(),
@@ -391,6 +395,10 @@ impl Config {
             migration.value("restarts", parse_restarts),
         );
         config.migration.rate = migration.value("rate", ByteRate::from_str);
+        set(
+            &mut config.migration.announce_rounds,
+            migration.value("announce_rounds", parse_announce_rounds),
+        );
         migration.finish();
 
         config.hooks = hooks::read(top.section("hooks"));
@@ -589,6 +597,13 @@ fn parse_restarts(text: &str) -> Result<u32, &'static str> {
     text.parse().map_err(|_| "expected a number, 0 for never")
 }
 
+fn parse_announce_rounds(text: &str) -> Result<u32, String> {
+    text.parse()
+        .ok()
+        .filter(|rounds| *rounds <= MOST_ANNOUNCE_ROUNDS)
+        .ok_or_else(|| format!("expected a number from 0 to {MOST_ANNOUNCE_ROUNDS}"))
+}
+
 fn parse_absolute(text: &str) -> Result<PathBuf, &'static str> {
     if text.starts_with('/') && !text.contains('\0') {
         Ok(PathBuf::from(text))
@@ -679,6 +694,9 @@ const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// `sun_path` has 108 bytes, the last of them zero (unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// QEMU's own bound of `announce-rounds` (`migration/options.c`).
+const MOST_ANNOUNCE_ROUNDS: u32 = 1000;
 
 /// Sixteen times that of a geostationary satellite.
 const MAX_RTT: Duration = Duration::from_secs(10);

@@ -225,7 +225,7 @@ impl DestinationDriver {
         if verdict == Verdict::Running
             && let Some(vmm) = &mut self.vmm
         {
-            vmm.settle().await;
+            vmm.settle(self.core.config.migration.announce_rounds).await;
             let leftover = self.inbound.as_ref().and_then(|inbound| inbound.take_leftover());
             // The shelf has the memory that was reserved with it.
             keeping::keep(&self.core, &self.entry, leftover, None);

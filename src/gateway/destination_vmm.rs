@@ -239,8 +239,8 @@ impl DestinationVmm {
         }
     }
 
-    /// Lets it tell the network where the guest is, if that runs, and puts its migration settings back.
-    pub(crate) async fn settle(&mut self) {
+    /// Lets it tell the network so many times where the guest is, if that runs, and puts its migration settings back.
+    pub(crate) async fn settle(&mut self, announce_rounds: u32) {
         if self.is_dead() {
             return;
         }
@@ -253,7 +253,7 @@ impl DestinationVmm {
             }
         };
         let announced = match vm.run_state().await {
-            Ok(RunState::Running) => vm.announce_self().await,
+            Ok(RunState::Running) => vm.announce_self(announce_rounds).await,
             // A guest that was paused before is where it was; it is announced by whoever lets it run.
             Ok(_) => Ok(()),
             Err(error) => Err(error),

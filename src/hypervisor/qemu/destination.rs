@@ -305,14 +305,16 @@ impl DestinationVm {
         }
     }
 
-    /// Lets QEMU tell the network where the guest is now: five announcements in the first second or so. For a guest that
-    /// runs.
+    /// Lets QEMU tell the network where the guest is now, so many times: five are over within a second. For a guest that runs.
     ///
     /// # Errors
     /// Those of the monitor; the guest runs on.
-    pub async fn announce_self(&self) -> Result<(), DestinationError> {
+    pub async fn announce_self(&self, rounds: u32) -> Result<(), DestinationError> {
+        if rounds == 0 {
+            return Ok(());
+        }
         // QEMU's own defaults for the end of a migration (migration/options.c).
-        let arguments = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        let arguments = json!({ "initial": 50, "max": 550, "rounds": rounds, "step": 100 });
         self.qmp.execute("announce-self", arguments).await?;
         Ok(())
     }
