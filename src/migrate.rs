@@ -44,8 +44,11 @@ use crate::transport::tuning::UNSENT;
 /// Time for a hypervisor's monitor to answer.
 const MONITOR_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Time for the destination to start its hypervisor and agree.
-const AGREE_DEADLINE: Duration = Duration::from_secs(60);
+/// Time for the destination to tidy up an earlier migration of the VM, run its hook, start its hypervisor and agree.
+const AGREE_DEADLINE: Duration = Duration::from_secs(90);
+
+/// Between calls to a peer that is not back yet.
+const CALL_AGAIN: Duration = Duration::from_millis(500);
 
 /// The shortest sample that QEMU offers.
 const DIRTY_SAMPLE: Duration = Duration::from_secs(1);
@@ -68,14 +71,14 @@ const EXTRA_REGIONS: u64 = 64;
 /// The request makes no sense here; everything else is in the report.
 pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Started, Refusal> {
     if core.is_draining() {
-        return Err(Refusal::new(
-            RefusalKind::Unavailable,
-            "the gateway is being stopped and starts no migrations",
-        ));
+        return Err(draining());
     }
     vm_of(core, &request)?;
     // One that has just arrived here, or has just been undone.
     core.registry.gives_way(&request.vm, None).await;
+    if core.is_draining() {
+        return Err(draining());
+    }
     let migration = MigrationId(crate::gateway::random::bytes());
     let (entry, orders) = core
         .registry
@@ -100,10 +103,15 @@ pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Sta
             .map(|deadline| deadline.as_secs_f64())),
         ..request
     };
-    let wanted = Wanted::new(request, clock::unix_ms());
+    let wanted = Wanted::new(request, core.journal.id(), clock::unix_ms());
     core.wanted.put(migration, wanted.clone()).await;
     spawn(core, entry, orders, wanted);
     Ok(Started { migration })
+}
+
+fn draining() -> Refusal {
+    let text = "the gateway is being stopped and starts no migrations";
+    Refusal::new(RefusalKind::Unavailable, text)
 }
 
 /// Begins what an earlier process was asked for and has not brought to an end.
@@ -180,8 +188,14 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
     let request = &wanted.request;
     let metrics = Arc::new(core.metrics.migration(api::Role::Source));
     // Nothing of the VM is changed before both sites agree, so this can be let go of anywhere.
+    let agree = async {
+        if wanted.restarts > 0 {
+            await_peer(&core, &entry, request).await?;
+        }
+        agree(&core, &entry, request, &metrics).await
+    };
     let agreed = tokio::select! {
-        agreed = agree(&core, &entry, request, &metrics) => agreed,
+        agreed = agree => agreed,
         () = entry.cancel.cancelled() => Err("the operator cancelled it".to_owned()),
     };
     match agreed {
@@ -227,6 +241,31 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
             entry.finish(empty_report(&entry, now, outcome, reason), now);
         }
     }
+}
+
+/// A peer whose gateway was restarted too may not be back yet: it is waited for as after a cut.
+async fn await_peer(core: &Core, entry: &Entry, request: &StartRequest) -> Result<(), String> {
+    entry.set_phase(Phase::Checking);
+    let deadline = request
+        .deadline_seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let longest = deadline.map_or(core.config.migration.longest_cut, |deadline| {
+        deadline.min(core.config.migration.longest_cut)
+    });
+    let reached = async {
+        while let Err(error) = core.links.fresh_link(&entry.peer).await {
+            tracing::debug!(migration = %entry.migration, peer = entry.peer, "not back yet: {error}");
+            tokio::time::sleep(CALL_AGAIN).await;
+        }
+    };
+    let reached = tokio::time::timeout(longest, reached).await;
+    reached.map_err(|_| {
+        format!(
+            "the peer {} could not be reached for {} s",
+            entry.peer,
+            longest.as_secs()
+        )
+    })
 }
 
 /// Both sites agree: from here on there is a destination that waits.

@@ -207,6 +207,13 @@ fn a_guest_that_would_be_through_in_its_first_pass_is_held_within_it() {
     arrives_with_its_hooks(of_zeroes(1024), true);
 }
 
+/// What is read of a page at a time is less than a page then, so that some of it is never whole.
+#[test]
+fn a_guest_full_of_what_cannot_be_compressed_is_held_within_its_first_pass_too() {
+    need!(qemu());
+    arrives_with_its_hooks(Machine::filled(448), true);
+}
+
 #[test]
 fn a_paused_guest_is_held_too_and_arrives_paused() {
     need!(qemu());

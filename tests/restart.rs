@@ -77,6 +77,25 @@ fn a_migration_whose_destination_gateway_is_killed_is_begun_again_and_arrives() 
 }
 
 #[test]
+fn a_source_that_is_back_before_its_peer_waits_for_it_and_begins_again() {
+    need!(qemu());
+    let (mut rig, client, first) = on_its_way("");
+    for site in [&mut rig.b, &mut rig.a] {
+        site.gateway().signal(Signal::KILL);
+        until("the gateway is dead", || site.gateway().has_ended());
+    }
+    rig.a.start();
+    until("the next one waits", || known(&rig.a)[0]["phase"] == "checking");
+    let next = known(&rig.a)[0]["migration"].as_str().unwrap().to_owned();
+    assert_ne!(next, first);
+    until("it has called in vain", || rig.a.log().contains("not back yet"));
+    rig.b.start();
+    let ended = client.wait();
+    assert_begun_again(&rig, &ended, &first);
+    assert_eq!(ended.json()["migration"], next);
+}
+
+#[test]
 fn a_migration_that_was_cancelled_is_not_begun_again_by_a_gateway_that_was_killed_then() {
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");

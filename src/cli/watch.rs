@@ -68,7 +68,7 @@ pub(super) async fn watch(
         patience,
     };
     let (answers, mut answer) = mpsc::channel(1);
-    let mut cancelling = false;
+    let (mut cancelling, mut wanted_to_stay) = (false, false);
     loop {
         tokio::select! {
             event = watcher.next(&display) => match event? {
@@ -79,7 +79,8 @@ pub(super) async fn watch(
                         display.notice(&format!("{}; begun again as migration {next}", report.reason));
                         display.begin_again();
                         watcher.turn_to(next);
-                        if cancelling {
+                        cancelling = wanted_to_stay;
+                        if wanted_to_stay {
                             // It was asked for before this one was there.
                             request_cancel(&client, next, &answers);
                         }
@@ -94,12 +95,14 @@ pub(super) async fn watch(
                 (Interrupt::Detaches, _) => return Err(detached(&display, watcher.migration)),
                 (Interrupt::Cancels, true) => display.notice("it is already being cancelled"),
                 (Interrupt::Cancels, false) => {
-                    cancelling = true;
+                    (cancelling, wanted_to_stay) = (true, true);
                     display.notice("cancelling; the VM stays at the source");
                     request_cancel(&client, watcher.migration, &answers);
                 }
             },
-            Some(answer) = answer.recv() => match answer {
+            Some((of, answer)) = answer.recv() => match answer {
+                // Of the one before.
+                _ if of != watcher.migration => {}
                 Ok(Cancellation::Requested) => {}
                 Ok(Cancellation::AlreadyRequested) => display.notice("it was already being cancelled"),
                 Err(error) => {
@@ -115,10 +118,13 @@ pub(super) async fn watch(
 }
 
 /// Whoever waits for signals does not wait for the answer.
-fn request_cancel(client: &Client, migration: MigrationId, answers: &mpsc::Sender<Result<Cancellation, ClientError>>) {
+fn request_cancel(client: &Client, migration: MigrationId, answers: &mpsc::Sender<Answer>) {
     let (client, answers) = (client.clone(), answers.clone());
-    tokio::spawn(async move { answers.send(client.cancel(migration).await).await });
+    tokio::spawn(async move { answers.send((migration, client.cancel(migration).await)).await });
 }
+
+/// What was said to a cancellation, and of which migration.
+type Answer = (MigrationId, Result<Cancellation, ClientError>);
 
 fn detached(display: &Display, migration: MigrationId) -> Failure {
     display.clear();

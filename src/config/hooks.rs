@@ -101,5 +101,6 @@ fn parse_time_limit(text: &str) -> Result<Duration, String> {
     Ok(limit)
 }
 
-/// The source waits for 60 s until the destination has agreed, and a hypervisor may take 30 s of them to start.
+/// The source waits for 90 s until the destination has agreed; an earlier migration may take 20 s of them to be tidied up, and a hypervisor 30 s to
+/// start.
 const LONGEST: Duration = Duration::from_secs(25);

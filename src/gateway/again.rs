@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::registry::Entry;
 use super::wanted::Wanted;
 use super::{Core, clock};
-use crate::api::{self, Report};
+use crate::api::{self, Report, StartRequest};
 use crate::migrate;
 use crate::proto::ownership::{AbortReason, JournalRecord, Outcome, RecordKind, Role, Standing, Verdict};
 use crate::proto::page::MigrationId;
@@ -35,70 +35,101 @@ pub(crate) async fn successor(
     entry: &Entry,
     undone_by_restart: bool,
 ) -> Result<Successor, Option<String>> {
-    let wanted = core.wanted.get(entry.migration);
-    let next = match wanted.filter(|_| undone_by_restart && !entry.cancel.is_cancelled()) {
+    let wanted = core.wanted.get(entry.migration).filter(|_| undone_by_restart);
+    let next = match wanted {
         Some(_) if core.is_draining() => Err(Some("this gateway is being stopped and begins nothing".to_owned())),
-        Some(wanted) => promise(core, wanted).await.map_err(Some),
+        Some(wanted) => next(core, entry.migration, wanted).map_err(Some),
         None => Err(None),
     };
-    // One of them is there at any time.
-    core.wanted.forget(entry.migration).await;
     match next {
-        Ok(next) if entry.cancel.is_cancelled() => {
-            core.wanted.forget(next.migration).await;
-            Err(None)
+        Ok(next) => {
+            let is_wanted = core
+                .wanted
+                .replace(entry.migration, next.migration, next.wanted.clone())
+                .await;
+            if is_wanted { Ok(next) } else { Err(None) }
         }
-        next => next,
+        Err(why) => {
+            core.wanted.forget(entry.migration).await;
+            Err(why)
+        }
     }
 }
 
-async fn promise(core: &Core, wanted: Wanted) -> Result<Successor, String> {
-    let successor = Successor {
+fn next(core: &Core, migration: MigrationId, wanted: Wanted) -> Result<Successor, String> {
+    Ok(Successor {
         migration: MigrationId(super::random::bytes()),
-        wanted: wanted.again(core.config.migration.restarts, clock::unix_ms())?,
-    };
-    core.wanted.put(successor.migration, successor.wanted.clone()).await;
-    Ok(successor)
+        wanted: wanted.again(migration, core.config.migration.restarts, clock::unix_ms())?,
+    })
 }
 
-/// At the start of a gateway: what was wanted and is not in the hands of a driver is begun again, or forgotten where it is done.
-pub(crate) async fn take_up(core: &Arc<Core>) {
-    let mut undone: BTreeMap<String, Vec<(MigrationId, Wanted)>> = BTreeMap::new();
+/// What an earlier process was asked for, has not brought to an end, and no driver has in hand: found before any driver runs.
+#[derive(Debug)]
+pub(crate) struct Undone(Vec<(MigrationId, Wanted)>);
+
+/// Looks at what an earlier process was asked for. What is done is forgotten.
+pub(crate) async fn undone(core: &Core) -> Undone {
+    let mut undone = Vec::new();
     for (migration, wanted) in core.wanted.all() {
         let mut records = core.journal.records_of(migration).await;
         records.retain(|record| record.role == Role::Source);
-        match state_of(&records) {
-            Found::Open => {}
-            Found::Undone => undone
-                .entry(wanted.request.vm.clone())
-                .or_default()
-                .push((migration, wanted)),
-            Found::Over => core.wanted.forget(migration).await,
-        }
-    }
-    for (vm, earlier) in undone {
-        // Two, where the earlier process ended between a migration and its successor.
-        let newest = earlier.iter().max_by_key(|(_, wanted)| wanted.restarts);
-        let wanted = newest.map(|(_, wanted)| wanted.clone());
-        let Some(wanted) = wanted else { continue };
-        let peer = wanted.request.peer.clone();
-        let next = promise(core, wanted).await;
-        for (migration, _) in earlier {
+        let found = match wanted.journal == core.journal.id() {
+            true => state_of(&records),
+            false => Found::Over,
+        };
+        if found == Found::Over {
             core.wanted.forget(migration).await;
-            let mut reason = "this gateway was restarted in the middle of it".to_owned();
-            if let Err(why) = &next {
-                reason = format!("{reason}, and {why}");
-            }
-            let report = Report {
-                continued_as: next.as_ref().ok().map(|next| next.migration),
-                ..Report::without_figures(migration, &vm, &peer, api::Outcome::Failed, reason)
-            };
-            core.registry.remember(report, api::Role::Source, clock::now());
+            continue;
         }
-        if let Ok(next) = next {
-            migrate::start_again(core, next).await;
+        if let Some(earlier) = wanted.instead_of {
+            let reason = UNDONE.to_owned();
+            remember(core, earlier, &wanted, reason, Some(migration));
+        }
+        if found == Found::Undone {
+            undone.push((migration, wanted));
         }
     }
+    // The newest of a VM first: there are two where the earlier process ended between a migration and its successor.
+    undone.sort_by_key(|(_, wanted)| std::cmp::Reverse(wanted.restarts));
+    Undone(undone)
+}
+
+/// Begins it again.
+pub(crate) async fn take_up(core: &Arc<Core>, undone: Undone) {
+    let mut begun: BTreeMap<String, Option<MigrationId>> = BTreeMap::new();
+    for (migration, wanted) in undone.0 {
+        if let Some(instead) = begun.get(&wanted.request.vm) {
+            core.wanted.forget(migration).await;
+            remember(core, migration, &wanted, UNDONE.to_owned(), *instead);
+            continue;
+        }
+        let next = match next(core, migration, wanted.clone()) {
+            Ok(next) => next,
+            Err(why) => {
+                core.wanted.forget(migration).await;
+                remember(core, migration, &wanted, format!("{UNDONE}, and {why}"), None);
+                begun.insert(wanted.request.vm, None);
+                continue;
+            }
+        };
+        core.wanted
+            .replace(migration, next.migration, next.wanted.clone())
+            .await;
+        remember(core, migration, &wanted, UNDONE.to_owned(), Some(next.migration));
+        begun.insert(wanted.request.vm, Some(next.migration));
+        migrate::start_again(core, next).await;
+    }
+}
+
+const UNDONE: &str = "this gateway was restarted in the middle of it";
+
+fn remember(core: &Core, migration: MigrationId, wanted: &Wanted, reason: String, next: Option<MigrationId>) {
+    let StartRequest { vm, peer, .. } = &wanted.request;
+    let report = Report {
+        continued_as: next,
+        ..Report::without_figures(migration, vm, peer, api::Outcome::Failed, reason)
+    };
+    core.registry.remember(report, api::Role::Source, clock::now());
 }
 
 /// What the journal says of a migration that was wanted.

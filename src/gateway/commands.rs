@@ -59,7 +59,7 @@ fn answer(core: &Arc<Core>, command: Command) {
             tokio::spawn(async move {
                 if requested.is_ok() {
                     // Not even a gateway that is killed now begins it again.
-                    core.wanted.forget(migration).await;
+                    core.wanted.cancel(migration).await;
                 }
                 reply.send(requested);
             });

@@ -212,9 +212,10 @@ pub async fn run(
     let owed_too = owed.iter().map(|migration| (*migration, Role::Destination));
     let taken_up: Vec<_> = open.iter().copied().chain(owed_too).collect();
     hooks::settle(&core, &ended, &taken_up);
+    let undone = again::undone(&core).await;
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
-    again::take_up(&core).await;
+    again::take_up(&core, undone).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
         tokio::spawn(commands::serve(Arc::clone(&core), commands)),

@@ -335,7 +335,10 @@ impl Entry {
             ))
         };
         if state.ended_after.is_some() {
-            return too_late("it is over");
+            return match state.report.as_ref().and_then(|report| report.continued_as) {
+                Some(next) => too_late(&format!("it is over, and was begun again as {next}: cancel that one")),
+                None => too_late("it is over"),
+            };
         }
         if self.role == Role::Destination {
             return too_late("cancel it at the source gateway, which runs it");
@@ -343,11 +346,12 @@ impl Entry {
         if state.committed {
             return too_late("the VM has been handed over and only the destination's answer can bring it back");
         }
-        drop(state);
         if self.cancel.is_cancelled() {
             return Ok(Cancellation::AlreadyRequested);
         }
+        // Whoever ends it from now on knows.
         self.cancel.cancel();
+        drop(state);
         Ok(Cancellation::Requested)
     }
 

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Adjustment, NewRate, StartRequest};
-use crate::proto::page::MigrationId;
+use crate::proto::page::{JournalId, MigrationId};
 use crate::store::file::{remove_file, replace_file};
 
 const EXTENSION: &str = "wanted";
@@ -26,23 +26,29 @@ pub(crate) struct Wanted {
     began_unix_ms: u64,
     /// How often it has been begun again.
     pub(crate) restarts: u32,
+    /// The one that it was begun in place of.
+    pub(crate) instead_of: Option<MigrationId>,
+    /// The journal that knows what has become of it. Another one would say that it has never begun.
+    pub(crate) journal: JournalId,
 }
 
 impl Wanted {
     /// As it was asked for just now.
-    pub(crate) fn new(request: StartRequest, now_unix_ms: u64) -> Self {
+    pub(crate) fn new(request: StartRequest, journal: JournalId, now_unix_ms: u64) -> Self {
         Self {
             request,
             began_unix_ms: now_unix_ms,
             restarts: 0,
+            instead_of: None,
+            journal,
         }
     }
 
-    /// What is wanted once this one has been undone, at most the `most`th time.
+    /// What is wanted once this one, `migration`, has been undone, at most the `most`th time.
     ///
     /// # Errors
     /// Why it is not begun again, in words that follow what undid it.
-    pub(crate) fn again(mut self, most: u32, now_unix_ms: u64) -> Result<Self, String> {
+    pub(crate) fn again(mut self, migration: MigrationId, most: u32, now_unix_ms: u64) -> Result<Self, String> {
         if self.restarts >= most {
             return Err(format!("it is not begun again (migration.restarts = {most})"));
         }
@@ -54,6 +60,7 @@ impl Wanted {
         }
         self.began_unix_ms = now_unix_ms;
         self.restarts += 1;
+        self.instead_of = Some(migration);
         Ok(self)
     }
 }
@@ -110,10 +117,39 @@ impl WantedFiles {
         self.write(migration).await;
     }
 
-    /// It is over, or not wanted any more.
+    /// Another takes its place. Whether it was still wanted.
+    pub(crate) async fn replace(&self, migration: MigrationId, next: MigrationId, wanted: Wanted) -> bool {
+        {
+            let mut all = self.lock();
+            if all.remove(&migration).is_none() {
+                return false;
+            }
+            all.insert(next, wanted);
+        }
+        // One of them is there at any time.
+        self.write(next).await;
+        self.write(migration).await;
+        true
+    }
+
+    /// It is over.
     pub(crate) async fn forget(&self, migration: MigrationId) {
         if self.lock().remove(&migration).is_some() {
             self.write(migration).await;
+        }
+    }
+
+    /// It is not wanted any more, nor what may have taken its place this moment.
+    pub(crate) async fn cancel(&self, migration: MigrationId) {
+        let given_up: Vec<MigrationId> = {
+            let mut all = self.lock();
+            let is_meant = |id: MigrationId, wanted: &Wanted| id == migration || wanted.instead_of == Some(migration);
+            all.extract_if(|id, wanted| is_meant(*id, wanted))
+                .map(|(id, _)| id)
+                .collect()
+        };
+        for id in given_up {
+            self.write(id).await;
         }
     }
 
@@ -176,6 +212,8 @@ mod tests {
     use super::*;
 
     const MIGRATION: MigrationId = MigrationId([7; 16]);
+    const NEXT: MigrationId = MigrationId([8; 16]);
+    const JOURNAL: JournalId = JournalId([9; 16]);
 
     fn request() -> StartRequest {
         StartRequest {
@@ -192,7 +230,7 @@ mod tests {
     async fn what_is_wanted_outlives_the_process_until_it_is_over() {
         let directory = tempfile::tempdir().unwrap();
         let files = WantedFiles::load(directory.path());
-        files.put(MIGRATION, Wanted::new(request(), 1_000)).await;
+        files.put(MIGRATION, Wanted::new(request(), JOURNAL, 1_000)).await;
         let limit = Adjustment {
             rate: Some(NewRate::BytesPerSecond(5)),
             weight: None,
@@ -207,6 +245,23 @@ mod tests {
         next.forget(MIGRATION).await;
         next.adjust(MIGRATION, &limit).await;
         assert_eq!(WantedFiles::load(directory.path()).all(), []);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_cancellation_reaches_what_has_taken_its_place_and_nothing_takes_the_place_of_what_is_cancelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = WantedFiles::load(directory.path());
+        let wanted = Wanted::new(request(), JOURNAL, 0);
+        let again = wanted.clone().again(MIGRATION, 5, 0).unwrap();
+        files.put(MIGRATION, wanted.clone()).await;
+        assert!(files.replace(MIGRATION, NEXT, again.clone()).await);
+        assert_eq!(WantedFiles::load(directory.path()).all(), [(NEXT, again.clone())]);
+        files.cancel(MIGRATION).await;
+        assert_eq!(WantedFiles::load(directory.path()).all(), []);
+        files.put(MIGRATION, wanted).await;
+        files.cancel(MIGRATION).await;
+        assert!(!files.replace(MIGRATION, NEXT, again).await);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
@@ -225,12 +280,13 @@ mod tests {
 
     #[test]
     fn a_deadline_goes_on_across_restarts_and_restarts_have_an_end() {
-        let wanted = Wanted::new(request(), 1_000);
-        let again = wanted.again(5, 21_000).unwrap();
+        let wanted = Wanted::new(request(), JOURNAL, 1_000);
+        let again = wanted.again(MIGRATION, 5, 21_000).unwrap();
+        assert_eq!(again.instead_of, Some(MIGRATION));
         assert_eq!(again.request.deadline_seconds, Some(40.0));
-        assert!(again.clone().again(5, 61_000).unwrap_err().contains("deadline"));
+        assert!(again.clone().again(NEXT, 5, 61_000).unwrap_err().contains("deadline"));
         let mut last = again;
-        while let Ok(next) = last.clone().again(5, 21_000) {
+        while let Ok(next) = last.clone().again(NEXT, 5, 21_000) {
             last = next;
         }
         assert_eq!(last.restarts, 5);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::SourceDriver;
+use super::before_switchover::Hold;
 use crate::gateway::clock;
 use crate::gateway::forecasting::Sample;
 use crate::gateway::registry::Entry;
@@ -126,7 +127,7 @@ impl SourceDriver {
                     longest.as_secs()
                 )
             })
-        } else if let (Some(_), Some(stream)) = (self.stopped_at, &self.stream) {
+        } else if let (Some(_), Some(stream), Hold::Open) = (self.stopped_at, &self.stream, &self.hold) {
             let taken = stream.outbound.acknowledged_bytes();
             let since = match self.standstill {
                 Some((before, since)) if before == taken => since,

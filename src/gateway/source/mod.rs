@@ -359,6 +359,10 @@ impl SourceDriver {
         if let RecordKind::Closed(Outcome::RunsAtSource) = &kind {
             // After this record nobody comes back to it.
             self.vmm.restore_settings().await;
+            if !self.undone_by_restart || self.cancel_seen {
+                // What has failed by itself is not begun again, whenever this process ends.
+                self.core.wanted.forget(self.entry.migration).await;
+            }
         }
         let record = JournalRecord {
             migration: self.entry.migration,

@@ -45,12 +45,11 @@ impl Disk {
     }
 
     /// Leaves no room for another block.
-    pub(super) fn fill(&self) {
-        let filled = OpenOptions::new().append(true).open(self.filler());
-        // It ends with the error that is wanted. Where the file cannot be opened nothing is full, which is seen.
-        if let Ok(mut filler) = filled {
-            while filler.write_all(&[0; BLOCK as usize]).is_ok() {}
-        }
+    pub(super) fn fill(&self) -> std::io::Result<()> {
+        let mut filler = OpenOptions::new().append(true).open(self.filler())?;
+        // It ends with the error that is wanted.
+        while filler.write_all(&[0; BLOCK as usize]).is_ok() {}
+        Ok(())
     }
 
     /// Makes room again.

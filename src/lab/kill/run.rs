@@ -439,7 +439,7 @@ impl Stage {
         }
         for site in &ground.sites {
             let entries = std::fs::read_dir(site.state()).into_iter().flatten().flatten();
-            let of_a_migration = |name: &String| name.ends_with(".stream") || name.ends_with(".launching");
+            let of_a_migration = |name: &String| OF_A_MIGRATION.iter().any(|end| name.ends_with(end));
             let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
             left.extend(
                 names
@@ -460,6 +460,16 @@ impl Stage {
         self.qemu.kill().await;
     }
 }
+
+/// How names of files end that a migration has in a state directory, and nobody once it is over.
+const OF_A_MIGRATION: [&str; 6] = [
+    ".stream",
+    ".launching",
+    ".wanted",
+    ".new",
+    ".source-hook",
+    ".destination-hook",
+];
 
 /// Whether the fault has killed the only copy that may run: that at A before PERMIT, or that at B after RUNNING.
 pub(super) fn is_lost(case: &Case, journals: &[Vec<Step>; 2]) -> bool {

@@ -31,15 +31,18 @@ pub(super) enum Target {
 }
 
 impl Strike {
-    /// Makes the fault. Blocks where a process is hit that is only about to start.
-    pub(super) fn make(&self) {
+    /// Makes the fault, and says whether it could. Blocks where a process is hit that is only about to start.
+    pub(super) fn make(&self) -> bool {
         match self {
-            Self::Signal { targets, signal } => send(targets, *signal),
-            Self::Cut { control, directions } => {
-                // A link that does not obey is seen: the migration is not disturbed by it.
-                let _ = ask(control, &format!("down {directions} {}", show(LONGEST_CUT)));
+            Self::Signal { targets, signal } => {
+                // Whether it came in time is seen in the journals.
+                send(targets, *signal);
+                true
             }
-            Self::Fill(disk) => disk.fill(),
+            Self::Cut { control, directions } => {
+                ask(control, &format!("down {directions} {}", show(LONGEST_CUT))).is_ok()
+            }
+            Self::Fill(disk) => disk.fill().is_ok(),
         }
     }
 

@@ -15,7 +15,8 @@ use crate::store::journal::Follower;
 #[derive(Debug)]
 pub(super) struct Trigger {
     strike: OnceLock<Strike>,
-    fired: OnceLock<WallTime>,
+    /// `None` inside: it could not be made.
+    fired: OnceLock<Option<WallTime>>,
 }
 
 impl Trigger {
@@ -36,16 +37,13 @@ impl Trigger {
     /// Makes the fault. Only the first call does something. Blocks as [`Strike::make`].
     pub(super) fn fire(&self) {
         if let Some(strike) = self.strike.get() {
-            self.fired.get_or_init(|| {
-                strike.make();
-                WallTime::now()
-            });
+            self.fired.get_or_init(|| strike.make().then(WallTime::now));
         }
     }
 
     /// When it fired.
     pub(super) fn fired(&self) -> Option<WallTime> {
-        self.fired.get().copied()
+        self.fired.get().copied().flatten()
     }
 
     /// What was, or will be, done.

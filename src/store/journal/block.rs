@@ -61,6 +61,15 @@ pub(super) struct Place {
     pub(super) birth_nanoseconds: u32,
 }
 
+impl Place {
+    /// Whether both may be the same file. A file system may learn to tell of births.
+    pub(super) fn may_be(self, other: Self) -> bool {
+        let birth = |place: Self| (place.birth_seconds, place.birth_nanoseconds);
+        let is_unknown = |place| birth(place) == (0, 0);
+        self.inode == other.inode && (birth(self) == birth(other) || is_unknown(self) || is_unknown(other))
+    }
+}
+
 /// What a first block is, if it is not a header of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BadHeader {
@@ -275,6 +284,16 @@ mod tests {
         };
         let block = header.encode();
         assert_eq!(Header::decode(&block), Ok(header));
+        let unborn = Place {
+            birth_seconds: 0,
+            birth_nanoseconds: 0,
+            ..place
+        };
+        let younger = Place {
+            birth_nanoseconds: 7,
+            ..place
+        };
+        assert!(place.may_be(unborn) && unborn.may_be(place) && !place.may_be(younger));
         // What an older release reads is where it was.
         assert_eq!(block[..PLACE_AT], old.encode()[..PLACE_AT]);
     }

@@ -90,13 +90,8 @@ impl Journal {
             match OpenOptions::new().read(true).write(true).open(path) {
                 Ok(file) => {
                     lock(&file, path)?;
-                    // The gateway that held the lock may have put a compacted file in this one's place.
-                    let opened = file.metadata().map_err(failed("opened"))?;
-                    match fs::metadata(path) {
-                        Ok(named) if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) => {}
-                        Ok(_) => continue,
-                        Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                        Err(error) => return Err(failed("opened")(error)),
+                    if !is_still_named(&file, path).map_err(failed("opened"))? {
+                        continue;
                     }
                     return Self::replay(path, file);
                 }
@@ -120,8 +115,13 @@ impl Journal {
             action: "adopted",
             source,
         };
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-        lock(&file, path)?;
+        let file = loop {
+            let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+            lock(&file, path)?;
+            if is_still_named(&file, path).map_err(failed)? {
+                break file;
+            }
+        };
         let mut header = read(path, &file)?.header;
         header.place = Some(place_of(&file).map_err(failed)?);
         file.write_all_at(&*header.encode(), 0)
@@ -304,7 +304,7 @@ impl Journal {
         };
         let mut read = read(path, &file)?;
         let here = place_of(&file).map_err(failed)?;
-        if read.header.place.replace(here).is_some_and(|place| place != here) {
+        if read.header.place.replace(here).is_some_and(|place| !place.may_be(here)) {
             return Err(JournalError::Copied { path: path.to_owned() });
         }
         let shown = path.display();
@@ -493,6 +493,16 @@ fn read(path: &Path, file: &File) -> Result<Read, JournalError> {
         torn,
         mended,
     })
+}
+
+/// Whether a locked file is still the one at `path`: the gateway that held the lock may have put a compacted one there.
+fn is_still_named(file: &File, path: &Path) -> io::Result<bool> {
+    let opened = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (opened.dev(), opened.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The file that this is.
