@@ -191,7 +191,7 @@ mod tests {
         let learnt = |reason| RecordKind::Learnt(Verdict::Aborted(reason));
         let found = |kinds: &[RecordKind]| state_of(&records(kinds));
         assert_eq!(found(&[]), Found::Undone);
-        assert_eq!(found(&[started.clone()]), Found::Open);
+        assert_eq!(found(std::slice::from_ref(&started)), Found::Open);
         assert_eq!(found(&[started.clone(), here.clone()]), Found::Undone);
         for (reason, expected) in [
             (AbortReason::Restarted, Found::Undone),

@@ -204,6 +204,7 @@ pub(crate) fn report(outcome: Outcome) -> Event {
             raw: 6,
         },
         stream_digest: Some("ab".repeat(32)),
+        continued_as: None,
         forecast: Some(forecast(true)),
     }))
 }

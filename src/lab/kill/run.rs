@@ -315,6 +315,11 @@ impl Stage {
                 });
             }
         }
+        // A disk that was full when nothing was written was no fault.
+        let struck = struck.filter(|_| match case.fault() {
+            Some(Fault::FullDisk(place)) => ground.sites[place.index()].has_missed_a_record(),
+            _ => true,
+        });
         Ok(Finding {
             command_seconds: ended.map(|ended| ended.seconds_since(begun)),
             exit_code,

@@ -101,6 +101,15 @@ impl Site {
         Ok(gateway)
     }
 
+    /// Whether the gateway that was started first has said that it could not write to its journal.
+    pub(super) fn has_missed_a_record(&self) -> bool {
+        let said = std::fs::read_to_string(self.directory.join("gateway-1.log")).unwrap_or_default();
+        let failed = |line: &str| {
+            line.contains("journal") && (line.contains("could not be written") || line.contains("is full"))
+        };
+        said.lines().any(failed)
+    }
+
     /// The command line of a client of this site's gateway.
     pub(super) fn client(&self, longhaul: &str, arguments: &[&str]) -> Vec<String> {
         client(longhaul, arguments, &self.control_socket())
