@@ -20,7 +20,7 @@
 //! | module | is | |
 //! |---|---|---|
 //! | [`proto`] | pure | everything hard: parsing, reduction, order and resume, ownership, convergence, rate control |
-//! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, tunnels, pairing, recovery |
+//! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, tunnels, pairing, recovery, hooks |
 //! | [`migrate`] | edge | one migration seen from its source: phases in a straight line, one exit that says where the VM is |
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
 //! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |
@@ -31,7 +31,7 @@
 //! | [`cli`] | edge | one file per verb |
 //! | [`metrics`] | edge | every series, once |
 //! | [`wan`] | tool | the emulated link between two sites, and what looks at it |
-//! | [`lab`] | tool | real guests on that link: engines that move them, plans, measures, reports, the demo, the kills |
+//! | [`lab`] | tool | real guests on that link: engines that move them, plans, measures, reports, the demo, the faults |
 //!
 //! # What a reader may rely on
 //!

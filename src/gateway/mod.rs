@@ -3,7 +3,7 @@
 //! ```text
 //! commands (api) ─▶ commands ─▶ migrate ─▶ source ──── contact, outbound ──▶ peer
 //!                                            │
-//!                       registry, journal, memory, links ◀── standing
+//!                       registry, journal, wanted, hooks, memory, links ◀── standing
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
 //!             ├────▶ link_test
