@@ -32,7 +32,8 @@ impl JournalHandle {
                 match work {
                     Work::Append(record, reply) => {
                         let appended = journal.append(*record);
-                        if appended.is_err() {
+                        if let Err(error) = &appended {
+                            tracing::error!("{error}");
                             metrics.count_journal_error();
                         }
                         let _ = reply.send(appended.map_err(Arc::new));

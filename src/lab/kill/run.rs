@@ -362,6 +362,13 @@ impl Stage {
         if matches!(fault, Fault::KillQemu(_) | Fault::KillCommand) {
             return Ok(struck);
         }
+        if let Fault::FullDisk(place) = fault {
+            // Nothing is written during pre-copy: it is noticed at the next record.
+            let deadline = tokio::time::Instant::now() + NEXT_RECORD;
+            while !ground.sites[place.index()].has_missed_a_record() && tokio::time::Instant::now() < deadline {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
         tokio::time::sleep(away).await;
         let mut mended = WallTime::now();
         if let Some(strike) = self.trigger.strike() {
@@ -558,6 +565,8 @@ const CASE: Duration = Duration::from_secs(600);
 const MOMENT: Duration = Duration::from_secs(90);
 /// How long both gateways may take, once the killed one is back, until everything is at rest.
 const REST: Duration = Duration::from_secs(40);
+/// How long pre-copy lasts at most.
+const NEXT_RECORD: Duration = Duration::from_secs(20);
 /// See its use.
 const LULL: Duration = Duration::from_millis(1500);
 const VERIFY: Duration = Duration::from_secs(60);
