@@ -29,6 +29,12 @@ fn on_its_way(settings: &str) -> (Rig, Running, String) {
     (rig, client, id)
 }
 
+/// Its VMs live on.
+fn kill_gateway(site: &mut Site) {
+    site.gateway().signal(Signal::KILL);
+    until("the gateway is dead", || site.gateway().has_ended());
+}
+
 /// The migrations that a gateway lists, the newest first.
 fn known(site: &Site) -> Vec<Value> {
     let listed = site.run(&["list", "--output", "json"]).json();
@@ -57,8 +63,7 @@ fn assert_begun_again(rig: &Rig, ended: &Ended, first: &str) {
 fn a_migration_whose_source_gateway_is_killed_is_begun_again_and_arrives() {
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");
-    rig.a.gateway().signal(Signal::KILL);
-    until("the gateway is dead", || rig.a.gateway().has_ended());
+    kill_gateway(&mut rig.a);
     assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
     rig.a.start();
     let ended = client.wait();
@@ -69,8 +74,7 @@ fn a_migration_whose_source_gateway_is_killed_is_begun_again_and_arrives() {
 fn a_migration_whose_destination_gateway_is_killed_is_begun_again_and_arrives() {
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");
-    rig.b.gateway().signal(Signal::KILL);
-    until("the gateway is dead", || rig.b.gateway().has_ended());
+    kill_gateway(&mut rig.b);
     rig.b.start();
     let ended = client.wait();
     assert_begun_again(&rig, &ended, &first);
@@ -81,8 +85,7 @@ fn a_source_that_is_back_before_its_peer_waits_for_it_and_begins_again() {
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");
     for site in [&mut rig.b, &mut rig.a] {
-        site.gateway().signal(Signal::KILL);
-        until("the gateway is dead", || site.gateway().has_ended());
+        kill_gateway(site);
     }
     rig.a.start();
     until("the next one waits", || known(&rig.a)[0]["phase"] == "checking");
@@ -100,8 +103,7 @@ fn a_migration_that_was_cancelled_is_not_begun_again_by_a_gateway_that_was_kille
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");
     let cancelled = rig.a.run(&["cancel", &first]);
-    rig.a.gateway().signal(Signal::KILL);
-    until("the gateway is dead", || rig.a.gateway().has_ended());
+    kill_gateway(&mut rig.a);
     assert_eq!(cancelled.code, Some(0), "{cancelled:?}");
     rig.a.start();
     assert_eq!(client.wait().code, Some(1));
@@ -115,8 +117,7 @@ fn a_migration_that_was_cancelled_is_not_begun_again_by_a_gateway_that_was_kille
 fn where_nothing_is_to_be_begun_again_the_report_says_so() {
     need!(qemu());
     let (mut rig, client, _) = on_its_way("[migration]\nrestarts = \"0\"\n");
-    rig.b.gateway().signal(Signal::KILL);
-    until("the gateway is dead", || rig.b.gateway().has_ended());
+    kill_gateway(&mut rig.b);
     rig.b.start();
     let ended = client.wait();
     assert_eq!(ended.code, Some(1), "{ended:?}");

@@ -1,6 +1,6 @@
 //! `longhaul journal`: what the ownership journal of this site says.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -104,7 +104,7 @@ impl Which {
         }
         let config =
             Config::load(&self.config, &Overrides::default()).map_err(|error| Failure::no(error.to_string()))?;
-        Ok(config.state_dir.join(Path::new("journal")))
+        Ok(config.state_dir.join("journal"))
     }
 }
 
