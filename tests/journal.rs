@@ -133,6 +133,33 @@ fn a_copy_of_a_journal_is_refused_until_somebody_says_that_it_is_the_latest() {
     drop(open);
 }
 
+#[test]
+fn an_older_content_in_the_same_file_is_refused_until_somebody_says_that_it_is_the_latest() {
+    let directory = directory();
+    let (path, records) = journal_of(&directory, 2);
+    let backup = fs::read(&path).unwrap();
+    let mut journal = Journal::open(&path, 0).unwrap();
+    journal.append(started(9)).unwrap();
+    drop(journal);
+    let latest = fs::read(&path).unwrap();
+
+    // As `cp backup journal` does: the file stays the same.
+    fs::write(&path, &backup).unwrap();
+    let error = Journal::open(&path, 0).unwrap_err();
+    assert!(matches!(error, JournalError::Older { .. }), "{error}");
+    assert!(error.to_string().contains("longhaul journal adopt"), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), backup, "a refused journal is left as it is");
+    assert_eq!(read_only(&path).unwrap().records, records);
+
+    fs::write(&path, &latest).unwrap();
+    assert_eq!(Journal::open(&path, 0).unwrap().records().len(), records.len() + 1);
+    fs::write(&path, &backup).unwrap();
+    Journal::adopt(&path).unwrap();
+    for _ in 0..2 {
+        assert_eq!(Journal::open(&path, 0).unwrap().records(), records);
+    }
+}
+
 /// `longhaul journal ARGS FILE`: its exit code, and what it said on both outputs.
 fn command(args: &[&str], file: &Path) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
@@ -212,6 +239,31 @@ fn a_second_gateway_is_told_which_journal_is_in_use() {
     );
 }
 
+/// What a crash in the middle of a write leaves: the file is marked once the record is on disk.
+fn unmark(path: &Path) {
+    match rustix::fs::removexattr(path, "user.longhaul.journal") {
+        // A file system without such attributes has no mark.
+        Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_record_that_was_acknowledged_and_is_cut_short_is_damage() {
+    let directory = directory();
+    let (path, _) = journal_of(&directory, 3);
+    let mut bytes = trimmed(&path, 3);
+    bytes[3 * BLOCK + 8..].fill(0);
+    fs::write(&path, &bytes).unwrap();
+    let error = Journal::open(&path, 0).unwrap_err();
+    let at = 3 * BLOCK as u64;
+    assert!(
+        matches!(error, JournalError::Damaged { offset, .. } if offset == at),
+        "{error}"
+    );
+    assert_eq!(fs::read(&path).unwrap(), bytes, "a refused journal is left as it is");
+}
+
 #[test]
 fn a_record_cut_short_at_any_byte_is_there_whole_or_not_at_all() {
     let directory = directory();
@@ -232,6 +284,7 @@ fn a_record_cut_short_at_any_byte_is_there_whole_or_not_at_all() {
             let mut torn = whole.clone();
             torn[bytes].fill(0);
             fs::write(&torn_path, &torn).unwrap();
+            unmark(&torn_path);
             let expected = if from_front {
                 cut >= first_half_ends
             } else {

@@ -21,7 +21,7 @@ pub(super) enum JournalCommand {
     Show(ShowArgs),
     /// Says that a journal which was copied or moved here is the latest: no gateway has used it elsewhere since.
     ///
-    /// A gateway refuses a journal that lies in another file than it was written to, since a copy from a backup lies about what was decided
+    /// A gateway refuses a journal that lies in another file than it was written to, or has held more than it does now, since a copy from a backup lies about what was decided
     /// since. Say this after the state directory was moved to another disk or host with the gateway stopped, and never of a backup.
     ///
     /// Exit code: 0 the gateway may be started, 2 nothing was changed.

@@ -200,11 +200,12 @@ impl Rules {
             }),
             Effect::ReleaseHeldTail => self.with(world, all, name, true, |_, w| {
                 w.destination_queue.pop_front();
-                if !w
+                let forgotten = w.source_restored || w.source_forgot;
+                let permitted = w
                     .source_journal
                     .iter()
-                    .any(|kind| matches!(kind, RecordKind::Permit(_)))
-                {
+                    .any(|kind| matches!(kind, RecordKind::Permit(_)));
+                if !permitted && !forgotten {
                     w.broken = Some("the tail was released and no permit is recorded");
                 }
                 if w.vmm == Vmm::Loading {

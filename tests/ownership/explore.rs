@@ -17,6 +17,7 @@ const CALM: Faults = Faults {
     chatty: false,
     journal_fails: false,
     people: false,
+    restores: false,
 };
 
 /// Multiplies and rotates, as rustc's own: the states are not hostile, and there are many.
@@ -215,6 +216,11 @@ fn one_side_runs_when_people_decide_and_a_journal_is_lost() {
     holds("people", Faults { people: true, ..CALM });
 }
 
+#[test]
+fn one_side_runs_when_journals_are_restored_from_backups() {
+    holds("restored journals", Faults { restores: true, ..CALM });
+}
+
 #[track_caller]
 fn catches(mutation: Mutation, faults: Faults, violation: &str) {
     let seen = explore(faults, mutation);
@@ -244,6 +250,11 @@ fn a_source_that_breaks_a_rule_is_caught() {
             ..CALM
         },
         both,
+    );
+    catches(
+        Mutation::OldJournalIsOpened,
+        Faults { restores: true, ..CALM },
+        "an ABORT is recorded and the vmm lives",
     );
     catches(
         Mutation::PermitIsSentBeforeItIsRecorded,

@@ -1,7 +1,7 @@
 //! What happens around the gateways by itself: vmms, operators, other people's hands.
 
 use longhaul::proto::ownership::{
-    AbortReason, DestinationEvent, DestinationState, Message, Source, SourceEvent, SourceState,
+    AbortReason, DestinationEvent, DestinationState, Message, RecordKind, Source, SourceEvent, SourceState,
 };
 
 use super::world::{Guest, Mutation, Next, OTHER_SUM, Rules, SUM, Vmm, World};
@@ -63,6 +63,12 @@ impl Rules {
         if unpermitted && self.faults.cancels {
             self.with(world, all, "operator cancels", false, |rules, w| {
                 rules.tell_source(w, SourceEvent::Cancel)
+            });
+        }
+        if self.faults.third_party && world.migrating && world.source.is_some() {
+            self.with(world, all, "third party: migrate_cancel", false, |rules, w| {
+                w.migrating = false;
+                rules.tell_source(w, SourceEvent::MigrateFailed);
             });
         }
         if self.faults.third_party && world.source_guest == Guest::Stopped && !world.frozen {
@@ -142,6 +148,22 @@ impl Rules {
                 self.with(world, all, "destination vmm: load fails", false, |rules, w| {
                     rules.tell_destination(w, DestinationEvent::LoadFailed);
                 });
+            }
+        }
+        if self.faults.third_party && world.vmm == Vmm::Loaded {
+            for (seen, what) in [(true, "seen"), (false, "unseen")] {
+                self.with(
+                    world,
+                    all,
+                    format!("third party: cont at the destination, {what}"),
+                    false,
+                    |rules, w| {
+                        w.vmm = Vmm::Running;
+                        if seen {
+                            rules.tell_destination(w, DestinationEvent::VmmRunning);
+                        }
+                    },
+                );
             }
         }
         if matches!(

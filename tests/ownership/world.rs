@@ -36,6 +36,8 @@ pub(crate) struct Faults {
     pub(crate) chatty: bool,
     pub(crate) journal_fails: bool,
     pub(crate) people: bool,
+    /// Whether a gateway that is down may find an older copy of its journal in the journal's place.
+    pub(crate) restores: bool,
 }
 
 /// A rule that is broken on purpose, between the machines and the world.
@@ -54,6 +56,7 @@ pub(crate) enum Mutation {
     RevertWithoutConfirmedDeath,
     LateCommitAfterAbort,
     PermitIsBelievedForAnyStream,
+    OldJournalIsOpened,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +87,10 @@ pub(crate) struct World {
     pub(crate) source_queue: VecDeque<Effect>,
     pub(crate) source_journal: Vec<RecordKind>,
     pub(crate) source_poisoned: bool,
+    /// An older copy lies in the place of the journal.
+    pub(crate) source_restored: bool,
+    /// Its journal was lost or moved away: the gateway runs and knows nothing of the migration.
+    pub(crate) source_forgot: bool,
     pub(crate) source_guest: Guest,
     pub(crate) frozen: bool,
     pub(crate) migrating: bool,
@@ -96,6 +103,7 @@ pub(crate) struct World {
     pub(crate) destination_queue: VecDeque<Effect>,
     pub(crate) destination_journal: Vec<RecordKind>,
     pub(crate) destination_poisoned: bool,
+    pub(crate) destination_restored: bool,
     pub(crate) journal_lost: bool,
     pub(crate) vmm: Vmm,
     /// The request to prepare has been delivered.
@@ -146,6 +154,8 @@ impl Rules {
             source_queue: VecDeque::new(),
             source_journal: vec![],
             source_poisoned: false,
+            source_restored: false,
+            source_forgot: false,
             source_guest: if self.faults.was_running {
                 Guest::Running
             } else {
@@ -159,6 +169,7 @@ impl Rules {
             destination_queue: VecDeque::new(),
             destination_journal: vec![],
             destination_poisoned: false,
+            destination_restored: false,
             journal_lost: false,
             vmm: Vmm::None,
             begun: false,
@@ -368,8 +379,8 @@ at {event:?}"
             }
         }
         // A contact is offered when its answer is not already on the way, which keeps queues short and loses no behaviour.
-        if world.source.is_some() && world.destination.is_some() {
-            if world.source_queue.is_empty() {
+        if (world.source.is_some() || world.source_forgot) && world.destination.is_some() {
+            if world.source.is_some() && world.source_queue.is_empty() {
                 let journal = if world.journal_lost {
                     NEW_JOURNAL
                 } else {
@@ -380,13 +391,13 @@ at {event:?}"
                 });
             }
             if world.destination_queue.is_empty() {
+                let journal = if world.source_forgot {
+                    NEW_JOURNAL
+                } else {
+                    SOURCE_JOURNAL
+                };
                 self.with(world, all, "destination has contact", true, |rules, w| {
-                    rules.tell_destination(
-                        w,
-                        DestinationEvent::Contact {
-                            journal: SOURCE_JOURNAL,
-                        },
-                    );
+                    rules.tell_destination(w, DestinationEvent::Contact { journal });
                 });
             }
         }
@@ -401,12 +412,15 @@ at {event:?}"
                 crash_destination(w)
             });
         }
-        if world.source.is_none() {
+        if self.faults.restores {
+            self.restores(world, all);
+        }
+        if world.source.is_none() && !world.source_forgot && self.opens(world.source_restored) {
             self.with(world, all, "source gateway starts", true, |rules, w| {
                 rules.restart_source(w)
             });
         }
-        if world.destination.is_none() {
+        if world.destination.is_none() && self.opens(world.destination_restored) {
             let seen = match world.vmm {
                 Vmm::None | Vmm::Dead => VmmFact::Dead,
                 Vmm::Loading | Vmm::Finishing | Vmm::Loaded => VmmFact::Paused,
@@ -427,6 +441,58 @@ at {event:?}"
                 self.with(world, all, "destination journal is lost", false, |_, w| {
                     w.journal_lost = true;
                     w.destination_journal.clear();
+                });
+            }
+        }
+    }
+
+    /// A journal that is older than it was is not opened.
+    fn opens(&self, restored: bool) -> bool {
+        !restored || self.mutation == Mutation::OldJournalIsOpened
+    }
+
+    /// While a gateway is down an older copy of its journal, as a backup may have it, is put back. A gateway that refuses it is
+    /// started with a new journal by a person.
+    fn restores(&mut self, world: &World, all: &mut Vec<Next>) {
+        if world.source.is_none() && !world.source_forgot {
+            for kept in (0..world.source_journal.len()).filter(|_| !world.source_restored) {
+                self.with(
+                    world,
+                    all,
+                    format!("source journal is restored, {kept} records"),
+                    false,
+                    |_, w| {
+                        w.source_journal.truncate(kept);
+                        w.source_restored = true;
+                    },
+                );
+            }
+            if world.source_restored {
+                self.with(world, all, "source journal is moved away", false, |_, w| {
+                    w.source_journal.clear();
+                    w.source_restored = false;
+                    w.source_forgot = true;
+                });
+            }
+        }
+        if world.destination.is_none() && !world.journal_lost {
+            for kept in (0..world.destination_journal.len()).filter(|_| !world.destination_restored) {
+                self.with(
+                    world,
+                    all,
+                    format!("destination journal is restored, {kept} records"),
+                    false,
+                    |_, w| {
+                        w.destination_journal.truncate(kept);
+                        w.destination_restored = true;
+                    },
+                );
+            }
+            if world.destination_restored {
+                self.with(world, all, "destination journal is moved away", false, |_, w| {
+                    w.destination_journal.clear();
+                    w.destination_restored = false;
+                    w.journal_lost = true;
                 });
             }
         }
@@ -680,13 +746,14 @@ impl World {
     pub(crate) fn may_need_a_person(&self) -> bool {
         let has = |test: fn(&RecordKind) -> bool| self.destination_journal.iter().any(test);
         let lost_after_commit = has(|kind| matches!(kind, RecordKind::Commit(_))) && self.vmm == Vmm::Dead;
-        let broken_journal = self.source_poisoned || self.destination_poisoned || self.journal_lost;
+        let restored = self.source_restored || self.destination_restored || self.source_forgot;
+        let broken_journal = self.source_poisoned || self.destination_poisoned || self.journal_lost || restored;
         let source_gone = self.source_guest == Guest::Dead;
         let refused = self.destination.as_ref().is_some_and(|machine| {
             matches!(
                 machine.state(),
                 DestinationState::Stuck {
-                    doubt: Doubt::CannotContinue,
+                    doubt: Doubt::CannotContinue | Doubt::MayHaveRun,
                     ..
                 }
             )

@@ -54,6 +54,17 @@ pub enum JournalError {
         /// The journal.
         path: PathBuf,
     },
+    /// It has fewer records than its file has had.
+    #[error(
+        "the ownership journal {} has held more than it does now: an older copy was put over it, which lacks what was decided since. Make sure \
+         where each of its VMs runs (longhaul journal show {}), and move it away: the peers will then treat its migrations as in doubt. If it is \
+         the latest after all, say so: longhaul journal adopt {}",
+        path.display(), path.display(), path.display()
+    )]
+    Older {
+        /// The journal.
+        path: PathBuf,
+    },
     /// No room for a new migration. Nothing was written, and the journal can still be used.
     #[error("the disk of the ownership journal {} is full; free some space before a migration is begun", path.display())]
     Full {

@@ -11,6 +11,7 @@
 mod block;
 mod error;
 mod follow;
+mod mark;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -77,7 +78,7 @@ impl Journal {
     ///
     /// # Errors
     /// Another gateway has it open; it is no journal, of another format, or damaged elsewhere than in a record cut short; it lies
-    /// in another file than it was written to; the disk is full or fails. The file is then as it was.
+    /// in another file than it was written to, or an older content was copied over it; the disk is full or fails. The file is then as it was.
     pub fn open(path: &Path, now_unix_ms: u64) -> Result<Self, JournalError> {
         let failed = |action| {
             move |source| JournalError::Io {
@@ -105,10 +106,10 @@ impl Journal {
         }
     }
 
-    /// Takes a copied journal for the one that was copied: it is opened from now on.
+    /// Takes a journal that was copied, or an older content, for the latest: it is opened from now on.
     ///
     /// # Errors
-    /// As [`Journal::open`], but for its place; and there must be one.
+    /// As [`Journal::open`], but for its place and its age; and there must be one.
     pub fn adopt(path: &Path) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io {
             path: path.to_owned(),
@@ -122,11 +123,15 @@ impl Journal {
                 break file;
             }
         };
-        let mut header = read(path, &file)?.header;
+        let Read {
+            mut header, records, ..
+        } = read(path, &file)?;
         header.place = Some(place_of(&file).map_err(failed)?);
         file.write_all_at(&*header.encode(), 0)
             .and_then(|()| file.sync_all())
-            .map_err(failed)
+            .map_err(failed)?;
+        mark::set(&file, header.id, header.first_sequence + records.len() as u64);
+        Ok(())
     }
 
     /// The journal's name, which the peers record.
@@ -191,6 +196,7 @@ impl Journal {
         match written {
             Ok(()) => {
                 self.records.push(record);
+                mark::set(&self.file, self.header.id, self.next_sequence());
                 Ok(())
             }
             Err(source) => Err(self.doubt(source)),
@@ -307,6 +313,17 @@ impl Journal {
         if read.header.place.replace(here).is_some_and(|place| !place.may_be(here)) {
             return Err(JournalError::Copied { path: path.to_owned() });
         }
+        let next = read.header.first_sequence + read.records.len() as u64;
+        if mark::is_ahead(&file, read.header.id, next) {
+            let path = path.to_owned();
+            return Err(if read.torn {
+                // What looks cut short was acknowledged.
+                let offset = offset_of(read.records.len() as u64);
+                JournalError::Damaged { path, offset }
+            } else {
+                JournalError::Older { path }
+            });
+        }
         let shown = path.display();
         if read.mended > 0 {
             tracing::warn!(journal = %shown, records = read.mended, "mended records of which one half was damaged; look at the disk");
@@ -336,6 +353,7 @@ impl Journal {
         }
         file.sync_all().map_err(failed)?;
         sync_directory(path).map_err(failed)?;
+        mark::set(&file, read.header.id, next);
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -344,6 +362,10 @@ impl Journal {
             allocated: read.blocks,
             in_doubt: false,
         })
+    }
+
+    fn next_sequence(&self) -> u64 {
+        self.header.first_sequence + self.records.len() as u64
     }
 
     fn check(&self) -> Result<(), JournalError> {
@@ -617,6 +639,7 @@ fn write_anew(file: &File, header: &Header, records: &[JournalRecord]) -> io::Re
         file.write_all_at(&*block, offset_of(at))?;
     }
     file.sync_all()?;
+    mark::set(file, header.id, header.first_sequence + records.len() as u64);
     Ok(blocks)
 }
 
