@@ -49,8 +49,8 @@ fn assert_begun_again(rig: &Rig, ended: &Ended, first: &str) {
     assert_eq!(report["outcome"], "completed", "{report}");
     let earlier = rig.a.run(&["status", first, "--output", "json"]).json();
     assert_eq!(earlier["report"]["outcome"], "failed", "{earlier}");
-    assert_eq!(earlier["report"]["continued_as"], report["migration"], "{earlier}");
     assert!(ended.stderr.contains("begun again as migration"), "{ended:?}");
+    assert!(!earlier["report"]["continued_as"].is_null(), "{earlier}");
     // Whoever asks for the first one is led to the last.
     let attached = rig.a.run(&["attach", first, "--output", "json"]);
     assert_eq!(attached.code, Some(0), "{attached:?}");
@@ -60,12 +60,15 @@ fn assert_begun_again(rig: &Rig, ended: &Ended, first: &str) {
 }
 
 #[test]
-fn a_migration_whose_source_gateway_is_killed_is_begun_again_and_arrives() {
+fn a_migration_whose_source_gateway_is_killed_twice_is_begun_again_and_arrives() {
     need!(qemu());
     let (mut rig, client, first) = on_its_way("");
-    kill_gateway(&mut rig.a);
-    assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
-    rig.a.start();
+    for _ in 0..2 {
+        rig.a.until_phase("precopy");
+        kill_gateway(&mut rig.a);
+        assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
+        rig.a.start();
+    }
     let ended = client.wait();
     assert_begun_again(&rig, &ended, &first);
 }

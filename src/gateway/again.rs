@@ -81,9 +81,8 @@ pub(crate) async fn undone(core: &Core) -> Undone {
             core.wanted.forget(migration).await;
             continue;
         }
-        if let Some(earlier) = wanted.instead_of {
-            let reason = UNDONE.to_owned();
-            remember(core, earlier, &wanted, reason, Some(migration));
+        for &earlier in &wanted.earlier {
+            remember(core, earlier, &wanted, UNDONE.to_owned(), Some(migration));
         }
         if found == Found::Undone {
             undone.push((migration, wanted));

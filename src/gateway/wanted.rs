@@ -26,8 +26,9 @@ pub(crate) struct Wanted {
     began_unix_ms: u64,
     /// How often it has been begun again.
     pub(crate) restarts: u32,
-    /// The one that it was begun in place of.
-    pub(crate) instead_of: Option<MigrationId>,
+    /// Those that it was begun in the place of, the first one first.
+    #[serde(default)]
+    pub(crate) earlier: Vec<MigrationId>,
     /// The journal that knows what has become of it. Another one would say that it has never begun.
     pub(crate) journal: JournalId,
 }
@@ -39,7 +40,7 @@ impl Wanted {
             request,
             began_unix_ms: now_unix_ms,
             restarts: 0,
-            instead_of: None,
+            earlier: vec![],
             journal,
         }
     }
@@ -60,7 +61,7 @@ impl Wanted {
         }
         self.began_unix_ms = now_unix_ms;
         self.restarts += 1;
-        self.instead_of = Some(migration);
+        self.earlier.push(migration);
         Ok(self)
     }
 }
@@ -143,7 +144,7 @@ impl WantedFiles {
     pub(crate) async fn cancel(&self, migration: MigrationId) {
         let given_up: Vec<MigrationId> = {
             let mut all = self.lock();
-            let is_meant = |id: MigrationId, wanted: &Wanted| id == migration || wanted.instead_of == Some(migration);
+            let is_meant = |id: MigrationId, wanted: &Wanted| id == migration || wanted.earlier.contains(&migration);
             all.extract_if(|id, wanted| is_meant(*id, wanted))
                 .map(|(id, _)| id)
                 .collect()
@@ -282,13 +283,13 @@ mod tests {
     fn a_deadline_goes_on_across_restarts_and_restarts_have_an_end() {
         let wanted = Wanted::new(request(), JOURNAL, 1_000);
         let again = wanted.again(MIGRATION, 5, 21_000).unwrap();
-        assert_eq!(again.instead_of, Some(MIGRATION));
+        assert_eq!(again.earlier, [MIGRATION]);
         assert_eq!(again.request.deadline_seconds, Some(40.0));
         assert!(again.clone().again(NEXT, 5, 61_000).unwrap_err().contains("deadline"));
         let mut last = again;
         while let Ok(next) = last.clone().again(NEXT, 5, 21_000) {
             last = next;
         }
-        assert_eq!(last.restarts, 5);
+        assert_eq!((last.restarts, last.earlier.len()), (5, 5));
     }
 }

@@ -12,6 +12,8 @@ pub(super) struct Case {
     pub(super) injection: Option<Injection>,
     /// From the fault until it is healed.
     pub(super) away: Duration,
+    /// Whether what the fault undoes is begun again. Elsewhere one migration is looked at, to its end.
+    pub(super) again: bool,
 }
 
 /// What is done to a migration, and when.
@@ -28,6 +30,7 @@ impl Case {
             name: "undisturbed".to_owned(),
             injection: None,
             away: Duration::ZERO,
+            again: false,
         }
     }
 
@@ -36,6 +39,14 @@ impl Case {
         Self {
             name: format!("{}-{word}", self.name),
             ..self
+        }
+    }
+
+    /// The same with gateways that begin again what a restart has undone.
+    pub(super) fn begun_again(self) -> Self {
+        Self {
+            again: true,
+            ..self.named("again")
         }
     }
 

@@ -9,6 +9,7 @@
 //! | fault | what must be |
 //! | --- | --- |
 //! | a gateway killed or stopped, the link cut | the above |
+//! | a gateway killed that begins again what was undone | and the VM runs at B |
 //! | the source's hypervisor killed | before PERMIT the VM is dead and runs nowhere, and `longhaul migrate` says 3; after it, it runs at B |
 //! | the destination's hypervisor killed | before COMMIT the VM runs at A; after RUNNING it is dead and A does not run it; between the two it runs at A once a person has said that it is lost at B |
 //! | the command killed or stopped | the VM moves as if nothing had been |
@@ -139,6 +140,7 @@ impl Judgement {
                 .push("the VM runs at B, but A has no record of a permit".to_owned());
         }
         let only_place = match case.fault() {
+            _ if case.again => Some(Place::B),
             Some(Fault::KillQemu(Place::A) | Fault::KillCommand | Fault::StopCommand) | None => Some(Place::B),
             Some(Fault::KillQemu(Place::B)) => Some(Place::A),
             _ => None,

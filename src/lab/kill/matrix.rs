@@ -66,6 +66,7 @@ fn everything_else(random: &mut Random) -> Vec<Case> {
     ] {
         cases.push(case(name, Fault::CutLink(Directions::Both), moment, MINUTE).named("minute"));
     }
+    cases.extend(begun_again(random));
     for fault in faults() {
         for (name, moment) in moments() {
             if fault_lasts(fault) {
@@ -85,11 +86,27 @@ fn everything_else(random: &mut Random) -> Vec<Case> {
     cases
 }
 
+/// Gateways that are killed while the source may still change its mind, and bring the VM across all the same.
+fn begun_again(random: &mut Random) -> Vec<Case> {
+    let is_before_the_permit = |(name, _): &(&str, Moment)| ["started", "last-pass", "switchover"].contains(name);
+    let mut moments: Vec<_> = moments().into_iter().filter(is_before_the_permit).collect();
+    moments.push(("seeded", Moment::Share(random.unit())));
+    let mut cases = Vec::new();
+    for (name, moment) in moments {
+        for victim in [Victim::One(Place::A), Victim::One(Place::B), Victim::Both] {
+            let case = case(name, Fault::KillGateway(victim), moment, random.between(AWAY));
+            cases.push(case.begun_again());
+        }
+    }
+    cases
+}
+
 fn case(name: &str, fault: Fault, moment: Moment, away: Duration) -> Case {
     Case {
         name: format!("{name}-{}", fault.name()),
         injection: Some(Injection { fault, moment }),
         away,
+        again: false,
     }
 }
 

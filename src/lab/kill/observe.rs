@@ -1,4 +1,4 @@
-//! The outside observer of one QEMU: when its vCPUs ran, by the events of a monitor that is the lab's own.
+//! The outside observer of the QEMU at one site: when its vCPUs ran, by the events of a monitor that is the lab's own.
 //!
 //! QEMU sends `RESUME` before it starts a vCPU and `STOP` after it has stopped all of them, each with the host's time, so what
 //! lies between is never shorter than what ran. A QEMU whose process has ended runs nothing.
@@ -41,16 +41,16 @@ pub(super) struct Run {
     pub(super) until: Option<WallTime>,
 }
 
-/// What was seen of one QEMU.
+/// What was seen of the QEMUs of one site.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seen {
-    /// Every time its vCPUs ran, in order.
+    /// Every time their vCPUs ran, in order.
     pub(super) runs: Vec<Run>,
     /// A QEMU has answered.
     pub(super) met: bool,
-    /// It was there and has gone.
+    /// The last one was there and has gone.
     pub(super) ended: bool,
-    /// It ran before it was watched: from then on is not all there was.
+    /// One ran before it was watched: from then on is not all there was.
     pub(super) met_late: bool,
 }
 
@@ -73,7 +73,7 @@ impl Seen {
     }
 }
 
-/// Watches the QEMU that will serve a socket, from its start to its end. Stops watching when dropped.
+/// Watches each QEMU that will serve a socket, one after the other. Stops watching when dropped.
 pub(super) struct Observer {
     seen: Arc<Mutex<Seen>>,
     process: Arc<OnceLock<OwnedFd>>,
@@ -120,7 +120,7 @@ impl Observer {
         lock(&self.seen).clone()
     }
 
-    /// The process that is watched, once there is one.
+    /// The first process that is watched, once there is one.
     pub(super) fn process(&self) -> Arc<OnceLock<OwnedFd>> {
         Arc::clone(&self.process)
     }
@@ -155,7 +155,6 @@ impl Watcher {
                     if seen.met {
                         seen.ended = true;
                         seen.stop(WallTime::now());
-                        return;
                     }
                 }
                 Err(_) => pause(Duration::from_millis(1)),
@@ -194,11 +193,12 @@ impl Watcher {
             } else if let Some(running) = message["return"]["running"].as_bool() {
                 let mut seen = lock(&self.seen);
                 seen.met = true;
+                seen.ended = false;
                 if let Some(process) = process.take() {
                     let _ = self.process.set(process);
                 }
-                if running && seen.runs.is_empty() {
-                    seen.met_late = !self.boots;
+                if running && !seen.is_running() {
+                    seen.met_late |= !self.boots;
                     seen.resume(WallTime::now());
                 }
             } else if let Some(name) = message["event"].as_str() {

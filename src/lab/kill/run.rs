@@ -136,8 +136,8 @@ impl Stage {
             Observer::start(&a.watch, true, hear_a).map_err(thread)?,
             Observer::start(&b.watch, false, |_| {}).map_err(thread)?,
         ];
-        a.configure(b, &tools.launch, &ground.link)?;
-        b.configure(a, &tools.launch, &ground.link)?;
+        a.configure(b, &tools.launch, &ground.link, case.again)?;
+        b.configure(a, &tools.launch, &ground.link, case.again)?;
         let gateways = [
             Some(a.start_gateway(&tools.longhaul, 1).await?),
             Some(b.start_gateway(&tools.longhaul, 1).await?),
@@ -286,6 +286,8 @@ impl Stage {
         tokio::time::sleep(LULL).await;
 
         let mut beats_b = match self.beats_b.is_finished() {
+            // The QEMU that is there now need not be the first one.
+            true if case.again => Heartbeat::connect(&b.files.heartbeat, SOON).await.ok(),
             true => (&mut self.beats_b).await.ok().and_then(Result::ok),
             false => None,
         };
@@ -306,7 +308,7 @@ impl Stage {
         let said = command.said().lines().last().unwrap_or_default().to_owned();
         command.kill().await;
         let mut told = [None, None];
-        if let Some(migration) = migration {
+        if let Some(migration) = last_of(a, migration).await {
             for (told, site) in told.iter_mut().zip(&ground.sites) {
                 *told = site.api().status(migration).await.ok().map(|status| Told {
                     outcome: status.summary.outcome,
@@ -330,7 +332,11 @@ impl Stage {
             victims_journal,
             journals: journals_of(ground),
             seen: [self.observers[0].seen(), self.observers[1].seen()],
-            heard: [Some(self.beats_a.heard()), beats_b.map(|beats| beats.heard())],
+            heard: [
+                Some(self.beats_a.heard()),
+                // What is said to a second listener does not tell how it began.
+                beats_b.filter(|_| !case.again).map(|beats| beats.heard()),
+            ],
             verified,
             told,
             settings_kept,
@@ -533,6 +539,17 @@ fn id_in(log: &Path) -> Option<MigrationId> {
     let said = std::fs::read_to_string(log).ok()?;
     let line = said.lines().find_map(|line| line.strip_prefix("migration "))?;
     line.split(' ').next()?.parse().ok()
+}
+
+/// The migration that was begun again last in the place of `migration`, as its source says.
+async fn last_of(source: &Site, migration: Option<MigrationId>) -> Option<MigrationId> {
+    let mut last = migration?;
+    while let Ok(status) = source.api().status(last).await
+        && let Some(next) = status.report.and_then(|report| report.continued_as)
+    {
+        last = next;
+    }
+    Some(last)
 }
 
 /// QEMU processes whose command line names `directory`.

@@ -57,8 +57,14 @@ impl Site {
         Ok(Process::spawn("QEMU at A", self.namespace.as_deref(), &argv, &log)?)
     }
 
-    /// Writes the configuration of the gateway, whose peer is `other`.
-    pub(super) fn configure(&self, other: &Self, launch: &Launch, link: &LinkSection) -> Result<(), LabError> {
+    /// Writes the configuration of the gateway, whose peer is `other`. `again`: it begins again what a restart has undone.
+    pub(super) fn configure(
+        &self,
+        other: &Self,
+        launch: &Launch,
+        link: &LinkSection,
+        again: bool,
+    ) -> Result<(), LabError> {
         // The gateway fills in its own QMP socket.
         let files = GuestFiles {
             qmp: "{qmp}".into(),
@@ -70,8 +76,7 @@ impl Site {
             listen: self.listen,
             link,
             log_level: Some("debug"),
-            // One migration is looked at, to its end.
-            restarts: Some("0"),
+            restarts: (!again).then_some("0"),
             peer: (other.place.site(), other.listen),
             vm: Some((&self.files.qmp, self.qemu(launch, &files, Start::ReceivePaused))),
         }
