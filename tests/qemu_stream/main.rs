@@ -4,6 +4,8 @@
 //! or of a boot sector that writes to memory, under TCG.
 #![expect(clippy::unwrap_used, reason = "what goes wrong here is to end the test")]
 
+#[path = "../common/boot_sector.rs"]
+mod boot_sector;
 mod vm;
 
 use longhaul::proto::page::PAGE_SIZE;
