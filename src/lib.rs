@@ -19,12 +19,12 @@
 //!
 //! | module | is | |
 //! |---|---|---|
-//! | [`proto`] | pure | everything hard: parsing, reduction, order and resume, ownership, convergence, rate control |
+//! | [`proto`] | pure | everything hard: parsing, reduction, order and resume, ownership, convergence, rate control, disks |
 //! | [`gateway`] | edge | the daemon: accepts, drives sessions, back-pressure, tunnels, pairing, recovery, hooks |
 //! | [`migrate`] | edge | one migration seen from its source: phases in a straight line, one exit that says where the VM is |
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
 //! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |
-//! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit |
+//! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit; NBD: its disks |
 //! | [`store`] | edge | ownership journal, trust, spilled dictionary pages, what VMs leave for their next move, on disk |
 //! | [`config`] | edge | TOML, flags and environment, validated once |
 //! | [`api`] | edge | the control socket: types, server, client |

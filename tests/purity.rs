@@ -68,6 +68,7 @@ const PROTO: &[(&str, &[&str])] = &[
     ("ownership", &["page"]),
     ("precopy", &["page"]),
     ("rate", &["page"]),
+    ("disk", &[]),
 ];
 
 /// What edges that know nothing of migrations may import of this crate.

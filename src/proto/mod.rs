@@ -8,14 +8,16 @@
 //! session      4  frames in order across lanes and cuts; the stages in a row, for each end
 //!
 //! ownership    who may run the VM: two state machines and their journal records
+//! disk         what of a disk has to be copied: extents, and QEMU's exports of it (NBD)
 //! precopy      when to switch over: rounds, estimates, forecast, policy
 //! rate         how fast: link controller, probe controller, token bucket
 //! ```
 //!
-//! The last three are beside the path of the data. Time comes in as `now`, randomness as what was drawn; so everything here is
+//! The last four are beside the path of the data. Time comes in as `now`, randomness as what was drawn; so everything here is
 //! tested in virtual time and with printed seeds.
 #![warn(missing_docs)]
 
+pub mod disk;
 pub mod ownership;
 pub mod page;
 pub mod precopy;

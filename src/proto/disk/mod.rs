@@ -1,0 +1,11 @@
+//! Disks: what of one has to be copied.
+//!
+//! ```text
+//! extents.rs   a range of a disk in runs of one state: allocated or not, dirty or not, and what follows from both
+//! ```
+//!
+//! A disk is pulled like memory: a dirty bitmap in QEMU collects what the guest writes, a read-only export of the live node tells
+//! the bitmap and the bytes. The destination's QEMU writes through an export of its own, so that formats and locks stay its business.
+//! Nothing here knows of rounds or of a link.
+
+pub mod extents;
