@@ -1,7 +1,8 @@
-//! Disks: what of one has to be copied.
+//! Disks: what of one has to be copied, and the words in which QEMU is asked for it.
 //!
 //! ```text
 //! extents.rs   a range of a disk in runs of one state: allocated or not, dirty or not, and what follows from both
+//! nbd/         a client of the NBD protocol: bytes in; answers and bytes to send out
 //! ```
 //!
 //! A disk is pulled like memory: a dirty bitmap in QEMU collects what the guest writes, a read-only export of the live node tells
@@ -9,3 +10,4 @@
 //! Nothing here knows of rounds or of a link.
 
 pub mod extents;
+pub mod nbd;
