@@ -15,6 +15,9 @@ use std::sync::OnceLock;
 
 use bolero::{check, produce};
 use bytes::{Bytes, BytesMut};
+use longhaul::proto::disk::nbd::{
+    Answer, Command, Connection, ConnectionError, Event, Headers, MAX_DESCRIPTORS, MetaContext, Reading,
+};
 use longhaul::proto::page::PAGE_SIZE;
 use longhaul::proto::reduce::{DictionaryLimits, Effort, PageShelf, Reducer, RestoreError, Restorer, ShelfError};
 use longhaul::proto::session::Encoder;
@@ -425,6 +428,161 @@ fn a_damaged_image_of_the_store_gives_its_pages_or_none() {
         for number in 0..found.head().contents {
             found.read(number, &mut page).unwrap();
             assert!(disk.chunks_exact(PAGE_SIZE).any(|block| block == page));
+        }
+    });
+}
+
+/// Bytes of the export that a hostile server has, and of each read of it.
+const EXPORT: u64 = 1 << 20;
+const READ: u32 = 8192;
+
+/// What an NBD server says until it is ready, with the best headers that it offers.
+fn nbd_handshake(headers: Headers) -> Vec<u8> {
+    let mut said = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
+    let mut reply = |option: u32, kind: u32, data: &[u8]| {
+        said.extend(0x0003_e889_0455_65a9_u64.to_be_bytes());
+        for word in [option, kind, u32::try_from(data.len()).unwrap()] {
+            said.extend(word.to_be_bytes());
+        }
+        said.extend(data);
+    };
+    if headers == Headers::Structured {
+        reply(11, 0x8000_0001, b"not known");
+        reply(8, 1, b"");
+    } else {
+        reply(11, 1, b"");
+    }
+    reply(10, 4, b"\0\0\0\x05base:allocation");
+    reply(10, 1, b"");
+    reply(7, 3, &[&b"\0\0"[..], &EXPORT.to_be_bytes(), &[0x0d, 0xed]].concat());
+    reply(7, 3, b"\0\x03\0\0\0\x01\0\0\x10\0\x02\0\0\0");
+    reply(7, 1, b"");
+    said
+}
+
+/// Its answers to a read of each kind, to block status and to a flush: cookies 1 to 4.
+fn nbd_answers(headers: Headers) -> Vec<u8> {
+    let mut said = Vec::new();
+    let mut chunk = |is_last: bool, kind: u16, cookie: u64, offset: u64, payload: &[u8]| {
+        let extended = headers == Headers::Extended;
+        said.extend(if extended { 0x6e8a_278c } else { 0x668e_33ef_u32 }.to_be_bytes());
+        said.extend(u16::from(is_last).to_be_bytes());
+        said.extend(kind.to_be_bytes());
+        said.extend(cookie.to_be_bytes());
+        let length = payload.len() as u64;
+        if extended {
+            said.extend(offset.to_be_bytes());
+            said.extend(length.to_be_bytes());
+        } else {
+            said.extend(u32::try_from(length).unwrap().to_be_bytes());
+        }
+        said.extend(payload);
+    };
+    let data = |offset: u64, length: usize| [&offset.to_be_bytes()[..], &vec![7; length]].concat();
+    let second = u64::from(READ);
+    chunk(false, 1, 1, 0, &data(4096, 4096));
+    chunk(false, 1, 2, second, &data(second, 512));
+    chunk(
+        true,
+        2,
+        1,
+        0,
+        &[&0_u64.to_be_bytes()[..], &4096_u32.to_be_bytes()].concat(),
+    );
+    chunk(
+        true,
+        0x8002,
+        2,
+        second,
+        &[&b"\0\0\0\x05\0\x03bad"[..], &9000_u64.to_be_bytes()].concat(),
+    );
+    if headers == Headers::Extended {
+        let front = b"\0\0\0\x05\0\0\0\x02";
+        let descriptors = [4096_u64, 0, EXPORT, 3].map(u64::to_be_bytes).concat();
+        chunk(true, 6, 3, 0, &[&front[..], &descriptors].concat());
+    } else {
+        let words = [5, 4096, 0, 1 << 20, 3_u32];
+        chunk(true, 5, 3, 0, &words.map(u32::to_be_bytes).concat());
+    }
+    chunk(true, 0, 4, 0, b"");
+    said
+}
+
+/// What a client makes of what a server says, cut at multiples of `step`. Between its two parts it asks for what [`nbd_answers`]
+/// answers, if it is ready.
+fn nbd_client(said: [&[u8]; 2], step: usize) -> (Vec<Event>, Result<(), ConnectionError>) {
+    let mut client = Connection::new("disk", vec![MetaContext::Allocation]).unwrap();
+    let mut events = Vec::new();
+    for part in said {
+        for piece in part.chunks(step) {
+            if let Err(error) = client.feed(piece, &mut events) {
+                assert_eq!(client.feed(b"more", &mut Vec::new()), Err(error.clone()));
+                return (events, Err(error));
+            }
+        }
+        let read = |offset| Command::Read {
+            offset,
+            length: READ,
+            reading: Reading::Sparse,
+        };
+        let status = Command::BlockStatus {
+            offset: 0,
+            length: EXPORT,
+        };
+        for command in [read(0), read(READ.into()), status, Command::Flush] {
+            let _ = client.submit(command);
+        }
+    }
+    (events, Ok(()))
+}
+
+#[test]
+fn an_nbd_server_of_any_bytes_is_refused_or_gives_whole_answers_however_they_are_sliced() {
+    for headers in [Headers::Structured, Headers::Extended] {
+        let (handshake, answers) = (nbd_handshake(headers), nbd_answers(headers));
+        let (events, ended) = nbd_client([&handshake, &answers], 1000);
+        assert_eq!((events.len(), ended), (5, Ok(())), "{events:?}");
+    }
+    any_bytes!(256).for_each(|input: &Vec<u8>| {
+        let ([which, how, step], rest) = input.split_first_chunk::<3>().unwrap_or((&[0; 3], &[]));
+        let headers = if which % 2 == 0 {
+            Headers::Structured
+        } else {
+            Headers::Extended
+        };
+        let mut handshake = nbd_handshake(headers);
+        let mut answers = nbd_answers(headers);
+        match how % 3 {
+            // Damage in either half; any bytes in place of answers.
+            0 => damage(&mut handshake, rest),
+            1 => damage(&mut answers, rest),
+            _ => answers = rest.to_vec(),
+        }
+        let outcome = nbd_client([&handshake, &answers], 1 + usize::from(*step) * 8);
+        assert_eq!(nbd_client([&handshake, &answers], 1 << 20), outcome);
+        for event in outcome.0 {
+            match event {
+                Event::Finished(_, Ok(Answer::Read(pieces))) => {
+                    let bytes: u64 = pieces.iter().map(|piece| piece.content.len()).sum();
+                    let gap = pieces
+                        .windows(2)
+                        .find(|two| two[0].offset + two[0].content.len() != two[1].offset);
+                    assert_eq!((bytes, gap), (u64::from(READ), None));
+                }
+                Event::Finished(_, Ok(Answer::Status(statuses))) => {
+                    assert!(
+                        statuses
+                            .iter()
+                            .all(|status| (1..=MAX_DESCRIPTORS).contains(&status.count()))
+                    );
+                    assert!(
+                        statuses
+                            .iter()
+                            .all(|status| status.start() == 0 && status.end() <= EXPORT)
+                    );
+                }
+                Event::Finished(..) | Event::Ready(_) => {}
+            }
         }
     });
 }
