@@ -148,9 +148,9 @@ impl Qemu {
         self.run("block-export-add", export).await;
     }
 
-    /// Removes an export and waits until it is gone.
+    /// Removes an export that nobody uses any more, and waits until it is gone.
     pub(crate) async fn remove_export(&self, id: &str) {
-        self.run("block-export-del", json!({ "id": id, "mode": "hard" })).await;
+        self.run("block-export-del", json!({ "id": id, "mode": "safe" })).await;
         self.until("the export is gone", async || {
             let exports = self.run("query-block-exports", json!({})).await;
             !exports.as_array().unwrap().iter().any(|export| export["id"] == id)
