@@ -9,6 +9,15 @@
 //! up waits. A request whose future is dropped is still carried out, and holds its share until its answer came.
 //!
 //! Only the handshake has a deadline. A disk may take its time, and how much of it is too much is the caller's knowledge.
+//!
+//! What whoever copies a disk has to know of QEMU (7.2.22 and 10.0.2, raw and qcow2; pinned by `tests/nbd`):
+//!
+//! - A bitmap that still records is not shown by a read-only export: `transaction [block-dirty-bitmap-add NEXT,
+//!   block-dirty-bitmap-disable NOW]` freezes it. An export's bitmaps are fixed and busy while it is there, so each round has an export of its own.
+//! - A sparse read that fails ends the connection; one that is asked for in one piece fails alone. Holes are told by `base:allocation`.
+//! - With `pause-before-switchover` all of this works in `pre-switchover`, while the guest stands.
+//! - A loaded and paused destination still takes writes. `cont` succeeds although a writable export is there, with nothing but a line on
+//!   standard error, and then two may write: flush, close, `block-export-del`, and only then `cont`.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
