@@ -6,6 +6,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::guest::Machine;
 use common::process::{Running, send};
 use common::{Rig, Site, need, qemu, until};
@@ -141,6 +143,84 @@ fn a_hypervisor_at_the_destination_that_runs_a_vm_already_is_left_alone() {
     let moved = rig.a.run(&["migrate", "vm", "--to", "b", "--output", "json"]);
     assert_eq!(moved.code, Some(0), "{moved:?}");
     assert_eq!(rig.b.state("vm").as_deref(), Some("running"));
+}
+
+/// A disk that is never more than somebody's file. `shared`: whether others may write to it too.
+fn disk_words(disk: &Path, shared: &str) -> [String; 4] {
+    let node = format!("driver=file,node-name=disk,filename={}", disk.display());
+    let device = format!("virtio-blk-pci,drive=disk,share-rw={shared}");
+    ["-blockdev", &node, "-device", &device].map(str::to_owned)
+}
+
+#[test]
+fn a_vm_whose_disk_somebody_holds_at_the_destination_goes_on_at_the_source_and_the_report_says_who() {
+    need!(qemu());
+    let folder = tempfile::Builder::new().prefix("lh").tempdir().unwrap();
+    let disk = folder.path().join("disk.img");
+    std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    // Both sites are one host here: what holds the image must be in the way of the destination and not of the source.
+    let (at_source, at_destination) = (disk_words(&disk, "on"), disk_words(&disk, "off"));
+    let machine = Machine::firmware().with(&at_source.each_ref().map(String::as_str));
+    let mut rig = Rig::planned(&[("vm", machine)], |a, b| {
+        for plan in [a, &mut *b] {
+            plan.vm("vm").settings = "disks = \"shared\"".to_owned();
+        }
+        for word in b.vm("vm").command.iter_mut().flatten() {
+            if *word == at_source[3] {
+                word.clone_from(&at_destination[3]);
+            }
+        }
+    });
+    let mut holder = std::process::Command::new(common::guest::qemu_program());
+    holder
+        .args([
+            "-M",
+            "pc",
+            "-m",
+            "32",
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+        ])
+        .args(["-S", "-name", "guest=leftover"])
+        .args(&at_source);
+    let holder = Running::start(holder, rig.path());
+    rig.a.boot("vm");
+    until("the image is held", || {
+        let files = std::fs::read_dir(format!("/proc/{}/fdinfo", holder.id())).unwrap();
+        files
+            .flatten()
+            .any(|file| std::fs::read_to_string(file.path()).is_ok_and(|text| text.contains("OFDLCK")))
+    });
+    let ended = rig.a.run(&["migrate", "vm", "--to", "b", "--output", "json"]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let report = ended.json();
+    let told = format!(
+        "The lock of {} is held on the same host by {} (process {}, VM leftover)",
+        disk.display(),
+        Path::new(&common::guest::qemu_program()).file_name().unwrap().display(),
+        holder.id()
+    );
+    let reason = report["reason"].as_str().unwrap();
+    assert!(
+        reason.starts_with("the destination's hypervisor refused to start the VM"),
+        "{reason}"
+    );
+    assert!(reason.contains(&told), "{reason}");
+    let id = report["migration"].as_str().unwrap();
+    let at_b = rig.b.run(&["status", id, "--output", "json"]).json();
+    assert!(at_b["report"]["reason"].as_str().unwrap().contains(&told), "{at_b}");
+    assert!(rig.b.log().contains(&format!("process {}, VM leftover", holder.id())));
+    assert_eq!(rig.a.state("vm").as_deref(), Some("running"));
+    rig.assert_only(&[(&rig.a, "vm")]);
+    drop(holder);
+
+    // Nothing is in the way any more.
+    let moved = rig.a.run(&["migrate", "vm", "--to", "b", "--output", "json"]);
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    rig.assert_only(&[(&rig.b, "vm")]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ mod harness;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use harness::{SOON, Site, has_switchover_bandwidth, qemu_or_return, until};
+use harness::{Handed, LIMIT, SOON, Site, disk_words, has_switchover_bandwidth, qemu_or_return, until};
 use longhaul::hypervisor::process::{Process, ProcessError};
 use longhaul::hypervisor::qemu::{
     DestinationError, DestinationVm, FreezeError, Frozen, LaunchError, MigrationStatus, OwnerError, PermitConditions,
@@ -22,8 +22,6 @@ use longhaul::hypervisor::qemu::{
 use longhaul::hypervisor::qmp::{QmpClient, QmpError};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-const LIMIT: Duration = Duration::from_millis(300);
 
 #[tokio::test]
 async fn a_running_guest_leaves_one_qemu_and_runs_in_another() {
@@ -521,6 +519,81 @@ async fn a_loaded_and_paused_destination_leaves_a_shared_disk_to_the_source() {
     // Needs the lock on the image back.
     assert_eq!(source.undo(SOON).await.unwrap(), Undone::Running);
     destination.kill(SOON).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_whose_disk_another_vm_holds_is_refused_with_the_name_of_that_vm() {
+    let site = Site::new(&qemu_or_return!());
+    let handed = Handed::over(&site).await;
+    let words = disk_words(&site.path("shared.img"));
+    let words = [
+        &words.each_ref().map(String::as_str)[..],
+        &["-name", "guest=leftover,debug-threads=on"],
+    ]
+    .concat();
+    let holder = site.start(&site.qemu, "holder", &words).await;
+    // Once it answers it has opened its disk.
+    drop(holder.third_party().await);
+    let told = format!("(process {}, VM leftover)", holder.pid());
+    let text = handed.refusal().await;
+    assert!(text.contains("Failed to get \"write\" lock"), "{text}");
+    assert!(
+        text.contains(&format!("The lock of {} is held on the same host by ", handed.disk)),
+        "{text}"
+    );
+    assert!(text.contains(&told), "{text}");
+    // The source is in the same position.
+    let refused = handed.source.1.resume(SOON).await.unwrap_err();
+    assert!(matches!(refused, SourceError::ContRefused(_)), "{refused}");
+    assert!(refused.to_string().contains(&told), "{refused}");
+    drop(holder);
+    handed.destination.cont(&handed.loaded, SOON).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_whose_disk_another_program_has_locked_is_refused_with_the_process_of_that_program() {
+    let site = Site::new(&qemu_or_return!());
+    let handed = Handed::over(&site).await;
+    let disk = std::fs::File::options().write(true).open(&handed.disk).unwrap();
+    rustix::fs::fcntl_lock(&disk, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    let text = handed.refusal().await;
+    assert!(text.contains("Failed to lock byte"), "{text}");
+    assert!(text.contains(&format!("(process {})", std::process::id())), "{text}");
+}
+
+#[tokio::test]
+async fn a_command_whose_image_is_locked_is_refused_with_the_name_of_the_vm_that_holds_it() {
+    let site = Site::new(&qemu_or_return!());
+    let disk = site.path("shared.img");
+    std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let words = disk_words(&disk);
+    let words = words.each_ref().map(String::as_str);
+    let holder = site
+        .start(&site.qemu, "holder", &[&words[..], &["-name", "leftover"]].concat())
+        .await;
+    drop(holder.third_party().await);
+    // One that waits for a migration takes no lock before it is continued; what its command runs before may.
+    let first = format!(
+        "exec {} {} {} -S",
+        site.qemu.display(),
+        harness::MACHINE.join(" "),
+        words.join(" ")
+    );
+    let launch = site.launch_command(["sh", "-c", &first, "{qmp}"].map(str::to_owned).to_vec());
+    let refused = DestinationVm::launch(&launch).await.unwrap_err();
+    assert!(
+        matches!(refused, DestinationError::Launch(LaunchError::Ended { .. })),
+        "{refused}"
+    );
+    let text = refused.to_string();
+    assert!(
+        text.contains(&format!("The lock of {} is held", disk.display())),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("(process {}, VM leftover)", holder.pid())),
+        "{text}"
+    );
 }
 
 #[tokio::test]

@@ -95,6 +95,8 @@ pub(crate) struct DestinationDriver {
     was_left: bool,
     /// The end of the vmm was seen and told.
     death_told: bool,
+    /// Why the vmm did not start the guest.
+    refusal: Option<String>,
 }
 
 /// What the metrics have been told of the stream.
@@ -162,6 +164,7 @@ impl DestinationDriver {
             untaken: None,
             was_left: false,
             death_told: false,
+            refusal: None,
         }
     }
 
@@ -220,7 +223,10 @@ impl DestinationDriver {
         }
         self.decided_at = Some(super::clock::now());
         self.entry.clear_advice();
-        let (outcome, reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
+        let (outcome, mut reason) = outcome_of(verdict, &self.entry.vm, &self.core.config.site);
+        if let (Verdict::Reverted, Some(refusal)) = (verdict, self.refusal.take()) {
+            reason += &format!(": {refusal}");
+        }
         tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, %outcome, "{reason}");
         if verdict == Verdict::Running
             && let Some(vmm) = &mut self.vmm
@@ -375,6 +381,7 @@ impl DestinationDriver {
                     "the destination's hypervisor refused to start the VM: {reason}"
                 ))
                 .await;
+                self.refusal = Some(reason);
                 DestinationEvent::ContinueFailed
             }
             // Asked again at the next look.

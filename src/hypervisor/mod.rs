@@ -1,15 +1,17 @@
 //! The edge towards the hypervisor.
 //!
 //! ```text
-//! process.rs  a process that is never mistaken for another one
-//! qmp/        one monitor connection: greeting, commands with deadlines, events in order
-//! nbd.rs      one export of a disk: reads, writes, which bytes are allocated and which are dirty
-//! qemu/       one virtual machine: what it is, how its settings are changed and put back, and the steps of a migration
+//! process.rs     a process that is never mistaken for another one
+//! image_lock.rs  who holds the lock of an image that a QEMU was refused
+//! qmp/           one monitor connection: greeting, commands with deadlines, events in order
+//! nbd.rs         one export of a disk: reads, writes, which bytes are allocated and which are dirty
+//! qemu/          one virtual machine: what it is, how its settings are changed and put back, and the steps of a migration
 //! ```
 //!
 //! Nothing here knows of peers, frames or the journal. Callers pass paths, durations and rates, and get typed answers
 //! whose documentation says in which state the guest is left.
 
+mod image_lock;
 pub mod nbd;
 pub mod process;
 pub mod qemu;

@@ -5,7 +5,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use longhaul::hypervisor::process::{Process, ProcessIdentity};
-use longhaul::hypervisor::qemu::{DestinationVm, Launch, LaunchTemplate, LaunchValues, PermitConditions, SourceVm};
+use longhaul::hypervisor::qemu::{
+    DestinationError, DestinationVm, Launch, LaunchTemplate, LaunchValues, Loaded, PermitConditions, SourceVm,
+};
 use longhaul::hypervisor::qmp::{QemuVersion, QmpClient};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -13,6 +15,9 @@ use tokio::net::{UnixListener, UnixStream};
 
 /// Time for anything that happens soon on an idle machine; CI machines are not idle.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// Downtime limit of migrations.
+pub(crate) const LIMIT: Duration = Duration::from_millis(300);
 
 /// The QEMU to test with, or `None` after printing why not. `LONGHAUL_TEST_QEMU` names it, `LONGHAUL_TEST_QEMU_DESTINATION`
 /// another one for the destination.
@@ -162,6 +167,52 @@ impl Site {
         stream.write_all(bytes).await.unwrap();
         stream
     }
+}
+
+/// A loaded guest with a disk that both sides reach, at its destination.
+pub(crate) struct Handed {
+    pub(crate) disk: String,
+    pub(crate) source: (Guest, SourceVm),
+    pub(crate) destination: DestinationVm,
+    pub(crate) loaded: Loaded,
+    _guard: KillOnDrop,
+    _stream: UnixStream,
+}
+
+impl Handed {
+    pub(crate) async fn over(site: &Site) -> Handed {
+        let disk = site.path("shared.img");
+        std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+        let words = disk_words(&disk);
+        let words = words.each_ref().map(String::as_str);
+        let (guest, mut source) = site.source(&words).await;
+        let (guard, mut destination) = site.destination(&words).await;
+        destination.prepare(&site.path("stream")).await.unwrap();
+        source.prepare(LIMIT).await.unwrap();
+        let stream = site.feed(&site.take_stream(&source).await).await;
+        let loaded = destination.wait_loaded(SOON).await.unwrap();
+        Handed {
+            disk: disk.display().to_string(),
+            source: (guest, source),
+            destination,
+            loaded,
+            _guard: guard,
+            _stream: stream,
+        }
+    }
+
+    /// What is said when it cannot be started.
+    pub(crate) async fn refusal(&self) -> String {
+        let refused = self.destination.cont(&self.loaded, SOON).await.unwrap_err();
+        assert!(matches!(refused, DestinationError::ContRefused(_)), "{refused}");
+        refused.to_string()
+    }
+}
+
+/// What a machine is given to have it.
+pub(crate) fn disk_words(disk: &Path) -> [String; 4] {
+    let drive = format!("if=none,id=data,format=raw,file={}", disk.display());
+    ["-drive", &drive, "-device", "virtio-blk-pci,drive=data"].map(str::to_owned)
 }
 
 impl Guest {

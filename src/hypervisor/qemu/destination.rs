@@ -21,7 +21,7 @@ use super::owner::{OwnerError, owner};
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side};
 use super::state::{MigrationStatus, RunState};
-use super::{query_run_state, socket_uri};
+use super::{ContRefusal, query_run_state, socket_uri};
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
 use crate::hypervisor::qmp::{Events, QemuVersion, QmpClient, QmpError};
 
@@ -87,7 +87,7 @@ pub enum DestinationError {
     },
     /// QEMU refused `cont`: the guest has not run.
     #[error("The destination's QEMU refused to start the guest: {0}")]
-    ContRefused(QmpError),
+    ContRefused(ContRefusal),
     /// It is not known whether the guest has run. Never to be taken for "it has not".
     #[error("It is not certain whether the guest runs at the destination: {0}")]
     ContUncertain(String),
@@ -293,7 +293,10 @@ impl DestinationVm {
         tracing::debug!(state = %loaded.run_state, "starting the guest");
         match self.qmp.execute_within("cont", json!({}), deadline).await {
             Ok(_) => {}
-            Err(error) if error.is_refusal() => return Err(DestinationError::ContRefused(error)),
+            Err(error) if error.is_refusal() => {
+                let refusal = ContRefusal::explained(error, &self.process).await;
+                return Err(DestinationError::ContRefused(refusal));
+            }
             Err(error) => return Err(DestinationError::ContUncertain(error.to_string())),
         }
         match query_run_state(&self.qmp).await {

@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep};
 use super::output::{Output, create_log, keep_log_bounded};
 use super::owner::{OwnerError, owner};
 use super::template::{LaunchTemplate, LaunchValues};
+use crate::hypervisor::image_lock;
 use crate::hypervisor::process::{Process, ProcessError};
 use crate::hypervisor::qmp::{QmpClient, QmpError};
 
@@ -57,12 +58,17 @@ pub enum LaunchError {
         source: std::io::Error,
     },
     /// It ended before its monitor answered.
-    #[error("The destination's command {program} ended before its monitor answered ({ending}).")]
+    #[error(
+        "The destination's command {program} ended before its monitor answered ({ending}).{}",
+        lock.as_ref().map(|lock| format!(" {lock}")).unwrap_or_default()
+    )]
     Ended {
         /// Its program.
         program: String,
         /// Exit status and the end of its output.
         ending: String,
+        /// Where it was for the lock of an image: who holds that, and what to do.
+        lock: Option<String>,
     },
     /// Its monitor does not answer.
     #[error(
@@ -197,6 +203,7 @@ async fn ended(launch: &Launch, output: &Output) -> LaunchError {
     let ending = output.ending().await;
     LaunchError::Ended {
         program: launch.template.program().to_owned(),
+        lock: image_lock::explain(&ending, None).await,
         ending,
     }
 }

@@ -48,8 +48,27 @@ pub use template::{LaunchTemplate, LaunchValues, TemplateError};
 use std::path::Path;
 use std::time::Duration;
 
+use crate::hypervisor::image_lock;
 use crate::hypervisor::process::{Process, ProcessError};
 use crate::hypervisor::qmp::{QmpClient, QmpError};
+
+/// QEMU said no to `cont`: the guest has not run.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}{}", lock.as_ref().map(|lock| format!(". {lock}")).unwrap_or_default())]
+pub struct ContRefusal {
+    /// QEMU's words.
+    pub error: QmpError,
+    /// Where it was for the lock of an image: who holds that, and what to do.
+    pub lock: Option<String>,
+}
+
+impl ContRefusal {
+    /// `process`: the QEMU that refused.
+    async fn explained(error: QmpError, process: &Process) -> ContRefusal {
+        let lock = image_lock::explain(&error.to_string(), Some(process)).await;
+        ContRefusal { error, lock }
+    }
+}
 
 /// State of the guest now.
 async fn query_run_state(qmp: &QmpClient) -> Result<RunState, QmpError> {

@@ -23,7 +23,7 @@ use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
 use super::settings::{RememberedSettings, Side, query_capabilities, query_multifd};
 use super::state::{MigrationStatus, RunState};
-use super::{query_run_state, socket_uri};
+use super::{ContRefusal, query_run_state, socket_uri};
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
 use crate::hypervisor::qmp::{Events, QemuVersion, QmpClient, QmpError};
 
@@ -132,6 +132,9 @@ pub enum SourceError {
         "The socket path {0:?} cannot be given to QEMU: it must be absolute, valid UTF-8 and at most 107 bytes long."
     )]
     SocketPath(String),
+    /// The guest stands as before.
+    #[error(transparent)]
+    ContRefused(#[from] ContRefusal),
     /// The monitor.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -431,7 +434,11 @@ impl SourceVm {
     /// # Errors
     /// The guest may be paused or running.
     pub async fn resume(&self, deadline: Duration) -> Result<(), SourceError> {
-        self.qmp.execute("cont", json!({})).await?;
+        match self.qmp.execute("cont", json!({})).await {
+            Ok(_) => {}
+            Err(error) if error.is_refusal() => return Err(ContRefusal::explained(error, &self.process).await.into()),
+            Err(error) => return Err(error.into()),
+        }
         let end = Instant::now() + deadline;
         loop {
             let state = query_run_state(&self.qmp).await?;
