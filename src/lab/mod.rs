@@ -7,10 +7,11 @@
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
 //! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
 //! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move, [`goodput`] fills
-//! links without a guest, [`recording`] keeps what a hypervisor sends. [`record`] is what one
+//! links without a guest, [`recording`] keeps what a hypervisor sends, [`clock`] is a wall clock that can be set wrong. [`record`] is what one
 //! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
 pub mod application;
+pub mod clock;
 pub mod compare;
 pub mod demo;
 mod engine;

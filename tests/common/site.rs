@@ -25,6 +25,8 @@ pub(crate) struct SitePlan {
     pub(crate) memory_budget: String,
     pub(crate) port: u16,
     pub(crate) metrics: bool,
+    /// Of the gateway, beside the test's own.
+    pub(crate) environment: Vec<(&'static str, String)>,
 }
 
 /// How a VM is configured at a site.
@@ -61,6 +63,7 @@ impl SitePlan {
             memory_budget: "512mib".to_owned(),
             port: free_port(),
             metrics: false,
+            environment: Vec::new(),
             folder,
         }
     }
@@ -164,6 +167,7 @@ impl Site {
         std::fs::write(&config, self.plan.toml()).unwrap();
         let mut command = Self::program();
         command.arg("gateway").arg("--config").arg(config);
+        command.envs(self.plan.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -160,6 +160,11 @@ impl Rules {
                     |rules, w| {
                         w.vmm = Vmm::Running;
                         if seen {
+                            // Before COMMIT what it does is thrown away with it; unseen it is only one that is to be killed.
+                            w.guest_ran_at_destination |= w
+                                .destination_journal
+                                .iter()
+                                .any(|kind| matches!(kind, RecordKind::Commit(_)));
                             rules.tell_destination(w, DestinationEvent::VmmRunning);
                         }
                     },

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::moment::Place;
+use crate::lab::clock::Jump;
 use crate::wan::Directions;
 
 /// One thing that goes wrong. Everything but a hypervisor or a command that is dead is healed after a while.
@@ -25,6 +26,16 @@ pub(super) enum Fault {
     /// The disk of a gateway's journal is full, and the space that the journal had in advance is not there, as on a disk that is thinly
     /// provisioned. Later there is room and the gateway is started again, which is what an operator is told to do.
     FullDisk(Place),
+    /// The wall clock of a gateway is set wrong by a day, and stays so.
+    MoveClock(Place, Jump),
+}
+
+/// What the lab has here to make faults with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Means {
+    pub(super) has_link: bool,
+    pub(super) is_root: bool,
+    pub(super) can_move_clocks: bool,
 }
 
 impl Fault {
@@ -39,6 +50,7 @@ impl Fault {
             Self::StopCommand => "stop-command".to_owned(),
             Self::CutLink(directions) => format!("cut-{directions}"),
             Self::FullDisk(place) => format!("full-disk-{place}"),
+            Self::MoveClock(place, jump) => format!("clock-{jump}-{place}"),
         }
         .to_lowercase()
     }
@@ -62,10 +74,11 @@ impl Fault {
     }
 
     /// Why it cannot be made here; `None`: it can.
-    pub(super) fn obstacle(self, has_link: bool, is_root: bool) -> Option<&'static str> {
+    pub(super) fn obstacle(self, means: Means) -> Option<&'static str> {
         match self {
-            Self::CutLink(_) if !has_link => Some("needs a link that can be cut (--profile NAME)"),
-            Self::FullDisk(_) if !is_root => Some("needs root, to mount a small disk"),
+            Self::CutLink(_) if !means.has_link => Some("needs a link that can be cut (--profile NAME)"),
+            Self::FullDisk(_) if !means.is_root => Some("needs root, to mount a small disk"),
+            Self::MoveClock(..) if !means.can_move_clocks => Some("needs libfaketime (Debian package faketime)"),
             _ => None,
         }
     }

@@ -12,7 +12,7 @@
 //! | a gateway killed that begins again what was undone | and the VM runs at B |
 //! | the source's hypervisor killed | before PERMIT the VM is dead and runs nowhere, and `longhaul migrate` says 3; after it, it runs at B |
 //! | the destination's hypervisor killed | before COMMIT the VM runs at A; after RUNNING it is dead and A does not run it; between the two it runs at A once a person has said that it is lost at B |
-//! | the command killed or stopped | the VM moves as if nothing had been |
+//! | the command killed or stopped, a clock moved | the VM moves as if nothing had been |
 //! | a journal that cannot be written | the above, once there is room and its gateway was started again; until then the command may end with 3 |
 
 use std::time::Duration;
@@ -141,7 +141,9 @@ impl Judgement {
         }
         let only_place = match case.fault() {
             _ if case.again => Some(Place::B),
-            Some(Fault::KillQemu(Place::A) | Fault::KillCommand | Fault::StopCommand) | None => Some(Place::B),
+            Some(Fault::KillQemu(Place::A) | Fault::KillCommand | Fault::StopCommand | Fault::MoveClock(..)) | None => {
+                Some(Place::B)
+            }
             Some(Fault::KillQemu(Place::B)) => Some(Place::A),
             _ => None,
         };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::case::{Case, Injection};
 use super::fault::{Fault, Victim};
 use super::moment::{Moment, Place, Step};
+use crate::lab::clock::Jump;
 use crate::wan::Directions;
 
 /// Every case; the same seed gives the same. Those that are run unless more is asked for come first: gateways that are killed.
@@ -83,6 +84,21 @@ fn everything_else(random: &mut Random) -> Vec<Case> {
             cases.push(case(&name, fault, moment, random.between(AWAY)));
         }
     }
+    cases.extend(clocks_moved());
+    cases
+}
+
+/// A clock is wrong for the rest of the migration, so only what comes after the moment matters.
+fn clocks_moved() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let moments = steps();
+    for (name, moment) in moments.into_iter().filter(|(name, _)| CLOCK_MOVED_AT.contains(name)) {
+        for place in Place::BOTH {
+            for jump in Jump::BOTH {
+                cases.push(case(name, Fault::MoveClock(place, jump), moment, Duration::ZERO));
+            }
+        }
+    }
     cases
 }
 
@@ -110,7 +126,7 @@ fn case(name: &str, fault: Fault, moment: Moment, away: Duration) -> Case {
     }
 }
 
-/// All but the killed gateways.
+/// All but the killed gateways and the clocks.
 fn faults() -> Vec<Fault> {
     vec![
         Fault::KillQemu(Place::A),
@@ -202,6 +218,8 @@ impl Random {
 /// Moments at which both gateways are killed, too: from the last at which the source may change its mind to the first at which
 /// everything is decided.
 const BOTH_AT: [&str; 5] = ["switchover", "permit", "commit", "running", "learnt"];
+/// Before it copies, at each record that decides, and while the other side is still to hear of it.
+const CLOCK_MOVED_AT: [&str; 4] = ["prepared", "permit", "commit", "running"];
 const SEEDED_MOMENTS: u32 = 5;
 /// For each fault but killed gateways.
 const FEWER_SEEDED_MOMENTS: u32 = 3;
@@ -256,6 +274,17 @@ mod tests {
             };
             let expected = each * moments().len() + FEWER_SEEDED_MOMENTS as usize + minutes;
             assert_eq!(count(&cases, |other| other == fault), expected, "{fault}");
+        }
+    }
+
+    #[test]
+    fn either_clock_is_moved_either_way_before_and_after_each_decision() {
+        let cases = Matrix::of(1).cases;
+        for place in Place::BOTH {
+            for jump in Jump::BOTH {
+                let fault = Fault::MoveClock(place, jump);
+                assert_eq!(count(&cases, |other| other == fault), CLOCK_MOVED_AT.len(), "{fault}");
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Makes things go wrong in the middle of a migration, at every moment that matters, and looks on from outside.
 //!
 //! ```text
-//!   QEMU at A ── gateway A ══ link ══ gateway B ── QEMU at B          ↑ killed, stopped, cut, full
+//!   QEMU at A ── gateway A ══ link ══ gateway B ── QEMU at B          ↑ killed, stopped, cut, full, set wrong
 //!    │  │                                          │  │
 //!    │  └ signs of life ─► one observer ◄──────────┘  │
 //!    └──── STOP, RESUME ───────┘  └───────────────────┘
@@ -38,12 +38,13 @@ use std::time::Duration;
 use clap::Args;
 
 use self::case::Case;
-use self::fault::Fault;
+use self::fault::{Fault, Means};
 use self::judge::judge;
 use self::matrix::Matrix;
 use self::report::{Line, Table, Verdict};
 use self::run::Ground;
 use self::world::{MOST_LINKS, World};
+use super::clock;
 use super::error::LabError;
 use super::gateway_file::LinkSection;
 use super::guest::{Accelerator, GuestDials, Image, Launch};
@@ -52,7 +53,7 @@ use super::process;
 use crate::wan::Profile;
 
 /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place; with --full it also kills and
-/// stops everything else, cuts the link and fills disks.
+/// stops everything else, cuts the link, fills disks and moves clocks.
 #[derive(Clone, Debug, Args)]
 #[command(args_override_self = true)]
 pub struct KillArgs {
@@ -194,7 +195,12 @@ impl Plan {
         let mut cases = vec![Case::undisturbed()];
         let mut skipped = Vec::new();
         for (_, case) in all.iter().enumerate().filter(is_chosen) {
-            let obstacle = |fault: Fault| fault.obstacle(args.has_link(), is_root());
+            let means = Means {
+                has_link: args.has_link(),
+                is_root: is_root(),
+                can_move_clocks: clock::library().is_some(),
+            };
+            let obstacle = |fault: Fault| fault.obstacle(means);
             match case.fault().and_then(obstacle) {
                 Some(why) => skipped.push((case.name.clone(), why)),
                 None => cases.push(case.clone()),

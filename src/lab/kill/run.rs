@@ -19,6 +19,7 @@ use super::site::Site;
 use super::strike::{Strike, Target};
 use super::trigger::{JournalWatch, Trigger};
 use crate::api::{Outcome, Phase, ResolveRequest, Statement};
+use crate::lab::clock::{self, Clock};
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::{LinkSection, VM};
 use crate::lab::heartbeat::{Heard, Heartbeat, HeartbeatError, Verified};
@@ -110,6 +111,8 @@ struct Stage {
     beats_b: JoinHandle<Result<Heartbeat, HeartbeatError>>,
     /// Where a disk is to be full.
     disk: Option<Disk>,
+    /// The clock that is to be moved, and whose.
+    clock: Option<(Place, Clock)>,
 }
 
 impl Stage {
@@ -136,11 +139,21 @@ impl Stage {
             Observer::start(&a.watch, true, hear_a).map_err(thread)?,
             Observer::start(&b.watch, false, |_| {}).map_err(thread)?,
         ];
+        let clock = match case.fault() {
+            Some(Fault::MoveClock(place, _)) => {
+                let directory = &ground.sites[place.index()].directory;
+                let library = clock::library().ok_or(LabError::NoCase)?;
+                let clock = Clock::right(library, directory).map_err(|source| LabError::file(directory, source))?;
+                Some((place, clock))
+            }
+            _ => None,
+        };
+        let clock_of = |at: Place| clock.as_ref().filter(|(place, _)| *place == at).map(|(_, clock)| clock);
         a.configure(b, &tools.launch, &ground.link, case.again)?;
         b.configure(a, &tools.launch, &ground.link, case.again)?;
         let gateways = [
-            Some(a.start_gateway(&tools.longhaul, 1).await?),
-            Some(b.start_gateway(&tools.longhaul, 1).await?),
+            Some(a.start_gateway(&tools.longhaul, 1, clock_of(Place::A)).await?),
+            Some(b.start_gateway(&tools.longhaul, 1, clock_of(Place::B)).await?),
         ];
         a.pair(&tools.longhaul, b).await?;
         let mut beats_a = Heartbeat::connect(&a.files.heartbeat, SOON).await?;
@@ -161,6 +174,7 @@ impl Stage {
             beats_a,
             beats_b,
             disk,
+            clock,
         })
     }
 
@@ -196,6 +210,10 @@ impl Stage {
                 return Ok(Strike::Cut { control, directions });
             }
             Fault::FullDisk(_) => return Ok(Strike::Fill(self.disk.clone().ok_or(LabError::NoCase)?)),
+            Fault::MoveClock(_, jump) => {
+                let (_, clock) = self.clock.clone().ok_or(LabError::NoCase)?;
+                return Ok(Strike::Jump { clock, jump });
+            }
         };
         Ok(Strike::Signal { targets, signal })
     }
@@ -317,9 +335,10 @@ impl Stage {
                 });
             }
         }
-        // A disk that was full when nothing was written was no fault.
+        // A disk that was full when nothing was written was no fault, nor a clock that nobody read.
         let struck = struck.filter(|_| match case.fault() {
             Some(Fault::FullDisk(place)) => ground.sites[place.index()].has_missed_a_record(),
+            Some(Fault::MoveClock(place, jump)) => ground.sites[place.index()].clock_has_jumped(jump),
             _ => true,
         });
         Ok(Finding {
@@ -365,7 +384,7 @@ impl Stage {
         for place in fault.halted() {
             victims_journal.extend(steps_of(&ground.sites[place.index()].journal(), place));
         }
-        if matches!(fault, Fault::KillQemu(_) | Fault::KillCommand) {
+        if matches!(fault, Fault::KillQemu(_) | Fault::KillCommand | Fault::MoveClock(..)) {
             return Ok(struck);
         }
         if let Fault::FullDisk(place) = fault {
@@ -387,7 +406,7 @@ impl Stage {
             mended = WallTime::now();
             self.starts += 1;
             let site = &ground.sites[place.index()];
-            self.gateways[place.index()] = Some(site.start_gateway(&tools.longhaul, self.starts).await?);
+            self.gateways[place.index()] = Some(site.start_gateway(&tools.longhaul, self.starts, None).await?);
         }
         Ok(mended)
     }
@@ -473,7 +492,11 @@ impl Stage {
         self.beats_b.abort();
         drop(self.watches);
         for gateway in self.gateways.into_iter().flatten() {
+            let id = gateway.id();
             gateway.kill().await;
+            if self.clock.is_some() {
+                id.into_iter().for_each(clock::forget);
+            }
         }
         self.qemu.kill().await;
     }

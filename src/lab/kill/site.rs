@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::moment::Place;
 use crate::api::Client;
+use crate::lab::clock::{Clock, Jump, PRELOAD, has_jumped};
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::{GatewayFile, LinkSection, client, words};
 use crate::lab::guest::{GuestFiles, Launch, Start};
@@ -78,16 +79,35 @@ impl Site {
             log_level: Some("debug"),
             restarts: (!again).then_some("0"),
             peer: (other.place.site(), other.listen),
-            vm: Some((&self.files.qmp, self.qemu(launch, &files, Start::ReceivePaused))),
+            // By the host's clock, whatever its gateway goes by: times of its events are compared.
+            vm: Some((
+                &self.files.qmp,
+                ["env", "-u", PRELOAD]
+                    .map(str::to_owned)
+                    .into_iter()
+                    .chain(self.qemu(launch, &files, Start::ReceivePaused))
+                    .collect(),
+            )),
         }
         .text()?;
         let file = self.config();
         std::fs::write(&file, text).map_err(|source| LabError::file(&file, source))
     }
 
-    /// Starts the gateway for the `time`th time and waits until it answers on its control socket.
-    pub(super) async fn start_gateway(&self, longhaul: &str, time: u32) -> Result<Process, LabError> {
-        let argv = [longhaul, "gateway", "--config", &self.config().display().to_string()].map(str::to_owned);
+    /// Starts the gateway for the `time`th time and waits until it answers on its control socket. `clock`: what it goes by, if it is not the
+    /// host's.
+    pub(super) async fn start_gateway(
+        &self,
+        longhaul: &str,
+        time: u32,
+        clock: Option<&Clock>,
+    ) -> Result<Process, LabError> {
+        let mut argv = Vec::new();
+        if let Some(clock) = clock {
+            argv.push("env".to_owned());
+            argv.extend(clock.environment().map(|(name, value)| format!("{name}={value}")));
+        }
+        argv.extend([longhaul, "gateway", "--config", &self.config().display().to_string()].map(str::to_owned));
         let log = self.directory.join(format!("gateway-{time}.log"));
         let name = format!("the gateway of {}", self.place);
         let mut gateway = Process::spawn(&name, self.namespace.as_deref(), &argv, &log)?;
@@ -113,6 +133,12 @@ impl Site {
             line.contains("journal") && (line.contains("could not be written") || line.contains("is full"))
         };
         said.lines().any(failed)
+    }
+
+    /// Whether the clock of the gateway that was started first has moved, by what it wrote beside its words.
+    pub(super) fn clock_has_jumped(&self, jump: Jump) -> bool {
+        let said = std::fs::read_to_string(self.directory.join("gateway-1.log")).unwrap_or_default();
+        has_jumped(&said, jump)
     }
 
     /// The command line of a client of this site's gateway.

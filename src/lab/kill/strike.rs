@@ -1,4 +1,4 @@
-//! How a fault is made, and how it is mended: signals to processes, words to the link's emulator, a disk that is filled.
+//! How a fault is made, and how it is mended: signals to processes, words to the link's emulator, a disk that is filled, a clock that is set.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::disk::Disk;
+use crate::lab::clock::{Clock, Jump};
 use crate::wan::{Directions, ask};
 
 /// A fault as it is made on this host.
@@ -19,6 +20,8 @@ pub(super) enum Strike {
     Cut { control: PathBuf, directions: Directions },
     /// There is no room for another record.
     Fill(Disk),
+    /// A gateway's wall clock is wrong from now on.
+    Jump { clock: Clock, jump: Jump },
 }
 
 /// A process, known by a descriptor, which never means another one.
@@ -43,6 +46,7 @@ impl Strike {
                 ask(control, &format!("down {directions} {}", show(LONGEST_CUT))).is_ok()
             }
             Self::Fill(disk) => disk.fill().is_ok(),
+            Self::Jump { clock, jump } => clock.jump(*jump).is_ok(),
         }
     }
 
@@ -50,7 +54,7 @@ impl Strike {
     pub(super) fn mend(&self) -> std::io::Result<()> {
         match self {
             Self::Signal { targets, signal } if *signal == Signal::STOP => send(targets, Signal::CONT),
-            Self::Signal { .. } => {}
+            Self::Signal { .. } | Self::Jump { .. } => {}
             Self::Cut { control, directions } => {
                 ask(control, &format!("up {directions}")).map_err(std::io::Error::other)?;
             }

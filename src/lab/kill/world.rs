@@ -11,6 +11,7 @@ use super::disk::unmount_below;
 use super::moment::Place;
 use super::run::{Ground, processes_of};
 use super::site::Site;
+use crate::lab::clock;
 use crate::lab::error::LabError;
 use crate::lab::gateway_file::LinkSection;
 use crate::lab::link::{ADDRESS_A, ADDRESS_B, Link};
@@ -99,6 +100,7 @@ impl World {
             for process in left.into_iter().filter_map(Pid::from_raw) {
                 // One that has ended meanwhile needs nothing.
                 let _ = kill_process(process, Signal::KILL);
+                clock::forget(process.as_raw_pid().unsigned_abs());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
