@@ -146,7 +146,6 @@ pub(super) fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
 
     use super::*;
@@ -154,10 +153,20 @@ mod tests {
     /// Longer than any test may take.
     const LONG: Duration = Duration::from_secs(120);
 
+    /// Written by another process: what another test starts meanwhile would inherit our open file for a moment, and a file that is open for
+    /// writing cannot be executed.
     fn script(directory: &Path, text: &str) -> PathBuf {
         let path = directory.join("hook");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        let written = std::process::Command::new("sh")
+            .args([
+                "-c",
+                r#"printf '#!/bin/sh\n%s\n' "$1" >"$2" && chmod 755 "$2""#,
+                "sh",
+                text,
+            ])
+            .arg(&path)
+            .status();
+        assert!(written.unwrap().success());
         path
     }
 
