@@ -255,6 +255,7 @@ impl SourceVmm {
                 ResumeOutcome::Refused(format!("the guest does not run at the source; its state is {state}"))
             }
             Err(_) if self.is_dead() => ResumeOutcome::Dead,
+            Err(SourceError::ContRefused(refusal)) => ResumeOutcome::Refused(refusal.to_string()),
             Err(SourceError::Qmp(error)) if error.is_refusal() => ResumeOutcome::Refused(error.to_string()),
             Err(error) => ResumeOutcome::Silent(error.to_string()),
         }
