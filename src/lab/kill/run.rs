@@ -278,7 +278,7 @@ impl Stage {
             mended = Some(self.mend(tools, ground, fault, case.away, &mut victims_journal).await?);
         }
 
-        let migration = id_in(&log);
+        let mut migration = None;
         let mut advice = None;
         let mut restless = Some(String::new());
         let deadline = tokio::time::Instant::now() + REST;
@@ -286,6 +286,8 @@ impl Stage {
             if command.check().is_err() {
                 ended.get_or_insert_with(WallTime::now);
             }
+            // A gateway that was stopped as the command began has not told it yet.
+            migration = migration.or_else(|| id_in(&log));
             if advice.is_none()
                 && let Some(migration) = migration
                 && needs_person(case, ground)
