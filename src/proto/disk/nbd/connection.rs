@@ -122,7 +122,8 @@ impl Connection {
     }
 
     /// The export, once the handshake is over.
-    pub fn export(&self) -> Option<&Export> {
+    #[cfg(test)]
+    pub(super) fn export(&self) -> Option<&Export> {
         match &self.phase {
             Phase::Transmission(transmission) => Some(transmission.export()),
             _ => None,
@@ -130,7 +131,8 @@ impl Connection {
     }
 
     /// Requests without an answer.
-    pub fn in_flight(&self) -> usize {
+    #[cfg(test)]
+    pub(super) fn in_flight(&self) -> usize {
         match &self.phase {
             Phase::Transmission(transmission) => transmission.in_flight(),
             _ => 0,

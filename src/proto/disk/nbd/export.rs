@@ -74,11 +74,6 @@ impl TransmissionFlags {
         self.has(numbers::SEND_DF)
     }
 
-    /// Several connections see each other's writes and flushes.
-    pub fn can_share_flush(self) -> bool {
-        self.has(numbers::CAN_MULTI_CONN)
-    }
-
     fn has(self, flag: u16) -> bool {
         self.0 & flag != 0
     }

@@ -50,7 +50,6 @@ pub(super) const SEND_FLUSH: u16 = 1 << 2;
 pub(super) const SEND_TRIM: u16 = 1 << 5;
 pub(super) const SEND_WRITE_ZEROES: u16 = 1 << 6;
 pub(super) const SEND_DF: u16 = 1 << 7;
-pub(super) const CAN_MULTI_CONN: u16 = 1 << 8;
 pub(super) const SEND_FAST_ZERO: u16 = 1 << 11;
 
 // Request types.

@@ -88,6 +88,7 @@ impl Transmission {
         &self.export
     }
 
+    #[cfg(test)]
     pub(super) fn in_flight(&self) -> usize {
         self.open.len()
     }
