@@ -14,6 +14,8 @@
 mod exports;
 mod failures;
 mod qemu;
+#[path = "../common/qemu_under_test.rs"]
+mod qemu_under_test;
 mod rounds;
 
 use std::ops::Range;
@@ -25,7 +27,7 @@ use longhaul::proto::disk::extents::Extents;
 /// Ends the test early where there is no QEMU.
 macro_rules! qemu_or_return {
     () => {
-        match crate::qemu::qemu() {
+        match crate::qemu_under_test::qemu() {
             Some(program) => program,
             None => return,
         }

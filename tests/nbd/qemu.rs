@@ -23,24 +23,6 @@ pub(crate) const CLUSTER: u64 = 64 << 10;
 /// The formats that disks have.
 pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];
 
-/// The QEMU to test with, or `None` after printing why not.
-pub(crate) fn qemu() -> Option<PathBuf> {
-    let name = std::env::var_os("LONGHAUL_TEST_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
-    let works = Command::new(&name)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    if works.is_ok_and(|status| status.success()) {
-        return Some(name.into());
-    }
-    eprintln!(
-        "SKIP: {} does not run; install qemu-system-x86 or set LONGHAUL_TEST_QEMU",
-        name.display()
-    );
-    None
-}
-
 /// A QEMU of a test, ended with it.
 pub(crate) struct Qemu {
     child: Child,

@@ -1,5 +1,8 @@
 //! Real QEMU processes and a gateway that is nothing but two sockets.
 
+#[path = "../common/qemu_under_test.rs"]
+pub(crate) mod qemu_under_test;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -19,26 +22,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// Downtime limit of migrations.
 pub(crate) const LIMIT: Duration = Duration::from_millis(300);
 
-/// The QEMU to test with, or `None` after printing why not. `LONGHAUL_TEST_QEMU` names it, `LONGHAUL_TEST_QEMU_DESTINATION`
-/// another one for the destination.
-pub(crate) fn qemu() -> Option<PathBuf> {
-    let name = std::env::var_os("LONGHAUL_TEST_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
-    let works = Command::new(&name)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    if works.is_ok_and(|status| status.success()) {
-        return Some(name.into());
-    }
-    eprintln!(
-        "SKIPPED: {} does not run; install qemu-system-x86 or set LONGHAUL_TEST_QEMU",
-        name.display()
-    );
-    None
-}
-
-/// The QEMU for destinations.
+/// The QEMU for destinations: `LONGHAUL_TEST_QEMU_DESTINATION`, or the same.
 pub(crate) fn destination_qemu(source: &Path) -> PathBuf {
     std::env::var_os("LONGHAUL_TEST_QEMU_DESTINATION").map_or_else(|| source.to_owned(), PathBuf::from)
 }
@@ -46,7 +30,7 @@ pub(crate) fn destination_qemu(source: &Path) -> PathBuf {
 /// Ends the test early where there is no QEMU.
 macro_rules! qemu_or_return {
     () => {
-        match harness::qemu() {
+        match harness::qemu_under_test::qemu() {
             Some(qemu) => qemu,
             None => return,
         }
