@@ -23,7 +23,7 @@ mod stream;
 
 use std::time::Duration;
 
-use harness::{SOON, Site, qemu_or_return, until};
+use harness::{LIMIT, SOON, Site, qemu_or_return, until};
 use longhaul::hypervisor::process::Process;
 use longhaul::hypervisor::qemu::{
     DestinationError, DestinationVm, MigrationStatus, PermitConditions, Refusal, RunState, SourceError, SourceVm,
@@ -32,8 +32,8 @@ use longhaul::hypervisor::qemu::{
 use longhaul::hypervisor::qmp::{QmpClient, QmpError};
 use serde_json::json;
 use site::{
-    LIMIT, Since, assert_refused, counter, eventually, incoming, is_gone, is_locked_for_writing, load,
-    plain_destination, quit, recorded, restless, set_capabilities, status,
+    Since, assert_refused, counter, eventually, incoming, is_gone, is_locked_for_writing, load, plain_destination,
+    quit, recorded, restless, set_capabilities, status,
 };
 use stream::{Tail, ends_in_a_description};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -11,9 +11,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::boot_sector::boot_sector;
-use super::harness::{self, Guest, SOON, Site};
-
-pub(crate) const LIMIT: Duration = Duration::from_millis(300);
+use super::harness::{self, Guest, LIMIT, SOON, Site};
 
 /// What only newer versions do.
 pub(crate) trait Since {
