@@ -3,6 +3,7 @@
 //! ```text
 //! extents.rs   a range of a disk in runs of one state: allocated or not, dirty or not, and what follows from both
 //! nbd/         a client of the NBD protocol: bytes in; answers and bytes to send out
+//! stream.rs    all disks of a VM as one stream of bytes, from where they are read to where they are written
 //! ```
 //!
 //! A disk is pulled like memory: a dirty bitmap in QEMU collects what the guest writes, a read-only export of the live node tells
@@ -11,3 +12,4 @@
 
 pub mod extents;
 pub mod nbd;
+pub mod stream;
