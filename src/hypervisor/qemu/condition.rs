@@ -203,7 +203,7 @@ async fn writable_disks(qmp: &QmpClient) -> Result<Vec<WritableDisk>, QmpError> 
 }
 
 /// Firmware flash is a RAM block and migrates with memory; the destination writes it to its own file after loading.
-async fn is_flash(qmp: &QmpClient, device: &str) -> Result<bool, QmpError> {
+pub(super) async fn is_flash(qmp: &QmpClient, device: &str) -> Result<bool, QmpError> {
     let path = if device.starts_with('/') {
         device.to_owned()
     } else {

@@ -9,11 +9,13 @@
 //! anybody's `cont` before that arms the same, so `prepare` says `stop` before it lets the stream in: that clears both.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
+use super::block::BlockLayer;
 use super::inventory::VmInventory;
 use super::launch::{Launch, LaunchError, launch, remove_stale_socket};
 use super::output::{Output, keep_log_bounded};
@@ -28,7 +30,7 @@ use crate::hypervisor::qmp::{Events, QemuVersion, QmpClient, QmpError};
 /// A QEMU that takes a guest in. Dropping it closes the monitor and leaves the process alone.
 #[derive(Debug)]
 pub struct DestinationVm {
-    qmp: QmpClient,
+    qmp: Arc<QmpClient>,
     process: Process,
     output: Output,
     remembered: Option<RememberedSettings>,
@@ -124,7 +126,7 @@ impl DestinationVm {
     pub async fn launch(how: &Launch) -> Result<DestinationVm, DestinationError> {
         let launched = launch(how).await?;
         Ok(DestinationVm {
-            qmp: launched.qmp,
+            qmp: Arc::new(launched.qmp),
             process: launched.process,
             output: launched.output,
             remembered: None,
@@ -137,7 +139,7 @@ impl DestinationVm {
     /// # Errors
     /// Those of the monitor and the process.
     pub async fn connect(qmp_path: &Path, deadline: Duration) -> Result<DestinationVm, DestinationError> {
-        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let qmp = Arc::new(QmpClient::connect(qmp_path, deadline).await?);
         let process = owner(&qmp).await?;
         Ok(DestinationVm {
             qmp,
@@ -162,7 +164,7 @@ impl DestinationVm {
     ) -> Result<DestinationVm, DestinationError> {
         let gone = || DestinationError::RecordedProcessGone { pid: identity.pid };
         let process = Process::reattach(identity)?.ok_or_else(gone)?;
-        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let qmp = Arc::new(QmpClient::connect(qmp_path, deadline).await?);
         if qmp.peer_pid() != process.pid() {
             return Err(LaunchError::ForeignProcess {
                 path: qmp_path.to_owned(),
@@ -246,6 +248,11 @@ impl DestinationVm {
             });
         }
         Ok(())
+    }
+
+    /// Its disks.
+    pub fn block_layer(&self) -> BlockLayer {
+        BlockLayer::new(Arc::clone(&self.qmp))
     }
 
     /// Waits until the guest is loaded and paused.

@@ -7,13 +7,14 @@
 //! condition.rs    whether this one may be migrated      settings.rs   capabilities and parameters, and the old ones
 //! permit.rs       whether everything is sent            freeze.rs     a source that nobody can resume
 //! template.rs     an operator's command line            launch.rs     the process it starts, output.rs what that prints
-//! owner.rs        which process a monitor belongs to
+//! owner.rs        which process a monitor belongs to    block.rs      disks, exports of them, dirty bitmaps
 //! progress.rs     query-migrate                         state.rs      QEMU's names of states
 //! ```
 //!
 //! The order of the steps, and what each may leave behind, is the callers' business: they keep the journal. Here each step
 //! says in its documentation where the guest is afterwards, also when it fails.
 
+mod block;
 mod compare;
 mod condition;
 mod destination;
@@ -29,6 +30,7 @@ mod source;
 mod state;
 mod template;
 
+pub use block::{Access, BlockError, BlockLayer, GRANULARITY, GuestDisk, PREFIX, short_name};
 pub use compare::{Mismatch, Severity, compare};
 pub use condition::{Condition, Refusal, WritableDisk};
 pub use destination::{DestinationError, DestinationVm, Loaded};
@@ -96,10 +98,13 @@ async fn quit(qmp: &QmpClient, process: &Process, deadline: Duration) -> Result<
 
 /// QEMU's address of a unix socket, for a path that fits one.
 fn socket_uri(path: &Path) -> Option<String> {
-    let text = path
-        .to_str()
-        .filter(|text| text.len() <= SOCKET_PATH_LIMIT && !text.contains('\0'))?;
-    path.is_absolute().then(|| format!("unix:{text}"))
+    socket_path(path).map(|text| format!("unix:{text}"))
+}
+
+/// The path of a unix socket as text, where it fits one.
+fn socket_path(path: &Path) -> Option<&str> {
+    path.to_str()
+        .filter(|text| text.len() <= SOCKET_PATH_LIMIT && !text.contains('\0') && path.is_absolute())
 }
 
 /// Longest path of a unix socket, in bytes (`sun_path` without its final zero, unix(7)).

@@ -56,6 +56,9 @@ pub struct Multifd {
     pub compression: String,
 }
 
+/// The capability by which QEMU waits once it has stopped its guest.
+pub(super) const PAUSE_BEFORE_SWITCHOVER: &str = "pause-before-switchover";
+
 /// QEMU's name for pages that go as they are.
 const NO_COMPRESSION: &str = "none";
 
@@ -155,7 +158,10 @@ impl RememberedSettings {
             capabilities: self
                 .capabilities
                 .iter()
-                .filter(|pair| !wanted.capabilities.contains(pair))
+                // Where disks are copied it is on, whatever it was.
+                .filter(|pair| {
+                    !wanted.capabilities.contains(pair) || side == Side::Source && pair.0 == PAUSE_BEFORE_SWITCHOVER
+                })
                 .cloned()
                 .collect(),
             parameters: self.parameters.iter().filter(is_kept).cloned().collect(),

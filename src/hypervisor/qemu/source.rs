@@ -10,18 +10,20 @@
 //! guest that was running.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
+use super::block::BlockLayer;
 use super::condition::Condition;
 use super::freeze::{self, FreezeError, Frozen};
 use super::inventory::VmInventory;
 use super::owner::{OwnerError, owner, vcpu_threads};
 use super::permit::PermitConditions;
 use super::progress::MigrationProgress;
-use super::settings::{RememberedSettings, Side, query_capabilities, query_multifd};
+use super::settings::{PAUSE_BEFORE_SWITCHOVER, RememberedSettings, Side, query_capabilities, query_multifd};
 use super::state::{MigrationStatus, RunState};
 use super::{ContRefusal, query_run_state, socket_uri};
 use crate::hypervisor::process::{Process, ProcessError, ProcessIdentity};
@@ -30,7 +32,7 @@ use crate::hypervisor::qmp::{Events, QemuVersion, QmpClient, QmpError};
 /// A QEMU whose guest is to be migrated away. Dropping it closes the monitor and changes nothing else.
 #[derive(Debug)]
 pub struct SourceVm {
-    qmp: QmpClient,
+    qmp: Arc<QmpClient>,
     process: Process,
     was_running: bool,
     remembered: Option<RememberedSettings>,
@@ -150,7 +152,7 @@ impl SourceVm {
     /// [`SourceError::NotMigratable`] for any other state; [`SourceError::Owner`] where stopping the process would hit
     /// another one.
     pub async fn connect(qmp_path: &Path, deadline: Duration) -> Result<SourceVm, SourceError> {
-        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let qmp = Arc::new(QmpClient::connect(qmp_path, deadline).await?);
         let process = owner(&qmp).await?;
         let state = query_run_state(&qmp).await?;
         if let Some(obstacle) = state.source_obstacle() {
@@ -182,7 +184,7 @@ impl SourceVm {
         remembered: Option<RememberedSettings>,
         deadline: Duration,
     ) -> Result<SourceVm, SourceError> {
-        let qmp = QmpClient::connect(qmp_path, deadline).await?;
+        let qmp = Arc::new(QmpClient::connect(qmp_path, deadline).await?);
         let process = owner(&qmp).await?;
         if process.identity() != identity {
             return Err(SourceError::AnotherProcess {
@@ -364,6 +366,35 @@ impl SourceVm {
         let uri = socket_uri(socket).ok_or_else(|| SourceError::SocketPath(socket.display().to_string()))?;
         self.qmp.execute("migrate", json!({ "uri": uri })).await?;
         Ok(())
+    }
+
+    /// Makes QEMU wait, once it has stopped its guest for the last part, in [`MigrationStatus::PreSwitchover`] for
+    /// [`SourceVm::continue_switchover`]. That state may be told while the vCPUs still run: that they stand is told by the event `STOP`. To be
+    /// called after [`SourceVm::prepare`], and put back like its settings.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn wait_before_switchover(&self) -> Result<(), SourceError> {
+        let waits = json!([{ "capability": PAUSE_BEFORE_SWITCHOVER, "state": true }]);
+        self.qmp
+            .execute("migrate-set-capabilities", json!({ "capabilities": waits }))
+            .await?;
+        Ok(())
+    }
+
+    /// Lets a QEMU that stopped its guest and waits send the rest.
+    ///
+    /// # Errors
+    /// It does not wait.
+    pub async fn continue_switchover(&self) -> Result<(), SourceError> {
+        let state = json!({ "state": "pre-switchover" });
+        self.qmp.execute("migrate-continue", state).await?;
+        Ok(())
+    }
+
+    /// Its disks.
+    pub fn block_layer(&self) -> BlockLayer {
+        BlockLayer::new(Arc::clone(&self.qmp))
     }
 
     /// How far the migration is.
