@@ -7,12 +7,13 @@
 //! Until `agree` nothing has been touched and a failure is a refusal. From then on the ownership machine decides where the VM
 //! is, and the report says it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
+use crate::api::{self, Check, DiskFigures, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
 use crate::config::{AfterSuccess, Disks, Hook, Vm};
 use crate::gateway::again::{self, Successor};
 use crate::gateway::channel::{Channel, ChannelError};
@@ -27,16 +28,16 @@ use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::wanted::Wanted;
-use crate::gateway::{Core, clock, history};
+use crate::gateway::{Core, clock, disks, history};
 use crate::gateway::{keeping, launches, outbound};
-use crate::hypervisor::qemu::{Condition, DirtyRate, SourceError, SourceVm, VmInventory};
+use crate::hypervisor::qemu::{Condition, DirtyRate, GuestDisk, SourceError, SourceVm, VmInventory};
 use crate::metrics::ActiveMigration;
 use crate::proto::ownership::{Outcome, Source, SourceEvent, SourceTerms};
 use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
 use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
-use crate::proto::wire::message::{KnownImage, Offer, Reply};
+use crate::proto::wire::message::{KnownImage, Offer, OfferedDisk, Reply};
 use crate::proto::wire::{Request, SessionMessage, hello};
 use crate::store::pages::Image;
 use crate::transport::tuning::UNSENT;
@@ -46,6 +47,9 @@ const MONITOR_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Time for the destination to tidy up an earlier migration of the VM, run its hook, start its hypervisor and agree.
 const AGREE_DEADLINE: Duration = Duration::from_secs(90);
+
+/// The same where it makes images too, perhaps in full.
+const AGREE_DEADLINE_WITH_DISKS: Duration = Duration::from_secs(3700);
 
 /// Between calls to a peer that is not back yet.
 const CALL_AGAIN: Duration = Duration::from_millis(500);
@@ -206,6 +210,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 channel,
                 copying,
                 was_running,
+                disks,
             } = agreed;
             let terms = SourceTerms {
                 was_running,
@@ -217,6 +222,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 effects: Vec::new(),
                 peer_journal: link.peer_journal(),
                 copying: Some(copying),
+                disks,
                 undone_by_restart: false,
             };
             let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
@@ -275,6 +281,7 @@ struct Agreed {
     channel: Channel,
     copying: Copying,
     was_running: bool,
+    disks: Vec<GuestDisk>,
 }
 
 async fn agree(
@@ -342,8 +349,13 @@ async fn agree(
     });
     let offered_images = offered_images.collect();
     let offered = async {
-        let agreed = tokio::time::timeout(AGREE_DEADLINE, open_session(&checked.link, offer, offered_images)).await;
-        agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, AGREE_DEADLINE.as_secs()))?
+        let deadline = match checked.disks.is_empty() {
+            true => AGREE_DEADLINE,
+            false => AGREE_DEADLINE_WITH_DISKS,
+        };
+        let request = checked.opening(offer, offered_images)?;
+        let agreed = tokio::time::timeout(deadline, open_session(&checked.link, request)).await;
+        agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, deadline.as_secs()))?
     };
     let sample = checked.begin_sample().await;
     let (mut channel, image) = offered.await?;
@@ -371,6 +383,7 @@ async fn agree(
         costs,
         vm_config,
         deadline,
+        disks,
         ..
     } = checked;
     let now = clock::now();
@@ -398,6 +411,10 @@ async fn agree(
         process: Some(vm.identity().clone()),
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
         settings: vm.changed_settings(),
+        images: disks
+            .iter()
+            .filter_map(|disk| disk.file.clone().map(PathBuf::from))
+            .collect(),
     };
     hooks::owe(core, entry.migration, api::Role::Source)?;
     copying.show(now, Phase::Preparing, None, entry);
@@ -407,19 +424,17 @@ async fn agree(
         channel,
         copying,
         was_running,
+        disks,
     })
 }
 
 /// The channel of the session, and the image with which both sites begin it.
-async fn open_session(
-    link: &Link,
-    offer: Offer,
-    images: Vec<KnownImage>,
-) -> Result<(Channel, Option<MigrationId>), String> {
-    let named: Vec<MigrationId> = images.iter().map(|image| image.id).collect();
-    let request = match images.is_empty() {
-        true => Request::Open(offer),
-        false => Request::OpenKnowing { offer, images },
+async fn open_session(link: &Link, request: Request) -> Result<(Channel, Option<MigrationId>), String> {
+    let named: Vec<MigrationId> = match &request {
+        Request::OpenKnowing { images, .. } | Request::OpenWithDisks { images, .. } => {
+            images.iter().map(|image| image.id).collect()
+        }
+        _ => Vec::new(),
     };
     let opened = async {
         let mut channel = Channel::open(link.control(), &request).await?;
@@ -460,6 +475,8 @@ struct Checked {
     costs: FixedCosts,
     cap: Option<ByteRate>,
     deadline: Option<Duration>,
+    /// Those that are copied with the VM.
+    disks: Vec<GuestDisk>,
 }
 
 /// Every check in turn. `None` unless all of them passed.
@@ -490,7 +507,7 @@ async fn check(
     };
     let look = async {
         let vm = SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE).await?;
-        let seen = look_at_vm(&vm).await;
+        let seen = look_at_vm(&vm, &vm_config).await;
         Ok::<_, SourceError>((vm, seen))
     };
     let (looked, link) = tokio::join!(look, core.links.fresh_link(&request.peer));
@@ -512,12 +529,16 @@ async fn check(
         }
     };
     let mut fine = link.is_some();
-    let found = match looked.and_then(|(vm, seen)| Ok((vm, seen?))) {
-        Ok((vm, (inventory, condition))) => {
-            judge(&inventory, &condition, &vm_config, &mut note).then_some((vm, inventory))
+    let found = match looked
+        .map_err(|error| error.to_string())
+        .and_then(|(vm, seen)| Ok((vm, seen?)))
+    {
+        Ok((vm, seen)) => {
+            let is_fine = judge(&seen, &vm_config, &mut note);
+            is_fine.then_some((vm, seen.inventory, seen.disks))
         }
-        Err(error) => {
-            note("hypervisor", Err(error.to_string()));
+        Err(reason) => {
+            note("hypervisor", Err(reason));
             None
         }
     };
@@ -549,7 +570,7 @@ async fn check(
             })
             .map_err(ToString::to_string),
     );
-    let (Some((vm, inventory)), Some(link), Ok(budget)) = (found, link, budget) else {
+    let (Some((vm, inventory, disks)), Some(link), Ok(budget)) = (found, link, budget) else {
         return (checks, None);
     };
     let deadline = request
@@ -565,6 +586,7 @@ async fn check(
         costs,
         cap,
         deadline,
+        disks,
     };
     if hooks::is_configured(core, Hook::PreCheck) {
         let facts = Facts::new(migration, &request.vm, &request.peer, api::Role::Source);
@@ -575,7 +597,15 @@ async fn check(
         );
     }
     if fine && how == Thoroughness::AskDestination {
-        let question = Request::Check(checked.offer(migration));
+        let offer = checked.offer(migration);
+        let question = match checked.offered_disks() {
+            Ok(disks) if disks.is_empty() => Request::Check(offer),
+            Ok(disks) => Request::CheckWithDisks { offer, disks },
+            Err(reason) => {
+                note("destination", Err(reason));
+                return (checks, None);
+            }
+        };
         let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
         fine &= note(
             "destination",
@@ -592,22 +622,39 @@ async fn check(
 }
 
 /// What the VM is, and what is going on with it.
-async fn look_at_vm(vm: &SourceVm) -> Result<(VmInventory, Condition), SourceError> {
-    Ok((vm.inventory().await?, vm.condition().await?))
+struct Seen {
+    inventory: VmInventory,
+    condition: Condition,
+    /// Those that are to be copied.
+    disks: Vec<GuestDisk>,
+}
+
+async fn look_at_vm(vm: &SourceVm, config: &Vm) -> Result<Seen, String> {
+    let seen = async { Ok::<_, SourceError>((vm.inventory().await?, vm.condition().await?)) };
+    let (inventory, condition) = seen.await.map_err(|error| error.to_string())?;
+    let disks = match config.disks {
+        Disks::Copied => vm.block_layer().disks().await.map_err(|error| error.to_string())?,
+        Disks::None | Disks::Shared => Vec::new(),
+    };
+    Ok(Seen {
+        inventory,
+        condition,
+        disks,
+    })
 }
 
 /// Whether the VM can be moved as it is.
-fn judge(
-    inventory: &VmInventory,
-    condition: &Condition,
-    config: &Vm,
-    note: &mut impl FnMut(&str, Result<String, String>) -> bool,
-) -> bool {
+fn judge(seen: &Seen, config: &Vm, note: &mut impl FnMut(&str, Result<String, String>) -> bool) -> bool {
+    let Seen {
+        inventory,
+        condition,
+        disks,
+    } = seen;
     note(
         "hypervisor",
         Ok(format!("QEMU {}, {}", inventory.version, inventory.machine)),
     );
-    let refusals = condition.refusals(config.disks == Disks::Shared);
+    let refusals = condition.refusals(config.disks != Disks::None);
     for refusal in &refusals {
         note("condition", Err(refusal.to_string()));
     }
@@ -620,10 +667,38 @@ fn judge(
             )),
         );
     }
+    if !disks.is_empty() {
+        let names: Vec<&str> = disks.iter().map(GuestDisk::short_name).collect();
+        let allocated: u64 = disks.iter().map(|disk| disk.allocated_bytes).sum();
+        note(
+            "disks",
+            Ok(format!("{} are copied, {} MiB", names.join(", "), allocated >> 20)),
+        );
+    }
     refusals.is_empty()
 }
 
 impl Checked {
+    /// The disks as the destination is told of them.
+    fn offered_disks(&self) -> Result<Vec<OfferedDisk>, String> {
+        if !self.disks.is_empty() && self.link.agreement().version < hello::DISKS {
+            return Err("the peer has an older release, which cannot take disks: upgrade it".to_owned());
+        }
+        let offered = disks::offered(&self.disks);
+        disks::check_offer(&offered)?;
+        Ok(offered)
+    }
+
+    /// What opens the session.
+    fn opening(&self, offer: Offer, images: Vec<KnownImage>) -> Result<Request, String> {
+        let disks = self.offered_disks()?;
+        Ok(match (disks.is_empty(), images.is_empty()) {
+            (true, true) => Request::Open(offer),
+            (true, false) => Request::OpenKnowing { offer, images },
+            (false, _) => Request::OpenWithDisks { offer, images, disks },
+        })
+    }
+
     /// Of the session's dictionary.
     fn slots(&self) -> Slots {
         let most = self.link.agreement().limits.dictionary_pages;
@@ -731,6 +806,14 @@ pub(crate) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, mut end: Source
     if let Some(downtime) = end.downtime {
         core.metrics.observe_downtime(downtime);
     }
+    report.disks = end.disks.map(|figures| DiskFigures {
+        allocated_bytes: figures.allocated_bytes,
+        read_bytes: figures.read_bytes,
+        zero_bytes: figures.zero_bytes,
+        wire_bytes: figures.wire_bytes,
+        rounds: figures.rounds,
+        last_round_bytes: figures.round_bytes,
+    });
     match end.copying {
         Some(copying) => {
             report.forecast = Some(copying.forecast());

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use longhaul::config::{AfterSuccess, Config, ConfigError, Disks, Overrides, Place, Problem, stated_state_dir};
+use longhaul::config::{
+    AfterSuccess, Config, ConfigError, Disks, ImageFormat, Overrides, Place, Preallocation, Problem, stated_state_dir,
+};
 use longhaul::hypervisor::qemu::LaunchValues;
 use longhaul::proto::page::ByteRate;
 
@@ -64,7 +66,8 @@ fn the_reference_file_documents_every_key_that_is_read() {
     let mut read = BTreeSet::new();
     let entry = "days = \"mon\"\nhours = \"08:00-18:00\"\nrate = \"1mbit\"\nno_such = 1\n";
     let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[store]\nno_such = 1\n[migration]\nno_such = 1\n[hooks]\nno_such = 1\n[log]\nno_such = 1\n\
-                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\nno_such = 1\n\
+                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\ndisks = \"copied\"\nno_such = 1\n\
+                 [[vm.image]]\ndisk = \"d\"\npath = \"/i\"\nno_such = 1\n\
                  [[tunnel]]\nname = \"t\"\nconnect = \"/c\"\nno_such = 1\n";
     for problem in parse(&probe.replace("ENTRY", entry)).unwrap_err() {
         let table = problem
@@ -476,6 +479,56 @@ fn a_vm_overrides_what_becomes_of_its_source() {
         (AfterSuccess::Leave, AfterSuccess::Quit)
     );
     assert_eq!((x.disks, y.disks), (Disks::Shared, Disks::None));
+}
+
+#[test]
+fn images_of_disks_are_read_with_their_mistakes() {
+    let vm = |disks: &str, images: &str| {
+        parse(&format!(
+            "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/x\"\ndisks = \"{disks}\"\n{images}"
+        ))
+    };
+    let image =
+        |disk: &str, path: &str, more: &str| format!("[[vm.image]]\ndisk = \"{disk}\"\npath = \"{path}\"\n{more}\n");
+    let two = image("vda", "/p/a", "") + &image("vdb", "/p/b", "format = \"raw\"\npreallocation = \"falloc\"");
+    let config = vm("copied", &two).unwrap();
+    let images = &config.vm("x").unwrap().images;
+    assert_eq!(
+        (images[0].format, images[0].preallocation),
+        (ImageFormat::Qcow2, Preallocation::Off)
+    );
+    assert_eq!(
+        (images[1].format, images[1].preallocation),
+        (ImageFormat::Raw, Preallocation::Falloc)
+    );
+    for (disks, images, wanted) in [
+        ("shared", two.as_str(), "disks = \"copied\" only"),
+        ("copied", &image("vda", "a", ""), "absolute"),
+        (
+            "copied",
+            &image("vda", "/a", "format = \"iso\""),
+            "write one of raw, qcow2",
+        ),
+        (
+            "copied",
+            &image("vda", "/a", "format = \"vdi\"\npreallocation = \"full\""),
+            "not there for vdi",
+        ),
+        (
+            "copied",
+            &(image("vda", "/a", "") + &image("vda", "/b", "")),
+            "\"vda\" is there twice",
+        ),
+        (
+            "copied",
+            &(image("vda", "/a", "") + &image("vdb", "/a", "")),
+            "/a is there twice",
+        ),
+    ] {
+        let problems = vm(disks, images).unwrap_err();
+        let said = problems.iter().any(|problem| problem.to_string().contains(wanted));
+        assert!(said, "{wanted}: {problems:?}");
+    }
 }
 
 #[test]

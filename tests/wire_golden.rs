@@ -19,7 +19,7 @@ use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, Page
 use longhaul::proto::reduce::{Coder, DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
-use longhaul::proto::wire::message::{Held, KnownImage, Reply, TunnelOffer, decode, encode};
+use longhaul::proto::wire::message::{Held, KnownImage, OfferedDisk, Reply, TunnelOffer, decode, encode};
 use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{
     Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
@@ -48,6 +48,7 @@ impl Goldens {
             include_str!("data/wire-v5.txt"),
             include_str!("data/wire-v6.txt"),
             include_str!("data/wire-v8.txt"),
+            include_str!("data/wire-v9.txt"),
         ];
         let lines = files
             .into_iter()
@@ -120,6 +121,14 @@ fn offer() -> Offer {
     }
 }
 
+fn disk() -> OfferedDisk {
+    OfferedDisk {
+        name: "vda".into(),
+        size_bytes: 4 << 30,
+        allocated_bytes: 1 << 30,
+    }
+}
+
 fn permit() -> Permit {
     Permit {
         stream: StreamSum {
@@ -170,6 +179,24 @@ fn requests_have_these_bytes() {
             stream: MIGRATION,
             epoch: 7,
         },
+        Request::CheckWithDisks {
+            offer: offer(),
+            disks: vec![disk()],
+        },
+        Request::OpenWithDisks {
+            offer: offer(),
+            images: Vec::new(),
+            disks: vec![disk()],
+        },
+        Request::Disks {
+            migration: MIGRATION,
+            stream: TunnelOffer {
+                stream: MigrationId([0xd4; 16]),
+                tunnel: String::new(),
+                window_bytes: 32 << 20,
+                dictionary_pages: 1 << 16,
+            },
+        },
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -185,6 +212,9 @@ fn requests_have_these_bytes() {
             Request::OpenKnowing { .. } => "request/open-knowing",
             Request::Tunnel(_) => "request/tunnel",
             Request::AttachTunnel { .. } => "request/attach-tunnel",
+            Request::CheckWithDisks { .. } => "request/check-with-disks",
+            Request::OpenWithDisks { .. } => "request/open-with-disks",
+            Request::Disks { .. } => "request/disks",
         };
         goldens.message(name, request);
     }

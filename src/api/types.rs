@@ -130,6 +130,8 @@ pub enum Phase {
     Checking,
     /// Both hypervisors are set up.
     Preparing,
+    /// Disks that are copied with the VM are read for the first time, while it runs at the source.
+    Disks,
     /// Rounds, while the VM runs at the source.
     Precopy,
     /// The VM is being paused at the source.
@@ -146,9 +148,10 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Checking,
         Self::Preparing,
+        Self::Disks,
         Self::Precopy,
         Self::Switchover,
         Self::StopAndCopy,
@@ -163,6 +166,7 @@ impl Phase {
         match self {
             Self::Checking => "checking",
             Self::Preparing => "preparing",
+            Self::Disks => "disks",
             Self::Precopy => "precopy",
             Self::Switchover => "switchover",
             Self::StopAndCopy => "stop_and_copy",
@@ -269,6 +273,23 @@ impl From<PageCounts> for Pages {
             raw,
         }
     }
+}
+
+/// What was copied of the disks of a VM, all of them together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFigures {
+    /// What the images took at the source when it began.
+    pub allocated_bytes: u64,
+    /// Read in all rounds.
+    pub read_bytes: u64,
+    /// Told to be zero, and not sent.
+    pub zero_bytes: u64,
+    /// Bytes of frames that this took.
+    pub wire_bytes: u64,
+    /// Rounds, the first one over everything.
+    pub rounds: u32,
+    /// Read in the last round; where the guest wrote nothing before it was stopped, in the one before.
+    pub last_round_bytes: u64,
 }
 
 /// How a migration ended.
@@ -393,6 +414,9 @@ pub struct Report {
     /// Pages that an earlier migration had left at both sites, or blocks of a disk that both were given, which this one began with.
     #[serde(default)]
     pub known_pages: u64,
+    /// What was copied of disks; `None` where none were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DiskFigures>,
     /// BLAKE3 of the vmm stream, hexadecimal, equal at both ends; `None` where it did not end.
     pub stream_digest: Option<String>,
     /// What was expected at the start; `None` where it ended before.
@@ -427,6 +451,7 @@ impl Report {
             reduction_ratio: 1.0,
             pages: Pages::default(),
             known_pages: 0,
+            disks: None,
             stream_digest: None,
             forecast: None,
             continued_as: None,

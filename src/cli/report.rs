@@ -36,6 +36,16 @@ pub(super) fn text(report: &Report) -> String {
             pages.zero, pages.same, pages.reference, pages.delta, pages.literal, pages.raw
         );
     }
+    if let Some(disks) = &report.disks {
+        let _ = writeln!(
+            text,
+            "  disks: {} read in {} rounds, {} told to be zero, {} after reduction",
+            bytes(disks.read_bytes),
+            disks.rounds,
+            bytes(disks.zero_bytes),
+            bytes(disks.wire_bytes)
+        );
+    }
     if let Some(forecast) = &report.forecast {
         let _ = writeln!(
             text,

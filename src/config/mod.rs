@@ -4,8 +4,31 @@
 //! and timers are derived from it elsewhere. Flag > environment > file > default. Who is trusted is not here but in the
 //! trust store, which pairing writes.
 
+/// Gives an enum its words, for the file, the command line and for showing it.
+macro_rules! words {
+    ($type:ident { $($word:literal => $variant:ident),+ $(,)? }) => {
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err(format!("write one of {}", [$($word),+].join(", "))),
+                }
+            }
+        }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $(Self::$variant => $word,)+ })
+            }
+        }
+    };
+}
+
 mod calendar;
 mod hooks;
+mod image;
 mod section;
 mod tunnel;
 pub mod units;
@@ -20,6 +43,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 pub use self::hooks::{Hook, Hooks};
+pub use self::image::{ImageFormat, Preallocation, VmImage};
 pub use self::section::{Overrides, Problem};
 use self::section::{Section, Source};
 pub use self::tunnel::{Entrance, Exit, Place};
@@ -148,6 +172,8 @@ pub struct Vm {
     pub command: Option<LaunchTemplate>,
     /// Where its disks are.
     pub disks: Disks,
+    /// Images that `command` opens and that are made here when the VM arrives with its disks.
+    pub images: Vec<VmImage>,
     /// For this VM instead of `migration.after_success`.
     pub after_success: Option<AfterSuccess>,
     /// Whose it is: what is kept of it serves VMs of the same tenant only. Empty: of nobody in particular.
@@ -172,6 +198,8 @@ pub enum Disks {
     None,
     /// On storage that both sites reach under the same names.
     Shared,
+    /// On storage of each site: they are copied with the VM.
+    Copied,
 }
 
 /// What is logged, on stderr.
@@ -443,7 +471,9 @@ impl Config {
                 disks: section.value("disks", Disks::from_str).unwrap_or(Disks::None),
                 after_success: section.value("after_success", AfterSuccess::from_str),
                 tenant: section.value("tenant", parse_name).unwrap_or_default(),
+                images: section.sections("image").into_iter().map(image::read).collect(),
             };
+            image::check(&vm, &section);
             if !vm.name.is_empty() && config.vm(&vm.name).is_some() {
                 section.mistake("name", format!("the VM {:?} is there already", vm.name));
             }
@@ -629,30 +659,8 @@ fn parse_budget(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
-/// Gives an enum its words, for the file, the command line and for showing it.
-macro_rules! words {
-    ($type:ident { $($word:literal => $variant:ident),+ $(,)? }) => {
-        impl FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($word => Ok(Self::$variant),)+
-                    _ => Err(format!("write one of {}", [$($word),+].join(", "))),
-                }
-            }
-        }
-
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(match self { $(Self::$variant => $word,)+ })
-            }
-        }
-    };
-}
-
 words!(AfterSuccess { "quit" => Quit, "leave" => Leave });
-words!(Disks { "none" => None, "shared" => Shared });
+words!(Disks { "none" => None, "shared" => Shared, "copied" => Copied });
 words!(LogLevel { "error" => Error, "warn" => Warn, "info" => Info, "debug" => Debug, "trace" => Trace });
 words!(LogFormat { "text" => Text, "json" => Json });
 

@@ -11,6 +11,7 @@ use super::channel::{Channel, ChannelError};
 use super::destination::Attachment;
 use super::lanes::{LaneMemory, Lanes};
 use super::link_test::sink;
+use super::offer::Offered;
 use super::{offer, recovery, tunnel};
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::Request;
@@ -143,15 +144,39 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             reply(channel, Reply::Drives(drives)).await
         }
         Request::Check(offered) => {
-            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
+            let against = offer::check(core, peer, known.agreement().limits, &offered, &[]).await;
+            reply(channel, Reply::Checked(against)).await
+        }
+        Request::CheckWithDisks { offer, disks } => {
+            let against = offer::check(core, peer, known.agreement().limits, &offer, &disks).await;
             reply(channel, Reply::Checked(against)).await
         }
         Request::Open(offered) => {
-            offer::open(Arc::clone(core), peer.to_owned(), known, offered, Vec::new(), channel).await;
+            offer::open(
+                Arc::clone(core),
+                peer.to_owned(),
+                known,
+                Offered::bare(offered),
+                channel,
+            )
+            .await;
             Ok(())
         }
         Request::OpenKnowing { offer, images } => {
-            offer::open(Arc::clone(core), peer.to_owned(), known, offer, images, channel).await;
+            let offered = Offered {
+                images,
+                ..Offered::bare(offer)
+            };
+            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+            Ok(())
+        }
+        Request::OpenWithDisks { offer, images, disks } => {
+            let offered = Offered { offer, images, disks };
+            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+            Ok(())
+        }
+        Request::Disks { migration, stream } => {
+            tunnel::open_disks(Arc::clone(core), peer.to_owned(), known, migration, stream, channel).await;
             Ok(())
         }
         Request::Tunnel(offered) => {

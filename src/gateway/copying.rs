@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::disks::pull::Figures;
 use super::forecasting::{Forecasting, Sample as DirtySample};
 use super::keeping::Prepared;
 use super::links::Link;
@@ -63,6 +64,9 @@ pub(crate) struct Copying {
     totals: Totals,
     wire_at_start: u64,
     pages: Pages,
+    disks_began: Option<Instant>,
+    /// Share of the whole that disks were, which were read before memory.
+    percent_before: f64,
 }
 
 /// What a migration's copying begins with.
@@ -127,6 +131,8 @@ impl Copying {
             totals: Totals::default(),
             wire_at_start: start.wire_at_start,
             pages: Pages::default(),
+            disks_began: None,
+            percent_before: 0.0,
         }
     }
 
@@ -267,7 +273,7 @@ impl Copying {
             peer: entry.peer.clone(),
             phase: self.phase,
             round,
-            percent: outlook.percent,
+            percent: self.percent_before + outlook.percent * (100.0 - self.percent_before) / 100.0,
             elapsed_seconds: now.saturating_duration_since(entry.started).as_secs_f64(),
             wire_bytes_per_second: self.wire.bytes_per_second,
             reduction_ratio: self.reduction_ratio(),
@@ -296,6 +302,35 @@ impl Copying {
         self.rounds.observe(now, 1, Totals::default(), 0);
     }
 
+    /// A look at disks, which are read before memory is.
+    pub(crate) fn look_at_disks(&mut self, now: Instant, figures: Figures, link: &Link, entry: &Entry) {
+        let wire_bytes = link.wire_bytes().saturating_sub(self.wire_at_start);
+        self.wire.observe(now, wire_bytes);
+        link.ask(now, entry.migration, self.path_rate(link));
+        let Figures {
+            allocated_bytes,
+            read_bytes,
+            ..
+        } = figures;
+        let all = (allocated_bytes + self.memory_bytes).max(1) as f64;
+        let read = read_bytes.min(allocated_bytes) as f64;
+        self.percent_before = 100.0 * read / all;
+        let elapsed = now
+            .saturating_duration_since(self.disks_began.unwrap_or(now))
+            .as_secs_f64();
+        let remaining_bytes = allocated_bytes.saturating_sub(read_bytes);
+        let eta_seconds = (read > 0.0 && elapsed > 1.0)
+            .then(|| remaining_bytes as f64 * elapsed / read + self.forecasting.forecast().total_seconds);
+        let mut look = self.blank(Phase::Disks, entry);
+        look.percent = self.percent_before;
+        look.elapsed_seconds = now.saturating_duration_since(entry.started).as_secs_f64();
+        look.wire_bytes_per_second = self.wire.bytes_per_second;
+        look.remaining_bytes = remaining_bytes;
+        look.eta_seconds = eta_seconds;
+        entry.publish(look.clone());
+        self.last = Some(look);
+    }
+
     /// A new phase, with the figures of the last look. `totals`: what the stream has come to meanwhile, where there is one.
     pub(crate) fn show(&mut self, now: Instant, phase: Phase, totals: Option<Totals>, entry: &Entry) {
         self.totals = totals.unwrap_or(self.totals);
@@ -305,7 +340,19 @@ impl Copying {
             let last = self.rounds.finish(now, self.totals);
             self.note_round(last, entry);
         }
-        let mut look = self.last.clone().unwrap_or_else(|| Progress {
+        if phase == Phase::Disks {
+            self.disks_began = Some(now);
+        }
+        let mut look = self.last.clone().unwrap_or_else(|| self.blank(phase, entry));
+        look.phase = phase;
+        look.elapsed_seconds = now.saturating_duration_since(entry.started).as_secs_f64();
+        entry.publish(look.clone());
+        self.last = Some(look);
+    }
+
+    /// Nothing is known yet.
+    fn blank(&self, phase: Phase, entry: &Entry) -> Progress {
+        Progress {
             migration: entry.migration,
             vm: entry.vm.clone(),
             peer: entry.peer.clone(),
@@ -322,11 +369,7 @@ impl Copying {
             eta_seconds: None,
             eta_reason: None,
             converging: true,
-        });
-        look.phase = phase;
-        look.elapsed_seconds = now.saturating_duration_since(entry.started).as_secs_f64();
-        entry.publish(look.clone());
-        self.last = Some(look);
+        }
     }
 
     fn note_round(&self, ended: Option<Round>, entry: &Entry) {

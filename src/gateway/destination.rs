@@ -1,15 +1,19 @@
 //! Drives one migration at its destination: performs what the ownership machine asks for and feeds it what happens.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::disks::take::{self, Taken};
+use super::disks::volumes;
 use super::hooks;
 use super::inbound::{Inbound, Progress, Shelf};
 use super::keeping;
@@ -27,7 +31,7 @@ use crate::proto::ownership::{
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::session::Decoder;
 use crate::proto::wire::SessionMessage;
-use crate::proto::wire::message::Held;
+use crate::proto::wire::message::{Held, OfferedDisk};
 
 /// No contact with the source, and no permit: the migration is aborted here, by so much later than there, so that it is the source that gives
 /// up first and says so.
@@ -76,6 +80,13 @@ pub(crate) struct DestinationDriver {
     attachments: mpsc::Receiver<Attachment>,
     orders: mpsc::Receiver<ResolveOrder>,
     waiting_order: Option<ResolveOrder>,
+    /// Disks that are copied, until they are opened.
+    disks: Vec<OfferedDisk>,
+    are_images_new: bool,
+    /// What writes them.
+    take: Option<AbortOnDropHandle<Taken>>,
+    /// Where they came from: closed once everything is decided.
+    taken: Option<UnixStream>,
     inbound: Option<Arc<Inbound>>,
     progress: Option<watch::Receiver<Progress>>,
     decoder: Option<Decoder<Shelf>>,
@@ -119,6 +130,10 @@ pub(crate) struct DestinationStart {
     /// What the stream leaves is for the next one.
     pub(crate) keeps: bool,
     pub(crate) window_bytes: u64,
+    /// Disks that are copied.
+    pub(crate) disks: Vec<OfferedDisk>,
+    /// Their images were made for it, and have nothing in them.
+    pub(crate) are_images_new: bool,
 }
 
 impl DestinationDriver {
@@ -148,6 +163,10 @@ impl DestinationDriver {
             attachments,
             orders,
             waiting_order: None,
+            disks: start.disks,
+            are_images_new: start.are_images_new,
+            take: None,
+            taken: None,
             inbound: None,
             progress: None,
             decoder: start.decoder,
@@ -192,6 +211,7 @@ impl DestinationDriver {
             self.wait().await;
         }
         self.stop_stream();
+        self.stop_disks();
         self.core.inbound.remove(self.entry.migration);
         self.contact.drop_channel();
         // While this driver's queue still exists: another one cannot have begun.
@@ -237,6 +257,13 @@ impl DestinationDriver {
             keeping::keep(&self.core, &self.entry, leftover, None);
         }
         self.stop_stream();
+        self.stop_disks();
+        if let Some(vm) = self.core.config.vm(&self.entry.vm) {
+            match verdict {
+                Verdict::Running => volumes::keep(vm, self.entry.migration),
+                Verdict::Aborted(_) | Verdict::Reverted => volumes::discard(vm, self.entry.migration),
+            }
+        }
         self.core.inbound.remove(self.entry.migration);
         let now = super::clock::now();
         if let Some(active) = self.active.take() {
@@ -293,6 +320,7 @@ impl DestinationDriver {
             Effect::ContinueVmm => self.continue_vm().await,
             Effect::KillVmm => {
                 self.stop_stream();
+                self.stop_disks();
                 if let Some(vmm) = &mut self.vmm {
                     vmm.kill_confirmed().await;
                 }
@@ -346,6 +374,13 @@ impl DestinationDriver {
         let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
             return Err("this gateway has no hypervisor for the migration".to_owned());
         };
+        if !self.disks.is_empty() {
+            let (socket, disks) = (self.core.disk_socket(self.entry.migration), &self.disks);
+            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, self.are_images_new).await?;
+            self.take = Some(task);
+            let end = Arc::new(Mutex::new(Some(end)));
+            self.core.disk_ends.insert(self.entry.migration, &self.entry.peer, end);
+        }
         let path = self.core.stream_socket(self.entry.migration);
         let stream = vmm.receive(&path).await?;
         let inbound = Arc::new(Inbound::start(
@@ -409,6 +444,29 @@ impl DestinationDriver {
         self.counted = now;
     }
 
+    /// Nothing more is written to the disks that arrive.
+    fn stop_disks(&mut self) {
+        self.take = None;
+        self.taken = None;
+        self.core.disk_ends.remove(self.entry.migration);
+    }
+
+    async fn on_taken(&mut self, taken: Taken) {
+        self.take = None;
+        match taken.result {
+            Ok(()) => {
+                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
+                self.feed(&DestinationEvent::BarrierPassed);
+            }
+            Err(reason) => {
+                // The source is told here, and only then sees its stream end.
+                self.taken = Some(taken.stream);
+                self.fail(format!("{} at {}", reason, self.core.config.site)).await;
+                self.feed(&DestinationEvent::LoadFailed);
+            }
+        }
+    }
+
     fn stop_stream(&mut self) {
         self.count();
         // The tail was given to the vmm by now, or must never be.
@@ -440,6 +498,13 @@ impl DestinationDriver {
                 None => std::future::pending().await,
             }
         };
+        let take = &mut self.take;
+        let taken = async {
+            match take {
+                Some(take) => take.await,
+                None => std::future::pending().await,
+            }
+        };
         // Counted from the last look, not from the last event: frames come more often than looks.
         let next_look = self.looked + look;
         tokio::select! {
@@ -448,6 +513,14 @@ impl DestinationDriver {
                 self.progress = progress;
                 self.on_progress().await;
             }
+            taken = taken => match taken {
+                Ok(taken) => self.on_taken(taken).await,
+                Err(error) => {
+                    self.take = None;
+                    self.fail(format!("what writes the disks ended: {error}")).await;
+                    self.feed(&DestinationEvent::LoadFailed);
+                }
+            },
             () = tokio::time::sleep_until(next_look.into()) => {
                 self.look().await;
                 self.count();

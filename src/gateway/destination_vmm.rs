@@ -8,7 +8,9 @@ use tokio::net::UnixStream;
 use super::vm_context::VmContext;
 use crate::config::Vm;
 use crate::hypervisor::process::Process;
-use crate::hypervisor::qemu::{DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory};
+use crate::hypervisor::qemu::{
+    BlockLayer, DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory,
+};
 use crate::proto::ownership::VmmFact;
 
 /// Time for a hypervisor that was started to answer.
@@ -90,6 +92,7 @@ impl DestinationVmm {
             process: Some(vm.identity().clone()),
             leave_after_success: false,
             settings: None,
+            images: Vec::new(),
         };
         let mut vmm = Self {
             context,
@@ -163,6 +166,15 @@ impl DestinationVmm {
     pub(crate) async fn inventory(&mut self) -> Result<VmInventory, String> {
         let vm = self.connected().await.map_err(|error| error.to_string())?;
         vm.inventory().await.map_err(|error| error.to_string())
+    }
+
+    /// Its disks.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub(crate) async fn block_layer(&mut self) -> Result<BlockLayer, String> {
+        let vm = self.connected().await.map_err(|error| error.to_string())?;
+        Ok(vm.block_layer())
     }
 
     /// Makes it listen on `socket` for the stream and connects to that.

@@ -23,6 +23,7 @@ pub(crate) mod copying;
 mod destination;
 mod destination_vmm;
 mod directory;
+pub(crate) mod disks;
 pub(crate) mod forecasting;
 pub(crate) mod history;
 pub(crate) mod hooks;
@@ -57,6 +58,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -115,6 +117,8 @@ pub(crate) struct Core {
     /// Streams of tunnels that begin here, and those that end here.
     entrances: Directory<()>,
     exits: Directory<mpsc::Sender<Attachment>>,
+    /// Where the disks of migrations that arrive are to be put: taken by the stream that brings them, and there for as long as they are awaited.
+    disk_ends: Directory<Arc<Mutex<Option<UnixStream>>>>,
     /// Link tests of which this is the far end.
     tests: Directory<Arc<Sink>>,
     pub(crate) bulk: BulkConnections,
@@ -195,6 +199,7 @@ pub async fn run(
         inbound: Directory::default(),
         entrances: Directory::default(),
         exits: Directory::default(),
+        disk_ends: Directory::default(),
         tests: Directory::default(),
         bulk: BulkConnections::default(),
         memory,
@@ -283,6 +288,12 @@ impl Core {
     pub(crate) fn stream_socket(&self, migration: MigrationId) -> PathBuf {
         let id = migration.to_string();
         self.config.state_dir.join(format!("{}.{SOCKET_EXTENSION}", &id[..12]))
+    }
+
+    /// The socket on which a migration's hypervisor serves its disks: as short as the stream's, and no hexadecimal number as that is.
+    pub(crate) fn disk_socket(&self, migration: MigrationId) -> PathBuf {
+        let id = migration.to_string();
+        self.config.state_dir.join(format!("{}x.{SOCKET_EXTENSION}", &id[..11]))
     }
 
     /// Where a vmm that this gateway starts writes its output.

@@ -9,35 +9,45 @@ use super::accept::Known;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
+use super::disks;
+use super::disks::volumes::{self, Old};
 use super::hooks::{self, Facts};
 use super::inbound::Shelf;
 use super::keeping::{self, Found, Slots};
 use super::launches;
 use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
-use crate::config::{Hook, Vm};
-use crate::hypervisor::qemu::{Severity, VmInventory, compare};
+use crate::config::{Disks, Hook, Vm};
+use crate::hypervisor::qemu::{Disk, Severity, VmInventory, compare};
 use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::page::MigrationId;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
-use crate::proto::wire::message::{KnownImage, Offer};
+use crate::proto::wire::message::{KnownImage, Offer, OfferedDisk};
 use crate::proto::wire::{Limits, SessionMessage, hello};
 use crate::store::pages::KnownShelf;
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
-pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offer: &Offer) -> Vec<String> {
+pub(crate) async fn check(
+    core: &Core,
+    peer: &str,
+    agreed: Limits,
+    offer: &Offer,
+    disks: &[OfferedDisk],
+) -> Vec<String> {
     let tried = async {
         core.registry.gives_way(&offer.vm, None).await;
         let (vm, source) = look(core, offer)?;
+        look_at_disks(core, vm, disks, &source)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
         dictionary(core, peer, offer, agreed, Vec::new()).await?;
-        let started = start_vm(core, peer, vm, offer, &source).await;
+        let started = start_vm(core, peer, vm, offer, (disks, Old::Stays), &source).await;
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
+                volumes::discard(vm, offer.migration);
                 Ok(())
             }
             Err(reason) => Err(reason),
@@ -85,16 +95,51 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
     Ok((vm, inventory))
 }
 
+/// What speaks against the disks that come with an offer, before any is made.
+fn look_at_disks(core: &Core, vm: &Vm, disks: &[OfferedDisk], source: &VmInventory) -> Result<(), String> {
+    disks::check_offer(disks)?;
+    if !disks.is_empty() && vm.disks != Disks::Copied {
+        return Err(format!(
+            "{} has disks = \"{}\" for {}, whose disks would be copied there: say disks = \"copied\" at both sites",
+            core.config.site, vm.disks, vm.name
+        ));
+    }
+    // It would run here with what an earlier stay has left. Firmware's flash travels with memory.
+    let is_left_behind = |disk: &Disk| disk.is_writable && !disk.name.contains("flash");
+    if disks.is_empty() && vm.disks == Disks::Copied && source.disks.iter().any(is_left_behind) {
+        return Err(format!(
+            "{} expects the disks of {} with it, and they are not offered: say disks = \"copied\" at both sites",
+            core.config.site, vm.name
+        ));
+    }
+    Ok(())
+}
+
+/// A migration that is offered, with what comes with it.
+#[derive(Debug)]
+pub(crate) struct Offered {
+    pub(crate) offer: Offer,
+    /// Images of the page store at the source.
+    pub(crate) images: Vec<KnownImage>,
+    /// Disks that are copied.
+    pub(crate) disks: Vec<OfferedDisk>,
+}
+
+impl Offered {
+    /// Nothing comes with it.
+    pub(crate) fn bare(offer: Offer) -> Self {
+        Self {
+            offer,
+            images: Vec::new(),
+            disks: Vec::new(),
+        }
+    }
+}
+
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(
-    core: Arc<Core>,
-    peer: String,
-    known: &Known,
-    offer: Offer,
-    images: Vec<KnownImage>,
-    mut channel: Channel,
-) {
-    let refusal = match accept(&core, &peer, known, &offer, images).await {
+pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offered: Offered, mut channel: Channel) {
+    let Offered { offer, images, disks } = offered;
+    let refusal = match accept(&core, &peer, known, &offer, images, disks).await {
         Ok((driver, vm, _memory)) => {
             let mut driver = driver;
             driver.adopt(channel);
@@ -119,9 +164,11 @@ async fn accept(
     known: &Known,
     offer: &Offer,
     images: Vec<KnownImage>,
+    disks: Vec<OfferedDisk>,
 ) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let (vm, source) = look(core, offer)?;
+    look_at_disks(core, vm, &disks, &source)?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
@@ -139,7 +186,7 @@ async fn accept(
             )
         })?;
     let started = match hooks::owe(core, offer.migration, Role::Destination) {
-        Ok(()) => start_vm(core, peer, vm, offer, &source).await,
+        Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Replaced), &source).await,
         Err(reason) => Err(reason),
     };
     let vmm = match started {
@@ -157,7 +204,7 @@ async fn accept(
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),
         source_journal: known.journal,
-        barriers: 0,
+        barriers: u32::from(!disks.is_empty()),
     });
     let (attach, attachments) = mpsc::channel(4);
     core.drivers.insert(offer.migration, peer, attach);
@@ -175,6 +222,8 @@ async fn accept(
             image,
             keeps: core.store.is_some() && agreement.version >= hello::IMAGES,
             window_bytes: agreed.window_bytes,
+            are_images_new: vm.command.is_some(),
+            disks,
         },
     );
     Ok((driver, offer.vm.clone(), memory))
@@ -253,10 +302,26 @@ async fn start_vm(
     peer: &str,
     vm: &Vm,
     offer: &Offer,
+    (disks, old): (&[OfferedDisk], Old),
     source: &VmInventory,
 ) -> Result<DestinationVmm, String> {
     let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
     hooks::run(core, Hook::PreCheck, &facts).await?;
+    volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
+    let started = start_with_images(core, vm, offer, source).await;
+    if started.is_err() {
+        volumes::discard(vm, offer.migration);
+    }
+    started
+}
+
+/// The same, once there are the images that it opens.
+async fn start_with_images(
+    core: &Core,
+    vm: &Vm,
+    offer: &Offer,
+    source: &VmInventory,
+) -> Result<DestinationVmm, String> {
     let socket = core.stream_socket(offer.migration);
     check_room(
         &core.config.site,

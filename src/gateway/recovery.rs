@@ -91,6 +91,8 @@ pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
                     image: None,
                     keeps: false,
                     window_bytes: 0,
+                    disks: Vec::new(),
+                    are_images_new: false,
                 };
                 start_destination(core, migration, &first.peer, &first.vm, start);
             }
@@ -136,6 +138,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         effects,
         peer_journal,
         copying: None,
+        disks: Vec::new(),
         undone_by_restart,
     };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);
@@ -185,6 +188,8 @@ async fn destination(
             image: None,
             keeps: false,
             window_bytes: 0,
+            disks: Vec::new(),
+            are_images_new: false,
         },
     );
     Ok(())
@@ -227,6 +232,8 @@ pub(crate) async fn answer_for(
             image: None,
             keeps: false,
             window_bytes: 0,
+            disks: Vec::new(),
+            are_images_new: false,
         },
     );
     Ok(())

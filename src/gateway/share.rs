@@ -1,11 +1,15 @@
 //! What a migration may take of the link it uses: its own limit, and its class and weight beside others. They outlive a link, and may
 //! change at any time.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::proto::page::ByteRate;
 use crate::proto::rate::{Class, Weight};
 use crate::shaper::{Flow, Shaper, Terms, Turns};
+
+/// Flows whose terms are changed: two streams, on the link that is used now and on the one before.
+const NEWEST: usize = 4;
 
 /// See the head of this file.
 #[derive(Debug)]
@@ -18,8 +22,8 @@ pub(crate) struct Share {
 struct State {
     class: Class,
     weight: Weight,
-    /// On the link that is used now.
-    terms: Option<Terms>,
+    /// Of the newest flows: of memory and of disks, before and after a cut. Those of flows that are gone have no effect.
+    terms: VecDeque<Terms>,
 }
 
 impl Default for Share {
@@ -30,7 +34,7 @@ impl Default for Share {
             state: Mutex::new(State {
                 class: Class::Migration,
                 weight: Weight::MIN,
-                terms: None,
+                terms: VecDeque::new(),
             }),
         }
     }
@@ -42,11 +46,12 @@ impl Share {
         &self.limit
     }
 
-    /// Its flow on a link, in place of the one it had on another.
+    /// A flow of it on a link.
     pub(crate) fn join(&self, turns: &Arc<Turns>) -> Flow {
         let mut state = self.state();
         let flow = turns.join(state.class, state.weight);
-        state.terms = Some(flow.terms());
+        state.terms.truncate(NEWEST - 1);
+        state.terms.push_front(flow.terms());
         flow
     }
 
@@ -72,10 +77,10 @@ impl Share {
         let mut state = self.state();
         let before = (state.class, state.weight);
         change(&mut state);
-        if before != (state.class, state.weight)
-            && let Some(terms) = &state.terms
-        {
-            terms.set(state.class, state.weight);
+        if before != (state.class, state.weight) {
+            for terms in &state.terms {
+                terms.set(state.class, state.weight);
+            }
         }
     }
 

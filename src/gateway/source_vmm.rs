@@ -1,12 +1,15 @@
 //! The source's vmm through a whole migration: connected, frozen, thawed, found again after a restart, ended.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use super::disks::volumes;
 use super::vm_context::VmContext;
 use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu::{FreezeError, Frozen, RunState, SourceError, SourceVm, Undone};
 use crate::hypervisor::qmp::{Events, EventsEnd};
 use crate::proto::ownership::VmmFact;
+use crate::proto::page::MigrationId;
 
 /// Time for the vmm to answer, to stop or to go on.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -28,6 +31,8 @@ pub(crate) enum VmEvent {
     Stopped,
     /// The vCPUs run.
     Resumed,
+    /// It waits before it sends the rest, where it was told to.
+    PreSwitchover,
     /// The monitor is closed, or more was said than could be listened to: what the guest does now has to be asked.
     Deaf,
     /// Something that does not matter here.
@@ -147,6 +152,7 @@ impl SourceVmm {
             Ok(event) => match event.name.as_str() {
                 "STOP" => VmEvent::Stopped,
                 "RESUME" => VmEvent::Resumed,
+                "MIGRATION" if event.data["status"] == "pre-switchover" => VmEvent::PreSwitchover,
                 _ => VmEvent::Other,
             },
             Err(EventsEnd::Lagged) => {
@@ -261,6 +267,19 @@ impl SourceVmm {
         }
     }
 
+    /// Ends what is left of reading its disks.
+    pub(crate) async fn clean_up_disks(&mut self) {
+        if self.frozen.is_some() || self.is_dead() {
+            return;
+        }
+        match self.connected().await {
+            Ok(vm) => vm.block_layer().clean_up().await,
+            Err(error) => {
+                tracing::debug!(qmp = %self.context.qmp.display(), "the disks were not cleaned up: {error}");
+            }
+        }
+    }
+
     /// Puts the migration settings back to what they were.
     pub(crate) async fn restore_settings(&mut self) {
         if self.frozen.is_some() || self.is_dead() {
@@ -279,11 +298,13 @@ impl SourceVmm {
         }
     }
 
-    /// Ends it without letting the guest run again: the VM is elsewhere. Left paused where the configuration says so.
+    /// Ends it without letting the guest run again: the VM is elsewhere. Left paused where the configuration says so. Its images, where they were
+    /// copied, are old from now on.
     ///
     /// # Errors
     /// A sentence: it still exists.
-    pub(crate) async fn discard(&mut self) -> Result<(), String> {
+    pub(crate) async fn discard(&mut self, migration: MigrationId) -> Result<(), String> {
+        volumes::leave(self.context.images.iter().map(PathBuf::as_path), migration);
         if self.is_dead() {
             return Ok(());
         }

@@ -21,6 +21,9 @@ pub(crate) struct VmContext {
     /// Migration settings that are changed and have to be put back: at the source where the VM stays, at the destination once it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) settings: Option<RememberedSettings>,
+    /// At the source: files of the disks that are copied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) images: Vec<PathBuf>,
 }
 
 impl VmContext {
@@ -31,6 +34,14 @@ impl VmContext {
             // Strange settings are lost rather than the way to the vmm.
             return Self {
                 settings: None,
+                ..self.clone()
+            }
+            .to_bytes();
+        }
+        if bytes.len() > JournalRecord::MAX_CONTEXT && !self.images.is_empty() {
+            // They stay, unmarked, for a person to look at.
+            return Self {
+                images: Vec::new(),
                 ..self.clone()
             }
             .to_bytes();
@@ -67,6 +78,7 @@ mod tests {
                 capabilities: vec![("events".to_owned(), false)],
                 parameters: vec![("tls-creds".to_owned(), ParameterValue::Text(text))],
             }),
+            images: vec!["/pool/vm.qcow2".into()],
         };
         let usual = context("creds".to_owned());
         assert_eq!(VmContext::from_bytes(&usual.to_bytes()), Some(usual));

@@ -24,7 +24,7 @@ use prometheus_client::registry::{Metric, Registry};
 
 pub use self::series::{Kind, SERIES, Series, Values};
 pub use self::serve::serve;
-pub use self::tunnels::TunnelStream;
+pub use self::tunnels::{Carries, TunnelStream};
 use crate::api::{Outcome, Pages, Phase, Role};
 use crate::config::Hook;
 use crate::proto::page::ByteRate;
@@ -52,7 +52,7 @@ pub struct Metrics {
     migrations: [[Counter; Outcome::ALL.len()]; 2],
     active: [Gauge; 2],
     in_doubt: Gauge,
-    phases: [Seconds; 7],
+    phases: [Seconds; 8],
     store_bytes: Level,
     store_images: Gauge,
     known_pages: Counter,
@@ -61,6 +61,8 @@ pub struct Metrics {
     tunnel_streams: [Gauge; 2],
     tunnel_bytes: [Counter; 2],
     tunnel_frame_bytes: [Counter; 2],
+    disk_bytes: [Counter; 2],
+    disk_frame_bytes: [Counter; 2],
     peers: PeerFamilies,
     moving: Mutex<Moving>,
 }
@@ -145,6 +147,8 @@ impl Metrics {
             tunnel_streams: closed(&mut registry, &series::TUNNEL_STREAMS),
             tunnel_bytes: closed(&mut registry, &series::TUNNEL_BYTES),
             tunnel_frame_bytes: closed(&mut registry, &series::TUNNEL_FRAME_BYTES),
+            disk_bytes: closed(&mut registry, &series::DISK_BYTES),
+            disk_frame_bytes: closed(&mut registry, &series::DISK_FRAME_BYTES),
             peers,
             moving: Mutex::default(),
             registry,
@@ -604,6 +608,6 @@ mod tests {
         migration.enters(at(2), Phase::Preparing);
         migration.ended(at(5), Outcome::Cancelled);
         let spent: Vec<f64> = metrics.phases.iter().map(|seconds| seconds.get()).collect();
-        assert_eq!(spent, [2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(spent, [2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
     }
 }

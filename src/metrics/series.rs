@@ -193,6 +193,7 @@ pub(super) const PHASE_SECONDS: Series = counter(
         Values::Closed(&[
             "checking",
             "preparing",
+            "disks",
             "precopy",
             "switchover",
             "stop_and_copy",
@@ -245,6 +246,17 @@ pub(super) const TUNNEL_FRAME_BYTES: Series = counter(
     "Bytes of frames that these take after reduction, without answers, in from a peer or out to one",
 );
 
+pub(super) const DISK_BYTES: Series = counter(
+    "longhaul_disk_bytes_total",
+    &[DIRECTION],
+    "Bytes of disks that are copied with their VMs, with what says where they belong: in from images or out to them",
+);
+pub(super) const DISK_FRAME_BYTES: Series = counter(
+    "longhaul_disk_frame_bytes_total",
+    &[DIRECTION],
+    "Bytes of frames that these take after reduction, in from a peer or out to one",
+);
+
 /// All of them.
 pub const SERIES: &[Series] = &[
     BUILD_INFO,
@@ -280,6 +292,8 @@ pub const SERIES: &[Series] = &[
     TUNNEL_STREAMS,
     TUNNEL_BYTES,
     TUNNEL_FRAME_BYTES,
+    DISK_BYTES,
+    DISK_FRAME_BYTES,
 ];
 
 /// Upper edges of the downtime, in seconds: 0.3 is the limit that matters on one ocean, 0.5 the default.

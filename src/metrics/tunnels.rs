@@ -1,4 +1,4 @@
-//! What a stream of a tunnel counts, it counts for the gateway: all of them together.
+//! What a stream beside the migrations' own counts, it counts for the gateway: all of a kind together.
 
 use std::sync::Arc;
 
@@ -10,19 +10,32 @@ use crate::api::Role;
 pub struct TunnelStream {
     metrics: Arc<Metrics>,
     role: Role,
+    carries: Carries,
     said: u64,
     answered: u64,
     frames: u64,
 }
 
+/// What a stream carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carries {
+    /// Another program's bytes.
+    Program,
+    /// The disks of a VM that migrates.
+    Disks,
+}
+
 impl Metrics {
     /// A stream begins.
     #[must_use]
-    pub fn tunnel_stream(self: &Arc<Self>, role: Role) -> TunnelStream {
-        self.tunnel_streams[role as usize].inc();
+    pub fn tunnel_stream(self: &Arc<Self>, role: Role, carries: Carries) -> TunnelStream {
+        if carries == Carries::Program {
+            self.tunnel_streams[role as usize].inc();
+        }
         TunnelStream {
             metrics: Arc::clone(self),
             role,
+            carries,
             said: 0,
             answered: 0,
             frames: 0,
@@ -33,23 +46,35 @@ impl Metrics {
 impl TunnelStream {
     /// Bytes of the stream, in from its program or out to it.
     pub fn said(&mut self, direction: Direction, bytes: u64) {
-        self.metrics.tunnel_bytes[direction as usize].inc_by(more(&mut self.said, bytes));
+        let all = match self.carries {
+            Carries::Program => &self.metrics.tunnel_bytes,
+            Carries::Disks => &self.metrics.disk_bytes,
+        };
+        all[direction as usize].inc_by(more(&mut self.said, bytes));
     }
 
     /// Bytes of the way back.
     pub fn answered(&mut self, direction: Direction, bytes: u64) {
-        self.metrics.tunnel_bytes[direction as usize].inc_by(more(&mut self.answered, bytes));
+        if self.carries == Carries::Program {
+            self.metrics.tunnel_bytes[direction as usize].inc_by(more(&mut self.answered, bytes));
+        }
     }
 
     /// Bytes of frames.
     pub fn frames(&mut self, direction: Direction, bytes: u64) {
-        self.metrics.tunnel_frame_bytes[direction as usize].inc_by(more(&mut self.frames, bytes));
+        let all = match self.carries {
+            Carries::Program => &self.metrics.tunnel_frame_bytes,
+            Carries::Disks => &self.metrics.disk_frame_bytes,
+        };
+        all[direction as usize].inc_by(more(&mut self.frames, bytes));
     }
 }
 
 impl Drop for TunnelStream {
     fn drop(&mut self) {
-        self.metrics.tunnel_streams[self.role as usize].dec();
+        if self.carries == Carries::Program {
+            self.metrics.tunnel_streams[self.role as usize].dec();
+        }
     }
 }
 

@@ -195,6 +195,7 @@ pub(crate) fn report(outcome: Outcome) -> Event {
         resent_bytes: 0,
         reduction_ratio: 11.2,
         known_pages: 0,
+        disks: None,
         pages: Pages {
             zero: 1,
             same: 2,

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
 #![allow(dead_code, reason = "no test file needs all of it")]
 
+pub(crate) mod disk_guest;
 pub(crate) mod guest;
 pub(crate) mod process;
 pub(crate) mod qmp;

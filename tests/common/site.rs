@@ -36,6 +36,8 @@ pub(crate) struct VmPlan {
     pub(crate) qmp: PathBuf,
     /// TOML of its section beside name and QMP socket.
     pub(crate) settings: String,
+    /// TOML of the tables in its section.
+    pub(crate) tables: String,
     /// How the gateway starts a hypervisor for it; `None`: one waits already.
     pub(crate) command: Option<Vec<String>>,
 }
@@ -51,6 +53,7 @@ impl SitePlan {
                 machine: machine.clone(),
                 qmp: folder.join(format!("{vm}.qmp")),
                 settings: String::new(),
+                tables: String::new(),
                 command: Some(command),
             };
             ((*vm).to_owned(), plan)
@@ -100,6 +103,7 @@ impl SitePlan {
             if let Some(command) = &plan.command {
                 text += &format!("command = {}\n", json!(command));
             }
+            text += &plan.tables;
         }
         text
     }

@@ -141,7 +141,10 @@ async fn bytes_are_zeroed_and_trimmed_and_the_file_stays_sparse() {
         client.flush().await.unwrap();
         let left = qemu.allocated_bytes("disk");
         // Giving clusters back may itself allocate a cluster or two of qcow2's own tables.
-        assert!(left <= full - (16 << 20) + 2 * CLUSTER, "{format}: {left} of {full} bytes");
+        assert!(
+            left <= full - (16 << 20) + 2 * CLUSTER,
+            "{format}: {left} of {full} bytes"
+        );
         let allocation = status(&client, Allocation::from_flags).await;
         assert_eq!(ranges(&allocation, Allocation::Data), vec![kept.clone()], "{format}");
         let bytes = client.read(4 << 20, 1 << 20, Reading::Whole).await.unwrap();

@@ -232,7 +232,11 @@ impl SourceDriver {
         if self.stream.is_some() || !self.copying.as_ref().is_some_and(late) {
             return false;
         }
-        self.fail("the deadline has passed while the hook before_switchover ran".to_owned());
+        let while_what = match matches!(self.hold, Hold::Open) {
+            true => "the disks were copied",
+            false => "the hook before_switchover ran",
+        };
+        self.fail(format!("the deadline has passed while {while_what}"));
         self.feed(&SourceEvent::Cancel);
         true
     }

@@ -130,7 +130,7 @@ impl SourceDriver {
         }
     }
 
-    pub(super) fn on_vm_event(&mut self, event: VmEvent) {
+    pub(super) async fn on_vm_event(&mut self, event: VmEvent) {
         match event {
             VmEvent::Stopped => {
                 if self.stopped_at.is_none() && self.stream.is_some() {
@@ -152,6 +152,7 @@ impl SourceDriver {
                     self.feed(&SourceEvent::VmmDead);
                 }
             }
+            VmEvent::PreSwitchover => self.finish_disks().await,
             VmEvent::Other => {}
         }
     }

@@ -44,6 +44,7 @@ impl SourceDriver {
             return;
         }
         self.start_late().await;
+        self.look_at_disks();
         let Some(stream) = &self.stream else { return };
         if stream.sum.is_some() {
             return self.look_for_completion().await;
@@ -66,6 +67,9 @@ impl SourceDriver {
             ));
             self.feed(&SourceEvent::MigrateFailed);
             return;
+        }
+        if progress.status == MigrationStatus::PreSwitchover {
+            self.finish_disks().await;
         }
         if let Err(reason) = self.keep_from_stopping(&progress, counted).await {
             self.fail(reason);
@@ -128,7 +132,8 @@ impl SourceDriver {
                 )
             })
         } else if let (Some(_), Some(stream), Hold::Open) = (self.stopped_at, &self.stream, &self.hold) {
-            let taken = stream.outbound.acknowledged_bytes();
+            let of_disks = self.disks.figures().map_or(0, |figures| figures.wire_bytes);
+            let taken = stream.outbound.acknowledged_bytes() + of_disks;
             let since = match self.standstill {
                 Some((before, since)) if before == taken => since,
                 _ => self.standstill.insert((taken, now)).1,

@@ -4,6 +4,7 @@
 //! happens comes in over one queue, so that nothing here can wait for two things in the wrong order.
 
 mod before_switchover;
+mod disks;
 mod hearing;
 mod looking;
 
@@ -16,10 +17,12 @@ use tokio::task::AbortHandle;
 
 use self::before_switchover::Hold;
 pub(crate) use self::before_switchover::LEAST_PAGE_BYTES;
+use self::disks::CopiedDisks;
 use super::Core;
 use super::clock;
 use super::contact::{Contact, ContactEvent, Search};
 use super::copying::Copying;
+use super::disks::pull::Figures;
 use super::keeping;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
@@ -28,7 +31,7 @@ use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm};
 use super::stream_socket::{CONNECT_DEADLINE, StreamSocket};
 use super::vmm_input::VmmInput;
 use crate::api::Phase;
-use crate::hypervisor::qemu::{SourceError, SwitchoverBandwidth};
+use crate::hypervisor::qemu::{GuestDisk, SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
     Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
 };
@@ -59,6 +62,7 @@ pub(crate) struct SourceDriver {
     copying: Option<Copying>,
     /// What waits for the hook before the switchover.
     hold: Hold,
+    disks: CopiedDisks,
     lost_contact: Option<Instant>,
     looked: Instant,
     /// A person was told that the destination is not heard of.
@@ -99,6 +103,8 @@ pub(crate) struct SourceEnd {
     pub(crate) resent_bytes: u64,
     pub(crate) stream: Option<StreamSum>,
     pub(crate) copying: Option<Copying>,
+    /// What was read of disks, where any were copied.
+    pub(crate) disks: Option<Figures>,
 }
 
 /// What a driver begins with.
@@ -108,6 +114,8 @@ pub(crate) struct SourceStart {
     pub(crate) effects: Vec<Effect>,
     pub(crate) peer_journal: JournalId,
     pub(crate) copying: Option<Copying>,
+    /// Those that are copied.
+    pub(crate) disks: Vec<GuestDisk>,
     /// By what is known at the start: see [`SourceEnd`].
     pub(crate) undone_by_restart: bool,
 }
@@ -135,6 +143,7 @@ impl SourceDriver {
             stream: None,
             copying: start.copying,
             hold: Hold::Open,
+            disks: CopiedDisks::new(start.disks),
             lost_contact: None,
             looked: clock::now(),
             silence_told: false,
@@ -179,8 +188,9 @@ impl SourceDriver {
                 copying.close(stream.outbound.totals(), stream.outbound.pages());
             }
         }
+        self.disks.stop();
         if outcome != Outcome::RunsAtDestination {
-            self.vmm.restore_settings().await;
+            self.put_back().await;
         } else if let (Some(stream), Some(copying)) = (&self.stream, &mut self.copying) {
             let leftover = stream.outbound.take_leftover();
             keeping::keep(&self.core, &self.entry, leftover, copying.take_memory());
@@ -205,6 +215,7 @@ impl SourceDriver {
             resent_bytes: self.stream.as_ref().map_or(0, |stream| stream.outbound.resent_bytes()),
             stream: self.stream.as_ref().and_then(|stream| stream.sum),
             copying: self.copying,
+            disks: self.disks.figures(),
         }
     }
 
@@ -265,20 +276,11 @@ impl SourceDriver {
             }
             Effect::AskPeer => self.look_for_peer(),
             Effect::NeedsPerson(doubt) => self.entry.advise(&format!("{}: {doubt}", self.entry.vm)),
-            Effect::StartMigrate => {
-                let started = match self.hold().await {
-                    Ok(true) => return,
-                    Ok(false) => self.start_migrate().await,
-                    Err(error) => Err(error),
-                };
-                if let Err(error) = started {
-                    self.fail(error);
-                    self.feed(&SourceEvent::MigrateFailed);
-                }
-            }
+            Effect::StartMigrate => self.start().await,
             Effect::CancelMigrate => {
                 // A hook that runs is killed.
                 self.hold = Hold::Open;
+                self.disks.stop();
                 if let Some(stream) = &self.stream {
                     stream.outbound.stop();
                 }
@@ -358,7 +360,7 @@ impl SourceDriver {
         }
         if let RecordKind::Closed(Outcome::RunsAtSource) = &kind {
             // After this record nobody comes back to it.
-            self.vmm.restore_settings().await;
+            self.put_back().await;
             if !self.undone_by_restart || self.cancel_seen {
                 // What has failed by itself is not begun again, whenever this process ends.
                 self.core.wanted.forget(self.entry.migration).await;
@@ -400,9 +402,13 @@ impl SourceDriver {
                 .map_err(|error| format!("the hypervisor could not connect: {error}"))
         };
         let settings = copying.first_settings(&link);
+        let has_disks = !self.disks.is_empty();
         let migrate = async {
             let vm = self.vmm.connected().await?;
             vm.prepare(settings.downtime_limit).await?;
+            if has_disks {
+                vm.wait_before_switchover().await?;
+            }
             let channels = vm.multifd_channels().await?;
             if vm.set_switchover_bandwidth(settings.switchover_bandwidth.0).await? == SwitchoverBandwidth::NotSupported
             {
@@ -457,7 +463,7 @@ impl SourceDriver {
     /// Ends the vmm whose VM runs elsewhere, or leaves it paused where the configuration says so.
     async fn discard(&mut self) {
         self.show(Phase::Finishing, None);
-        if let Err(reason) = self.vmm.discard().await {
+        if let Err(reason) = self.vmm.discard(self.entry.migration).await {
             self.entry.notice(&format!(
                 "{} runs at {}, but its old process here could not be ended: {reason}",
                 self.entry.vm, self.entry.peer
@@ -517,7 +523,8 @@ impl SourceDriver {
             }
             Some(event) = self.contact_events.recv() => self.on_contact(event).await,
             ended = self.hold.ended() => self.on_before_switchover(ended).await,
-            event = self.vmm.next_event() => self.on_vm_event(event),
+            () = self.disks.changed() => self.on_disks().await,
+            event = self.vmm.next_event() => self.on_vm_event(event).await,
             () = cancelled => {
                 self.cancel_seen = true;
                 self.fail("the operator cancelled it".to_owned());

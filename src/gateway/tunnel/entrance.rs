@@ -1,5 +1,6 @@
 //! The end of a stream where it begins.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,16 +13,18 @@ use tokio::time::MissedTickBehavior;
 
 use super::super::channel::{Channel, ChannelError};
 use super::super::contact::{Contact, ContactEvent, Search};
+use super::super::disks::stream_of;
 use super::super::links::Link;
 use super::super::memory::{Need, Reservation};
 use super::super::outbound::{Outbound, StreamEnd, UNKNOWN_RATE};
+use super::super::registry::Entry;
 use super::super::share::Share;
 use super::super::{Core, clock, random};
 use super::answers::{MESSAGES_AHEAD, OutOfTurn, fresh};
 use super::program::{Hold, Program, Writer};
 use super::{MOST_CHUNKS, STREAMS, WINDOW};
 use crate::api::Role;
-use crate::metrics::{Direction, TunnelStream};
+use crate::metrics::{Carries, Direction, TunnelStream};
 use crate::proto::page::{ByteRate, MigrationId};
 use crate::proto::precopy::{Backlog, GoodputMeter, PathMeter};
 use crate::proto::reduce::{DictionaryLimits, Effort, Reducer};
@@ -46,18 +49,55 @@ pub(super) async fn carry(
 ) {
     let stream = MigrationId(random::bytes());
     let _known = KnownHere::new(&core, &peer, stream);
-    let begun = tokio::time::timeout(OPEN_DEADLINE, Opening::begin(&core, &tunnel, &peer, stream)).await;
+    let whose = Whose {
+        of: Of::Tunnel(tunnel.clone()),
+        peer: peer.clone(),
+        stream,
+    };
+    let begun = tokio::time::timeout(OPEN_DEADLINE, Opening::begin(&core, &whose)).await;
     let begun = begun.unwrap_or_else(|_| Err(format!("{peer} does not answer within {} s", OPEN_DEADLINE.as_secs())));
     drop(opening);
     match begun {
         Ok(opening) => {
             tracing::info!(tunnel, peer, %stream, "a stream begins");
-            let mut entrance = Entrance::new(Arc::clone(&core), Whose { tunnel, peer, stream }, opening, program);
-            let ended = entrance.run().await;
-            entrance.finish(ended).await;
+            let share = Arc::new(Share::default());
+            share.set_rate(core.config.migration.rate);
+            let mut entrance = Entrance::new(Arc::clone(&core), whose, opening, program, share);
+            let ended = entrance.run(|_| ()).await;
+            entrance.finish(&ended).await;
         }
         Err(reason) => tracing::warn!(tunnel, peer, "a program's connection is closed: {reason}"),
     }
+}
+
+/// Carries the stream of a migration's disks, and says from time to time how many bytes of frames it has come to. Where this is dropped the stream is
+/// stopped. It waits for the peer for as long as the migration does.
+///
+/// # Errors
+/// A sentence.
+pub(in crate::gateway) async fn carry_disks(
+    core: &Arc<Core>,
+    entry: &Entry,
+    disks: UnixStream,
+    tell: impl Fn(u64),
+) -> Result<(), String> {
+    let whose = Whose {
+        of: Of::Migration(entry.migration),
+        peer: entry.peer.clone(),
+        stream: stream_of(entry.migration),
+    };
+    let _known = KnownHere::new(core, &whose.peer, whose.stream);
+    let begun = tokio::time::timeout(OPEN_DEADLINE, Opening::begin(core, &whose)).await;
+    let begun = begun.unwrap_or_else(|_| {
+        let seconds = OPEN_DEADLINE.as_secs();
+        Err(format!("{} does not answer within {seconds} s", entry.peer))
+    });
+    let opening = begun.map_err(|reason| format!("the disks cannot be sent: {reason}"))?;
+    let share = Arc::clone(&entry.share);
+    let mut entrance = Entrance::new(Arc::clone(core), whose, opening, disks.into(), share);
+    let ended = entrance.run(tell).await;
+    entrance.finish(&ended).await;
+    ended
 }
 
 /// Says, while it exists, that a stream is carried from here: its exit asks where it has lost contact.
@@ -92,14 +132,45 @@ struct Opening {
 
 /// Which stream it is.
 struct Whose {
-    tunnel: String,
+    of: Of,
     peer: String,
     stream: MigrationId,
 }
 
+/// What a stream belongs to.
+enum Of {
+    /// The tunnel of this name.
+    Tunnel(String),
+    /// The disks of this migration.
+    Migration(MigrationId),
+}
+
+impl Of {
+    fn carries(&self) -> Carries {
+        match self {
+            Self::Tunnel(_) => Carries::Program,
+            Self::Migration(_) => Carries::Disks,
+        }
+    }
+}
+
+impl fmt::Display for Of {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tunnel(name) => f.write_str(name),
+            Self::Migration(migration) => write!(f, "disks of {migration}"),
+        }
+    }
+}
+
 impl Opening {
-    async fn begin(core: &Core, tunnel: &str, peer: &str, stream: MigrationId) -> Result<Self, String> {
-        if core.is_draining() {
+    async fn begin(core: &Core, whose: &Whose) -> Result<Self, String> {
+        let Whose { of, peer, stream } = whose;
+        let (first, what) = match of {
+            Of::Tunnel(_) => (hello::TUNNELS, "tunnels"),
+            Of::Migration(_) => (hello::DISKS, "disks"),
+        };
+        if matches!(of, Of::Tunnel(_)) && core.is_draining() {
             return Err("the gateway is being stopped".to_owned());
         }
         // Itself among them.
@@ -109,9 +180,9 @@ impl Opening {
         let link = core.links.link(peer).await.map_err(|error| error.to_string())?;
         let _held = link.hold_agreement().await;
         let agreement = link.agreement();
-        if agreement.version < hello::TUNNELS {
+        if agreement.version < first {
             return Err(format!(
-                "{peer} has an older release, which knows no tunnels: upgrade it"
+                "{peer} has an older release, which knows no {what}: upgrade it"
             ));
         }
         let slots = agreement.limits.dictionary_pages.min(MOST_CHUNKS);
@@ -123,14 +194,21 @@ impl Opening {
             .reserve_for_stream(need)
             .map_err(|error| error.to_string())?;
         let pair = UnixStream::pair().map_err(|error| error.to_string())?;
-        let offer = TunnelOffer {
-            stream,
-            tunnel: tunnel.to_owned(),
+        let offer = |tunnel| TunnelOffer {
+            stream: *stream,
+            tunnel,
             window_bytes,
             dictionary_pages: slots,
         };
+        let request = match of {
+            Of::Tunnel(name) => Request::Tunnel(offer(name.clone())),
+            Of::Migration(migration) => Request::Disks {
+                migration: *migration,
+                stream: offer(String::new()),
+            },
+        };
         let open = async {
-            let mut channel = Channel::open(link.control(), &Request::Tunnel(offer)).await?;
+            let mut channel = Channel::open(link.control(), &request).await?;
             let first = channel.receiver.receive::<SessionMessage>().await?;
             Ok((channel, first))
         };
@@ -182,7 +260,7 @@ struct Entrance {
 }
 
 impl Entrance {
-    fn new(core: Arc<Core>, whose: Whose, opening: Opening, program: Program) -> Self {
+    fn new(core: Arc<Core>, whose: Whose, opening: Opening, program: Program, share: Arc<Share>) -> Self {
         let Opening {
             link,
             channel,
@@ -199,8 +277,6 @@ impl Entrance {
         let mut contact = Contact::new(events);
         contact.acknowledges(Arc::clone(&outbound));
         contact.adopt(channel);
-        let share = Arc::new(Share::default());
-        share.set_rate(core.config.migration.rate);
         let (answers, to_write) = mpsc::channel(MESSAGES_AHEAD + 1);
         let (wrote, written) = watch::channel(0);
         let mut pumps = JoinSet::new();
@@ -220,7 +296,7 @@ impl Entrance {
             })
         });
         pumps.spawn(write(writer, to_write, wrote));
-        let metrics = core.metrics.tunnel_stream(Role::Source);
+        let metrics = core.metrics.tunnel_stream(Role::Source, whose.of.carries());
         let mut entrance = Self {
             core,
             whose,
@@ -251,7 +327,7 @@ impl Entrance {
     }
 
     /// Until both ways have ended, or it cannot go on.
-    async fn run(&mut self) -> Result<(), String> {
+    async fn run(&mut self, tell: impl Fn(u64)) -> Result<(), String> {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -273,9 +349,13 @@ impl Entrance {
                         return Err(error.to_string());
                     }
                 }
-                _ = looks.tick() => self.look()?,
+                _ = looks.tick() => {
+                    self.look()?;
+                    tell(self.outbound.totals().wire_bytes);
+                }
             }
             if self.given {
+                tell(self.outbound.totals().wire_bytes);
                 return Ok(());
             }
         }
@@ -304,7 +384,8 @@ impl Entrance {
         self.metrics.frames(Direction::Out, totals.wire_bytes);
         let longest = self.core.config.migration.longest_cut;
         let cut = self.lost_contact.map(|lost| now.saturating_duration_since(lost));
-        if cut.is_some_and(|cut| cut > longest) {
+        // A migration knows by itself when it has waited for too long, and when it must go on waiting.
+        if matches!(self.whose.of, Of::Tunnel(_)) && cut.is_some_and(|cut| cut > longest) {
             return Err(format!(
                 "{} cannot be reached for {} s",
                 self.whose.peer,
@@ -336,7 +417,7 @@ impl Entrance {
             {
                 self.contact.drop_channel();
                 if self.lost_contact.is_none() {
-                    tracing::warn!(tunnel = self.whose.tunnel, peer = self.whose.peer, stream = %self.whose.stream,
+                    tracing::warn!(tunnel = %self.whose.of, peer = self.whose.peer, stream = %self.whose.stream,
                         "contact lost: {reason}");
                     self.lost_contact = Some(clock::now());
                     self.contact.search(
@@ -400,25 +481,30 @@ impl Entrance {
         self.link = link;
     }
 
-    async fn finish(mut self, ended: Result<(), String>) {
+    async fn finish(mut self, ended: &Result<(), String>) {
         let _ = self.look();
-        if let Err(reason) = &ended {
+        if let Err(reason) = ended {
             let cancel = SessionMessage::Cancel { reason: reason.clone() };
             self.contact.send(&cancel).await;
         }
-        let Whose { tunnel, peer, stream } = &self.whose;
+        let Whose { of, peer, stream } = &self.whose;
         let totals = self.outbound.totals();
         let seconds = clock::now().saturating_duration_since(self.began).as_secs_f64();
         let (bytes, frame_bytes) = (totals.vmm_bytes, totals.wire_bytes);
         match ended {
             Ok(()) => {
                 self.hold.release();
-                tracing::info!(tunnel, peer, %stream, bytes, frame_bytes, seconds, "a stream has ended");
+                tracing::info!(tunnel = %of, peer, %stream, bytes, frame_bytes, seconds, "a stream has ended");
             }
             Err(reason) => {
-                tracing::warn!(tunnel, peer, %stream, bytes, frame_bytes, seconds, "a stream has failed: {reason}");
+                tracing::warn!(tunnel = %of, peer, %stream, bytes, frame_bytes, seconds, "a stream has failed: {reason}");
             }
         }
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
         self.outbound.stop();
         if let Some(sender) = self.sender.take() {
             sender.abort();

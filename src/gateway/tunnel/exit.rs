@@ -1,6 +1,6 @@
 //! The end of a stream where it leaves for its program.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -14,6 +14,7 @@ use super::super::accept::Known;
 use super::super::channel::Channel;
 use super::super::contact::{Contact, ContactEvent};
 use super::super::destination::Attachment;
+use super::super::disks::stream_of;
 use super::super::inbound::{Inbound, Progress, Shelf};
 use super::super::memory::Need;
 use super::super::offer;
@@ -23,8 +24,9 @@ use super::answers::{Answers, LONGEST};
 use super::program::{Hold, Program, Reader, Writer};
 use super::{MOST_CHUNKS, STREAMS};
 use crate::api::Role;
+use crate::config::Place;
 use crate::config::units::parse_name;
-use crate::metrics::{Direction, TunnelStream};
+use crate::metrics::{Carries, Direction, TunnelStream};
 use crate::proto::page::MigrationId;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
@@ -44,13 +46,59 @@ pub(in crate::gateway) async fn open(
     peer: String,
     known: &Known,
     offer: TunnelOffer,
+    channel: Channel,
+) {
+    let opening = match place(&core, &peer, &offer.tunnel) {
+        Ok(place) => {
+            let (site, tunnel) = (&core.config.site, &offer.tunnel);
+            let program = async {
+                let connected = Program::connect(place).await;
+                connected.map_err(|error| format!("{site} cannot reach {place}, where {tunnel} ends: {error}"))
+            };
+            Opening::begin(&core, &peer, known, &offer, program).await
+        }
+        Err(reason) => Err(reason),
+    };
+    carry(Arc::clone(&core), peer, offer, None, opening, channel).await;
+}
+
+/// Takes the disks of a migration to the task that writes them, which waits for them, or refuses them.
+pub(in crate::gateway) async fn open_disks(
+    core: Arc<Core>,
+    peer: String,
+    known: &Known,
+    migration: MigrationId,
+    offer: TunnelOffer,
+    channel: Channel,
+) {
+    let offer = TunnelOffer {
+        tunnel: format!("disks of {migration}"),
+        ..offer
+    };
+    let waiting = core.disk_ends.get(migration, &peer);
+    let end = waiting.and_then(|end| end.lock().unwrap_or_else(PoisonError::into_inner).take());
+    let opening = match end {
+        Some(end) if offer.stream == stream_of(migration) => {
+            Opening::begin(&core, &peer, known, &offer, async { Ok(end.into()) }).await
+        }
+        _ => Err(format!("{} waits for no disks of {migration}", core.config.site)),
+    };
+    carry(Arc::clone(&core), peer, offer, Some(migration), opening, channel).await;
+}
+
+async fn carry(
+    core: Arc<Core>,
+    peer: String,
+    offer: TunnelOffer,
+    disks_of: Option<MigrationId>,
+    opening: Result<Opening, String>,
     mut channel: Channel,
 ) {
     let TunnelOffer { stream, tunnel, .. } = &offer;
-    match Opening::begin(&core, &peer, known, &offer).await {
+    match opening {
         Ok(opening) => {
             tracing::info!(tunnel, peer, %stream, "a stream arrives");
-            let mut exit = Exit::new(core, &peer, &offer, opening);
+            let mut exit = Exit::new(core, &peer, &offer, disks_of, opening);
             let ended = exit.run(channel).await;
             exit.finish(ended).await;
         }
@@ -60,6 +108,29 @@ pub(in crate::gateway) async fn open(
             channel.sender.finish();
         }
     }
+}
+
+/// Where a tunnel ends.
+fn place<'a>(core: &'a Core, peer: &str, tunnel: &str) -> Result<&'a Place, String> {
+    let site = &core.config.site;
+    if core.is_draining() {
+        return Err(format!("{site} is being stopped"));
+    }
+    if parse_name(tunnel).is_err() {
+        return Err("that is no name of a tunnel".to_owned());
+    }
+    let exit = core.config.exits.iter().find(|exit| exit.name == *tunnel);
+    let exit = exit.ok_or_else(|| {
+        format!("{site} has no [[tunnel]] {tunnel} with a place to connect to: add it to its configuration")
+    })?;
+    if exit
+        .from
+        .as_ref()
+        .is_some_and(|from| !from.iter().any(|name| name == peer))
+    {
+        return Err(format!("{site} takes no streams of {tunnel} from here"));
+    }
+    Ok(&exit.connect)
 }
 
 /// Hands a channel to the stream that it goes on with, or refuses it.
@@ -85,25 +156,14 @@ struct Opening {
 }
 
 impl Opening {
-    async fn begin(core: &Arc<Core>, peer: &str, known: &Known, offer: &TunnelOffer) -> Result<Self, String> {
-        let (site, tunnel) = (&core.config.site, &offer.tunnel);
-        if core.is_draining() {
-            return Err(format!("{site} is being stopped"));
-        }
-        if parse_name(tunnel).is_err() {
-            return Err("that is no name of a tunnel".to_owned());
-        }
-        let exit = core.config.exits.iter().find(|exit| exit.name == *tunnel);
-        let exit = exit.ok_or_else(|| {
-            format!("{site} has no [[tunnel]] {tunnel} with a place to connect to: add it to its configuration")
-        })?;
-        if exit
-            .from
-            .as_ref()
-            .is_some_and(|from| !from.iter().any(|name| name == peer))
-        {
-            return Err(format!("{site} takes no streams of {tunnel} from here"));
-        }
+    async fn begin(
+        core: &Arc<Core>,
+        peer: &str,
+        known: &Known,
+        offer: &TunnelOffer,
+        program: impl Future<Output = Result<Program, String>>,
+    ) -> Result<Self, String> {
+        let site = &core.config.site;
         let agreed = known.agreement().limits;
         if offer.dictionary_pages > agreed.dictionary_pages.min(MOST_CHUNKS)
             || !(MIN_WINDOW..=agreed.window_bytes).contains(&offer.window_bytes)
@@ -114,9 +174,7 @@ impl Opening {
         let need = Need::at_exit(offer.window_bytes, limits);
         let memory = core.memory.reserve_for_stream(need);
         let memory = memory.map_err(|error| format!("{site}: {error}"))?;
-        let program = Program::connect(&exit.connect)
-            .await
-            .map_err(|error| format!("{site} cannot reach {}, where {tunnel} ends: {error}", exit.connect))?;
+        let program = program.await?;
         let pair = UnixStream::pair().map_err(|error| format!("{site}: {error}"))?;
         let (decoder, _, _) = offer::shelf(core, limits, memory, None).await?;
         let (attach, attachments) = mpsc::channel(4);
@@ -161,10 +219,12 @@ struct Exit {
     left: bool,
     hold: Hold,
     metrics: TunnelStream,
+    /// Of this migration, where it is not a tunnel's.
+    disks_of: Option<MigrationId>,
 }
 
 impl Exit {
-    fn new(core: Arc<Core>, peer: &str, offer: &TunnelOffer, opening: Opening) -> Self {
+    fn new(core: Arc<Core>, peer: &str, offer: &TunnelOffer, disks_of: Option<MigrationId>, opening: Opening) -> Self {
         let Opening {
             program,
             decoder,
@@ -176,6 +236,11 @@ impl Exit {
             mut writer,
             hold,
         } = program;
+        let carries = if disks_of.is_some() {
+            Carries::Disks
+        } else {
+            Carries::Program
+        };
         let inbound = Arc::new(Inbound::start(ours, offer.window_bytes, decoder, false, Tail::Passed));
         core.inbound.insert(offer.stream, peer, Arc::clone(&inbound));
         let mut pumps = JoinSet::new();
@@ -205,7 +270,8 @@ impl Exit {
             given: false,
             left: false,
             hold,
-            metrics: core.metrics.tunnel_stream(Role::Destination),
+            metrics: core.metrics.tunnel_stream(Role::Destination, carries),
+            disks_of,
             core,
         }
     }
@@ -269,8 +335,13 @@ impl Exit {
         self.metrics.answered(Direction::In, self.answers.bytes());
         let longest = self.core.config.migration.longest_cut + LONGER_THAN_THE_ENTRANCE;
         let silent = clock::now().saturating_duration_since(self.last_contact);
-        if !self.contact.is_made() && silent > longest {
-            return self.leave(format!("the entrance has not come back for {} s", longest.as_secs()));
+        let is_awaited = match self.disks_of {
+            None => silent <= longest,
+            // It is the migration that knows how long to wait.
+            Some(migration) => self.core.disk_ends.get(migration, &self.peer).is_some(),
+        };
+        if !self.contact.is_made() && !is_awaited {
+            return self.leave(format!("the entrance has not come back for {} s", silent.as_secs()));
         }
         Ok(())
     }

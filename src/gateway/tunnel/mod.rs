@@ -5,6 +5,8 @@
 //!         ◀──────────────── answers: messages on the channel ◀──────────────────
 //! ```
 //!
+//! The disks of a migration go the same way, with the tasks that read and write them ([`disks`](super::disks)) in the place of programs.
+//!
 //! Each connection is a session as a migration has one, with a dictionary of its own, and survives cuts like one. Both ends of it may be
 //! closed apart, as in TCP. Nothing is known of what is in it: that a VM runs in one place is left to the programs.
 
@@ -19,7 +21,8 @@ use tokio::sync::Semaphore;
 
 use super::Core;
 use crate::config::{Config, Place};
-pub(super) use exit::{attach, open};
+pub(super) use entrance::carry_disks;
+pub(super) use exit::{attach, open, open_disks};
 use program::Listener;
 
 /// The places where programs connect.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::page::JournalId;
 
 /// Newest version of the wire format that this gateway speaks.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 
 /// First version in which a stream's end is protected by [`super::repair`]s.
 pub const REPAIRS: u16 = 2;
@@ -27,6 +27,9 @@ pub const HELLO_AGAIN: u16 = 7;
 
 /// First version in which other programs' streams are carried.
 pub const TUNNELS: u16 = 8;
+
+/// First version in which a VM's disks are copied with it.
+pub const DISKS: u16 = 9;
 
 /// Oldest version that this gateway still speaks.
 pub const OLDEST_VERSION: u16 = 1;

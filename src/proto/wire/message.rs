@@ -5,7 +5,7 @@
 //!           Request ─────────────────────────────▶             one request opens a channel
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
-//!           Open(Offer) | OpenKnowing | Attach      ─▶ SessionMessage::Accepted… | Refused, then both ways until closed
+//!           Open(Offer) | OpenKnowing | OpenWithDisks | Attach ─▶ SessionMessage::Accepted… | Refused, then both ways until closed
 //!           Test                                    ─▶ TestMessage, ten times a second until closed
 //! channel:  destination                              source
 //!           Drives                                  ─▶ Reply::Drives
@@ -70,6 +70,40 @@ pub enum Request {
         /// Incarnation of the stream that begins now.
         epoch: u32,
     },
+    /// As `Check`, of a VM whose disks are copied with it. Since version 9.
+    CheckWithDisks {
+        /// The migration.
+        offer: Offer,
+        /// Its disks.
+        disks: Vec<OfferedDisk>,
+    },
+    /// As `OpenKnowing`, of a VM whose disks are copied with it: once it is accepted, `Disks` follows on another channel. Since version 9.
+    OpenWithDisks {
+        /// The migration.
+        offer: Offer,
+        /// As in `OpenKnowing`.
+        images: Vec<KnownImage>,
+        /// At most [`MAX_DISKS`](crate::proto::disk::stream::MAX_DISKS). Their places in the list are their numbers.
+        disks: Vec<OfferedDisk>,
+    },
+    /// Begin the stream of a migration's disks ([`disk::stream`](crate::proto::disk::stream)), which is carried like a tunnel's. Since version 9.
+    Disks {
+        /// The migration.
+        migration: MigrationId,
+        /// How it is carried; the tunnel's name is empty.
+        stream: TunnelOffer,
+    },
+}
+
+/// A disk of a VM that is to be copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedDisk {
+    /// As the inventory names it. At most 256 bytes.
+    pub name: String,
+    /// What the guest sees, bytes.
+    pub size_bytes: u64,
+    /// What its image takes at the source, bytes: room that the destination needs.
+    pub allocated_bytes: u64,
 }
 
 /// A stream of a program that connected at the source.

@@ -1,0 +1,101 @@
+//! The tables `[[vm.image]]`: where the disks of a VM are made that arrives with them.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::section::Section;
+use super::{Disks, Vm, parse_absolute};
+use crate::proto::disk::stream::MAX_DISKS;
+
+/// The image of one disk, which the VM's command opens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmImage {
+    /// The disk: the id of its drive, or of its device.
+    pub disk: String,
+    /// The file.
+    pub path: PathBuf,
+    /// What the file is, whatever it is at the other site.
+    pub format: ImageFormat,
+    /// What is taken of the file system before anything is written.
+    pub preallocation: Preallocation,
+}
+
+/// Formats that QEMU can make and write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each variant is its own word")]
+pub enum ImageFormat {
+    Raw,
+    Qcow2,
+    Vmdk,
+    Vhdx,
+    Vdi,
+}
+
+/// QEMU's `preallocation`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing: the image grows.
+    Off,
+    /// What tells where blocks are; qcow2 only.
+    Metadata,
+    /// All of it, unwritten.
+    Falloc,
+    /// All of it, written.
+    Full,
+}
+
+words!(ImageFormat { "raw" => Raw, "qcow2" => Qcow2, "vmdk" => Vmdk, "vhdx" => Vhdx, "vdi" => Vdi });
+words!(Preallocation { "off" => Off, "metadata" => Metadata, "falloc" => Falloc, "full" => Full });
+
+/// One table.
+pub(super) fn read(mut section: Section<'_>) -> VmImage {
+    let image = VmImage {
+        disk: section.required("disk", parse_disk).unwrap_or_default(),
+        path: section.required("path", parse_absolute).unwrap_or_default(),
+        format: section
+            .value("format", ImageFormat::from_str)
+            .unwrap_or(ImageFormat::Qcow2),
+        preallocation: section
+            .value("preallocation", Preallocation::from_str)
+            .unwrap_or(Preallocation::Off),
+    };
+    let can = match image.format {
+        ImageFormat::Qcow2 => true,
+        ImageFormat::Raw => image.preallocation != Preallocation::Metadata,
+        ImageFormat::Vmdk | ImageFormat::Vhdx | ImageFormat::Vdi => image.preallocation == Preallocation::Off,
+    };
+    if !can {
+        section.mistake(
+            "preallocation",
+            format!("{} is not there for {} images", image.preallocation, image.format),
+        );
+    }
+    section.finish();
+    image
+}
+
+/// Mistakes that only show when a VM is seen as a whole.
+pub(super) fn check(vm: &Vm, section: &Section<'_>) {
+    if !vm.images.is_empty() && vm.disks != Disks::Copied {
+        section.mistake("image", "is made for a VM with disks = \"copied\" only");
+    }
+    if vm.images.len() > MAX_DISKS {
+        section.mistake("image", format!("there may be {MAX_DISKS} for a VM"));
+    }
+    for (number, image) in vm.images.iter().enumerate() {
+        let before = &vm.images[..number];
+        if before.iter().any(|other| other.disk == image.disk) {
+            section.mistake("image", format!("the disk {:?} is there twice", image.disk));
+        }
+        if before.iter().any(|other| other.path == image.path) {
+            section.mistake("image", format!("{} is there twice", image.path.display()));
+        }
+    }
+}
+
+fn parse_disk(text: &str) -> Result<String, &'static str> {
+    match text.len() {
+        1..=256 => Ok(text.to_owned()),
+        _ => Err("write the id of the drive or of the device, 1 to 256 bytes"),
+    }
+}

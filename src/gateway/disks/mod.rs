@@ -1,0 +1,58 @@
+//! Disks that are copied with their VM.
+//!
+//! ```text
+//! source's QEMU ─ NBD ─▶ pull ─▶ records ─▶ tunnel's entrance ══ lanes ══▶ tunnel's exit ─▶ records ─▶ take ─ NBD ─▶ destination's QEMU
+//!                  rounds over dirty bitmaps                                         images: made, kept or removed by volumes
+//! ```
+//!
+//! The stream ([`stream`](crate::proto::disk::stream)) is a session of its own beside the memory's, reduced and resumed like a tunnel's. First
+//! everything that is allocated is read while the guest runs; then memory is copied too, and what the guest writes meanwhile follows in rounds.
+//! The last one is read while the guest stands, before its hypervisor sends what is left of memory. COMMIT waits until the destination has flushed.
+//! The source's disks stay what they are until the VM runs at the destination.
+
+pub(crate) mod pull;
+pub(crate) mod take;
+pub(crate) mod volumes;
+
+use crate::hypervisor::qemu::GuestDisk;
+use crate::proto::disk::stream::MAX_DISKS;
+use crate::proto::page::MigrationId;
+use crate::proto::wire::message::OfferedDisk;
+
+/// Longest name of a disk.
+const MAX_NAME: usize = 256;
+
+/// Largest disk: QEMU's own bound is below.
+const MAX_SIZE: u64 = 1 << 60;
+
+/// In the place of a migration, in the frames of its disks.
+pub(crate) fn stream_of(migration: MigrationId) -> MigrationId {
+    let key = blake3::derive_key("longhaul 2026-11 stream of disks", &migration.0);
+    MigrationId(key[..16].try_into().expect("a key has more bytes"))
+}
+
+/// What the destination is told of disks.
+pub(crate) fn offered(disks: &[GuestDisk]) -> Vec<OfferedDisk> {
+    let offer = |disk: &GuestDisk| OfferedDisk {
+        name: disk.name.clone(),
+        size_bytes: disk.size_bytes,
+        allocated_bytes: disk.allocated_bytes,
+    };
+    disks.iter().map(offer).collect()
+}
+
+/// What speaks against an offer, whoever makes it.
+pub(crate) fn check_offer(disks: &[OfferedDisk]) -> Result<(), String> {
+    if disks.len() > MAX_DISKS {
+        return Err(format!("the VM has {} disks; {MAX_DISKS} can be copied", disks.len()));
+    }
+    for (number, disk) in disks.iter().enumerate() {
+        if disk.name.is_empty() || disk.name.len() > MAX_NAME || disk.size_bytes > MAX_SIZE {
+            return Err("a disk is described in a way that cannot be".to_owned());
+        }
+        if disks[..number].iter().any(|other| other.name == disk.name) {
+            return Err(format!("two disks are called {}", disk.name));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,413 @@
+//! The source's half: the disks are read through exports of the hypervisor that runs the guest, in rounds over dirty bitmaps.
+//!
+//! ```text
+//! bitmap 1 begins; round 1 reads everything that is allocated
+//! bitmap n begins and n-1 ends, at one moment on all disks; round n reads what n-1 has             … until the guest stands; then once more
+//! ```
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::gateway::registry::Entry;
+use crate::gateway::{Core, tunnel};
+use crate::hypervisor::nbd::{NbdClient, NbdError};
+use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GRANULARITY, GuestDisk, PREFIX};
+use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, transfers};
+use crate::proto::disk::nbd::{Content, MetaContext, Piece, Reading};
+use crate::proto::disk::stream::Writer;
+
+/// Time for an export to be opened.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Between two rounds while memory is copied: what the guest writes in it is read while the guest stands, where that is when it stops.
+const ROUND_PAUSE: Duration = Duration::from_millis(500);
+
+/// Bytes of one read: of whole clusters.
+const PIECE: u64 = 512 << 10;
+
+/// Reads that are open at once.
+const READS_AHEAD: usize = 8;
+
+/// Bytes of a disk whose blocks are asked about at once.
+const STEP: u64 = 1 << 30;
+
+/// What the driver is told.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct State {
+    /// Everything that is allocated has been read once.
+    pub(crate) is_bulk_done: bool,
+    /// The last round has been read.
+    pub(crate) is_complete: bool,
+    /// It cannot go on.
+    pub(crate) failed: Option<Failure>,
+    pub(crate) figures: Figures,
+}
+
+/// Why disks are not copied any more: a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// They cannot be read.
+    Here(String),
+    /// They cannot be brought to the peer, which may have a better reason of its own, and says it where the migration is driven.
+    OnTheWay(String),
+}
+
+/// What has been read so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Figures {
+    /// What the images take, and so about what the first round reads.
+    pub(crate) allocated_bytes: u64,
+    /// In all rounds.
+    pub(crate) read_bytes: u64,
+    /// Bytes that were told to be zero.
+    pub(crate) zero_bytes: u64,
+    /// Rounds that are over.
+    pub(crate) rounds: u32,
+    /// Read in the newest round.
+    pub(crate) round_bytes: u64,
+    /// Bytes of frames.
+    pub(crate) wire_bytes: u64,
+}
+
+/// The disks of a migration on their way. Dropping it ends that; what is left in the hypervisor is the driver's to clean up.
+#[derive(Debug)]
+pub(crate) struct Pull {
+    last: watch::Sender<bool>,
+    state: watch::Receiver<State>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Pull {
+    /// Begins with the first round.
+    pub(crate) fn begin(core: &Arc<Core>, entry: &Arc<Entry>, block: BlockLayer, disks: Vec<GuestDisk>) -> Self {
+        let (last, ordered) = watch::channel(false);
+        let allocated_bytes = disks.iter().map(|disk| disk.allocated_bytes).sum();
+        let (tell, state) = watch::channel(State {
+            figures: Figures {
+                allocated_bytes,
+                ..Figures::default()
+            },
+            ..State::default()
+        });
+        let tell = Arc::new(tell);
+        let (core, entry) = (Arc::clone(core), Arc::clone(entry));
+        let task = tokio::spawn(async move {
+            let site = core.config.site.clone();
+            let reader = Arc::clone(&tell);
+            let run = async {
+                let (ours, theirs) = UnixStream::pair().map_err(|error| Failure::Here(error.to_string()))?;
+                let socket = core.disk_socket(entry.migration);
+                let carried = tunnel::carry_disks(&core, &entry, theirs, |wire_bytes| {
+                    reader.send_modify(|state| state.figures.wire_bytes = wire_bytes);
+                });
+                let rounds = Rounds {
+                    block,
+                    disks,
+                    socket,
+                    site,
+                    stream: ours,
+                    writer: Writer::default(),
+                    tell: Arc::clone(&tell),
+                    ordered,
+                };
+                let carried = async { carried.await.map_err(Failure::OnTheWay) };
+                tokio::try_join!(carried, rounds.run()).map(|_| ())
+            };
+            if let Err(failure) = run.await {
+                tell.send_modify(|state| state.failed = Some(failure));
+            }
+        });
+        Self {
+            last,
+            state,
+            _task: AbortOnDropHandle::new(task),
+        }
+    }
+
+    /// The guest stands: one more round, and no other.
+    pub(crate) fn finish(&self) {
+        self.last.send_replace(true);
+    }
+
+    /// Whether that has been said.
+    pub(crate) fn is_finishing(&self) -> bool {
+        *self.last.borrow()
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Until something else than figures has changed. Cancel-safe.
+    pub(crate) async fn changed(&mut self) {
+        let what = |state: &State| (state.is_bulk_done, state.is_complete, state.failed.is_some());
+        let before = what(&self.state.borrow_and_update());
+        if self.state.wait_for(|state| what(state) != before).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// The task's own.
+struct Rounds {
+    block: BlockLayer,
+    disks: Vec<GuestDisk>,
+    socket: PathBuf,
+    site: String,
+    stream: UnixStream,
+    writer: Writer,
+    tell: Arc<watch::Sender<State>>,
+    ordered: watch::Receiver<bool>,
+}
+
+/// A piece that is being read.
+type Read = AbortOnDropHandle<Result<Vec<Piece>, NbdError>>;
+
+/// Where the disks are not read any more.
+#[derive(Debug, thiserror::Error)]
+enum PullError {
+    #[error("the disk {disk} cannot be read at {site}: {error}")]
+    Read {
+        disk: String,
+        site: String,
+        error: NbdError,
+    },
+    #[error("the disks cannot be read: {0}")]
+    Block(#[from] BlockError),
+    #[error("the stream of disks cannot be written: {0}")]
+    Stream(#[from] std::io::Error),
+    #[error("the disk {disk} is {now} bytes long now and was {before}: it must not be resized while it is copied")]
+    Resized { disk: String, before: u64, now: u64 },
+}
+
+impl Rounds {
+    async fn run(mut self) -> Result<(), Failure> {
+        let copied = self.copy().await;
+        copied.map_err(|error| match error {
+            PullError::Stream(_) => Failure::OnTheWay(error.to_string()),
+            _ => Failure::Here(error.to_string()),
+        })
+    }
+
+    async fn copy(&mut self) -> Result<(), PullError> {
+        // An earlier gateway may have left something.
+        self.block.clean_up().await;
+        let mut number = 1;
+        // Before the server, which is known as ours by it.
+        self.next_bitmap(None, number).await?;
+        self.block.serve(&self.socket).await?;
+        self.round(None).await?;
+        self.tell.send_modify(|state| state.is_bulk_done = true);
+        loop {
+            let is_last = self.await_next().await;
+            let dirty = self.block.dirty_bytes(&bitmap(number)).await?;
+            if dirty > 0 {
+                self.next_bitmap(Some(number), number + 1).await?;
+                self.round(Some(number)).await?;
+                if !is_last {
+                    self.forget(number).await?;
+                }
+                number += 1;
+            }
+            if is_last {
+                break;
+            }
+        }
+        let end = std::mem::take(&mut self.writer).end();
+        self.stream.write_all(&end).await?;
+        self.stream.shutdown().await?;
+        self.tell.send_modify(|state| state.is_complete = true);
+        // The destination closes it once it has everything.
+        self.stream.read_to_end(&mut Vec::new()).await?;
+        Ok(())
+    }
+
+    /// Until the next round is due; whether it is the last.
+    async fn await_next(&mut self) -> bool {
+        let ordered = tokio::time::timeout(ROUND_PAUSE, self.ordered.wait_for(|last| *last)).await;
+        matches!(ordered, Ok(Ok(_)))
+    }
+
+    async fn next_bitmap(&self, now: Option<u32>, next: u32) -> Result<(), PullError> {
+        let nodes: Vec<&str> = self.disks.iter().map(|disk| disk.node.as_str()).collect();
+        let now = now.map(bitmap);
+        self.block.next_round(&nodes, now.as_deref(), &bitmap(next)).await?;
+        Ok(())
+    }
+
+    /// Reads everything, or what the bitmap of this number has.
+    async fn round(&mut self, dirty: Option<u32>) -> Result<(), PullError> {
+        self.tell.send_modify(|state| state.figures.round_bytes = 0);
+        for number in 0..self.disks.len() {
+            self.read_disk(number, dirty.map(bitmap)).await?;
+        }
+        let end = self.writer.round();
+        self.stream.write_all(&end).await?;
+        self.tell.send_modify(|state| state.figures.rounds += 1);
+        Ok(())
+    }
+
+    async fn forget(&self, number: u32) -> Result<(), PullError> {
+        for disk in &self.disks {
+            self.block.remove_bitmap(&disk.node, &bitmap(number)).await?;
+        }
+        Ok(())
+    }
+
+    async fn read_disk(&mut self, number: usize, dirty: Option<String>) -> Result<(), PullError> {
+        let disk = self.disks[number].clone();
+        let export = format!("{PREFIX}{number}-read");
+        let bitmap = dirty.as_deref();
+        self.block.export(&export, &disk.node, Access::Read { bitmap }).await?;
+        let client = connect(&self.socket, &export, dirty.clone()).await;
+        let client = client.map_err(|error| self.cannot_read(&disk, error))?;
+        let now = client.export().size_bytes;
+        if now != disk.size_bytes {
+            return Err(PullError::Resized {
+                disk: disk.short_name().to_owned(),
+                before: disk.size_bytes,
+                now,
+            });
+        }
+        let client = Arc::new(client);
+        let mut start = 0;
+        while start < disk.size_bytes {
+            let end = disk.size_bytes.min(start + STEP);
+            let told = client.block_status(start..end).await;
+            let told = told.map_err(|error| self.cannot_read(&disk, error))?;
+            let allocation = told[0].map(Allocation::from_flags);
+            let round = match told.get(1) {
+                Some(dirty) => transfers(&dirty.map(Dirtiness::from_flags), &allocation),
+                None => transfers(&Extents::uniform(start..end, Dirtiness::Dirty), &allocation),
+            };
+            self.send(number, &disk, &client, &round).await?;
+            start = end;
+        }
+        drop(client);
+        self.block.end_export(&export).await?;
+        Ok(())
+    }
+
+    /// Reads and tells what a round has of a part of a disk.
+    async fn send(
+        &mut self,
+        number: usize,
+        disk: &GuestDisk,
+        client: &Arc<NbdClient>,
+        round: &Extents<Transfer>,
+    ) -> Result<(), PullError> {
+        let mut reads: VecDeque<(u64, Read)> = VecDeque::new();
+        for extent in round.iter() {
+            match extent.state {
+                Transfer::Skip => {}
+                Transfer::Zeroes => self.zeroes(number, extent.start, extent.len()).await?,
+                Transfer::Read => {
+                    for piece in Extents::uniform(extent.start..extent.end, ()).pieces(PIECE) {
+                        let length = u32::try_from(piece.len()).expect("a piece is short");
+                        let client = Arc::clone(client);
+                        let read = tokio::spawn(async move { client.read(piece.start, length, Reading::Whole).await });
+                        reads.push_back((piece.start, AbortOnDropHandle::new(read)));
+                        if reads.len() >= READS_AHEAD {
+                            self.take(number, disk, reads.pop_front()).await?;
+                        }
+                    }
+                }
+            }
+        }
+        while !reads.is_empty() {
+            self.take(number, disk, reads.pop_front()).await?;
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, number: usize, disk: &GuestDisk, read: Option<(u64, Read)>) -> Result<(), PullError> {
+        let Some((mut offset, read)) = read else { return Ok(()) };
+        let pieces = read.await.map_err(std::io::Error::other)?;
+        for piece in pieces.map_err(|error| self.cannot_read(disk, error))? {
+            match piece.content {
+                Content::Data(data) => {
+                    self.data(number, offset, data.clone()).await?;
+                    offset += data.len() as u64;
+                }
+                Content::Hole(length) => {
+                    self.zeroes(number, offset, length).await?;
+                    offset += length;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs of zeroes that are as long as a cluster are told, not sent.
+    async fn data(&mut self, number: usize, offset: u64, data: Bytes) -> Result<(), PullError> {
+        self.tell.send_modify(|state| {
+            state.figures.read_bytes += data.len() as u64;
+            state.figures.round_bytes += data.len() as u64;
+        });
+        let cluster = usize::try_from(GRANULARITY).expect("a cluster is short");
+        let mut at = 0;
+        while at < data.len() {
+            let is_zero = |at: usize| data[at..data.len().min(at + cluster)].iter().all(|byte| *byte == 0);
+            let zero = is_zero(at);
+            let mut end = data.len().min(at + cluster);
+            while end < data.len() && is_zero(end) == zero {
+                end = data.len().min(end + cluster);
+            }
+            let start = offset + at as u64;
+            if zero {
+                self.zeroes(number, start, (end - at) as u64).await?;
+            } else {
+                let run = data.slice(at..end);
+                let header = self.writer.data(id(number), start, &run);
+                self.stream.write_all(&header).await?;
+                self.stream.write_all(&run).await?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    async fn zeroes(&mut self, number: usize, offset: u64, length: u64) -> Result<(), PullError> {
+        let record = self.writer.zeroes(id(number), offset, length);
+        self.stream.write_all(&record).await?;
+        self.tell.send_modify(|state| state.figures.zero_bytes += length);
+        Ok(())
+    }
+
+    fn cannot_read(&self, disk: &GuestDisk, error: NbdError) -> PullError {
+        PullError::Read {
+            disk: disk.short_name().to_owned(),
+            site: self.site.clone(),
+            error,
+        }
+    }
+}
+
+impl Drop for Rounds {
+    fn drop(&mut self) {
+        // QEMU removes it with its server; one that is killed does not.
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+async fn connect(socket: &Path, export: &str, dirty: Option<String>) -> Result<NbdClient, NbdError> {
+    let mut contexts = vec![MetaContext::Allocation];
+    contexts.extend(dirty.map(MetaContext::DirtyBitmap));
+    NbdClient::connect(socket, export, contexts, DEADLINE).await
+}
+
+fn bitmap(number: u32) -> String {
+    format!("{PREFIX}{number}")
+}
+
+fn id(number: usize) -> u16 {
+    u16::try_from(number).expect("an offer has few disks")
+}

@@ -1,0 +1,189 @@
+//! The disks that a source copies with its VM: everything first, what the guest writes beside memory, the rest while the guest stands.
+
+use std::time::{Duration, Instant};
+
+use super::SourceDriver;
+use crate::api::Phase;
+use crate::gateway::clock;
+use crate::gateway::disks::pull::{Failure, Figures, Pull};
+use crate::hypervisor::qemu::{GuestDisk, RunState, SourceError};
+use crate::proto::ownership::{SourceEvent, SourceState};
+
+/// Where they are.
+#[derive(Debug, Default)]
+pub(super) struct CopiedDisks {
+    disks: Vec<GuestDisk>,
+    pull: Option<Pull>,
+    /// Memory does not wait for them any more.
+    is_bulk_done: bool,
+    /// The hypervisor was told to send the rest.
+    is_continued: bool,
+    figures: Option<Figures>,
+    /// They do not reach the peer any more, since when and why. It has some time to say the cause where the migration is driven.
+    failed: Option<(Instant, String)>,
+}
+
+/// How long after contact is there the peer is given for that.
+const WORD_OF_THE_PEER: Duration = Duration::from_secs(5);
+
+impl CopiedDisks {
+    pub(super) fn new(disks: Vec<GuestDisk>) -> Self {
+        Self {
+            disks,
+            ..Self::default()
+        }
+    }
+
+    /// There are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.disks.is_empty()
+    }
+
+    /// Until something has to be done for them. Cancel-safe.
+    pub(super) async fn changed(&mut self) {
+        match &mut self.pull {
+            Some(pull) => pull.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What has been read of them, where it was begun.
+    pub(super) fn figures(&self) -> Option<Figures> {
+        self.pull.as_ref().map(|pull| pull.state().figures).or(self.figures)
+    }
+
+    /// Nothing more is read.
+    pub(super) fn stop(&mut self) {
+        self.figures = self.figures();
+        self.pull = None;
+    }
+}
+
+impl SourceDriver {
+    /// Begins to copy, with the disks where there are any.
+    pub(super) async fn start(&mut self) {
+        let started = match self.begin_disks().await {
+            Ok(true) => return,
+            Ok(false) => self.start_memory().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = started {
+            self.fail(error);
+            self.feed(&SourceEvent::MigrateFailed);
+        }
+    }
+
+    async fn start_memory(&mut self) -> Result<(), String> {
+        match self.hold().await? {
+            true => Ok(()),
+            false => self.start_migrate().await,
+        }
+    }
+
+    /// Begins to read the disks; whether there are any.
+    async fn begin_disks(&mut self) -> Result<bool, String> {
+        if self.disks.is_empty() {
+            return Ok(false);
+        }
+        let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
+        let pull = Pull::begin(&self.core, &self.entry, vm.block_layer(), self.disks.disks.clone());
+        self.disks.pull = Some(pull);
+        self.show(Phase::Disks, None);
+        Ok(true)
+    }
+
+    /// Something has changed.
+    pub(super) async fn on_disks(&mut self) {
+        let Some(pull) = &self.disks.pull else { return };
+        let state = pull.state();
+        let is_copying = matches!(self.machine.state(), SourceState::Copying(_));
+        if let Some(failure) = state.failed {
+            self.disks.stop();
+            match failure {
+                Failure::Here(reason) if is_copying => {
+                    self.fail(reason);
+                    self.feed(&SourceEvent::Cancel);
+                }
+                Failure::OnTheWay(reason) if is_copying => self.disks.failed = Some((clock::now(), reason)),
+                // The destination decides.
+                Failure::Here(_) | Failure::OnTheWay(_) => {}
+            }
+            return;
+        }
+        if !is_copying {
+            return;
+        }
+        if state.is_bulk_done && !self.disks.is_bulk_done {
+            self.disks.is_bulk_done = true;
+            let figures = state.figures;
+            tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, read_bytes = figures.read_bytes,
+                zero_bytes = figures.zero_bytes, "disks are read once");
+            if let Err(error) = self.start_memory().await {
+                self.fail(error);
+                self.feed(&SourceEvent::MigrateFailed);
+            }
+        } else if state.is_complete && !self.disks.is_continued {
+            self.disks.is_continued = true;
+            let continued = match self.vmm.connected().await {
+                Ok(vm) => vm.continue_switchover().await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = continued {
+                self.fail(format!("the hypervisor does not go on after its disks: {error}"));
+                self.feed(&SourceEvent::Cancel);
+            }
+        }
+    }
+
+    /// The hypervisor says that it waits before it sends the rest. What is read of the disks once the guest stands is the last of them.
+    pub(super) async fn finish_disks(&mut self) {
+        let waits = |pull: &Pull| !pull.is_finishing();
+        if !self.disks.pull.as_ref().is_some_and(waits) {
+            return;
+        }
+        let stands = async {
+            let state = self.vmm.connected().await?.run_state().await?;
+            Ok::<_, SourceError>(state != RunState::Running)
+        };
+        match (stands.await, &self.disks.pull) {
+            (Ok(true), Some(pull)) => pull.finish(),
+            // Looked at again.
+            (Ok(false), _) | (_, None) => {}
+            (Err(error), _) => {
+                tracing::debug!(migration = %self.entry.migration, "the hypervisor did not answer: {error}");
+            }
+        }
+    }
+
+    /// A look at disks for which memory waits, or that do not arrive.
+    pub(super) fn look_at_disks(&mut self) {
+        if let Some((since, reason)) = &mut self.disks.failed {
+            let now = clock::now();
+            if self.lost_contact.is_some() {
+                *since = now;
+            } else if now.saturating_duration_since(*since) > WORD_OF_THE_PEER {
+                let reason = std::mem::take(reason);
+                self.disks.failed = None;
+                self.fail(reason);
+                self.feed(&SourceEvent::Cancel);
+                return;
+            }
+        }
+        if self.disks.is_bulk_done || self.disks.pull.is_none() {
+            return;
+        }
+        if let (Some(figures), Some(copying), Some(link)) = (self.disks.figures(), &mut self.copying, &self.link) {
+            copying.look_at_disks(clock::now(), figures, link, &self.entry);
+        }
+    }
+
+    /// What is put back in a hypervisor whose VM stays.
+    pub(super) async fn put_back(&mut self) {
+        self.disks.stop();
+        let is_copied = |vm: &crate::config::Vm| vm.disks == crate::config::Disks::Copied;
+        if self.core.config.vm(&self.entry.vm).is_some_and(is_copied) {
+            self.vmm.clean_up_disks().await;
+        }
+        self.vmm.restore_settings().await;
+    }
+}

@@ -1,0 +1,258 @@
+//! VMs whose disks are on no shared storage: real gateways, a real guest that writes its disk and checks it, images of several formats.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::disk_guest::{self, SIZE, UNTOUCHED};
+use common::guest::Machine;
+use common::process::Ended;
+use common::relay::Relay;
+use common::site::{SitePlan, free_port};
+use common::{Rig, need, program, qemu, until};
+use rustix::fs::getxattr;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+const MARK: &str = "user.longhaul.image";
+
+/// The VM `vm` with its disk at A; where it will be at B.
+fn rig(formats: [&str; 2]) -> (Rig, [PathBuf; 2]) {
+    changed_rig(formats, |_, _| {})
+}
+
+fn changed_rig(formats: [&str; 2], change: impl FnOnce(&mut SitePlan, &mut SitePlan)) -> (Rig, [PathBuf; 2]) {
+    let mut files = [PathBuf::new(), PathBuf::new()];
+    let rig = Rig::planned(&[("vm", Machine::firmware())], |a, b| {
+        for (number, (site, format)) in [(&mut *a, formats[0]), (&mut *b, formats[1])].into_iter().enumerate() {
+            let folder = site.folder.clone();
+            files[number] = folder.join(format!("vm.{format}"));
+            disk_guest::plan(site.vm("vm"), &folder, &files[number], format);
+        }
+        change(a, b);
+    });
+    disk_guest::make(&files[0], formats[0]);
+    (rig, files)
+}
+
+fn mark(file: &PathBuf) -> Option<String> {
+    let mut value = [0; 100];
+    let length = getxattr(file, MARK, &mut value).ok()?;
+    Some(String::from_utf8(value[..length].to_vec()).unwrap())
+}
+
+#[track_caller]
+fn assert_completed(ended: &Ended) -> Value {
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let report = ended.json();
+    assert_eq!(report["outcome"], "completed", "{report}");
+    report
+}
+
+fn migrate(site: &common::Site, to: &str) -> Ended {
+    site.run(&["migrate", "vm", "--to", to, "--output", "json"])
+}
+
+#[test]
+fn a_disk_goes_with_its_guest_there_and_back_and_becomes_another_format() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["raw", "qcow2"]);
+    rig.a.boot("vm");
+    disk_guest::assert_checks(&at_a);
+
+    let report = assert_completed(&migrate(&rig.a, "b"));
+    disk_guest::assert_checks(&at_b);
+    let disks = &report["disks"];
+    assert!(
+        disks["rounds"].as_u64().unwrap() >= 2,
+        "the guest wrote all the time: {disks}"
+    );
+    assert!(disks["read_bytes"].as_u64().unwrap() >= 8 << 20, "{disks}");
+    // What stays at A is what the guest had written when it was stopped, and all of that is at B.
+    let (before, after) = (disk_guest::content(&at_a, "raw"), disk_guest::content(&at_b, "qcow2"));
+    assert_eq!(after.len() as u64, SIZE);
+    assert!(before[UNTOUCHED as usize..] == after[UNTOUCHED as usize..]);
+    assert!(disk_guest::newest(&after) > disk_guest::newest(&before));
+    assert!(disk_guest::newest(&before) > 0);
+    assert!(
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&at_b).unwrap()) * 512 < 40 << 20,
+        "it stays sparse"
+    );
+    assert_eq!(mark(&at_b), None);
+    let migration = report["migration"].as_str().unwrap();
+    assert_eq!(mark(&at_a), Some(format!("left {migration}")));
+    rig.assert_only(&[(&rig.b, "vm")]);
+
+    // What it has left at A is old, and is replaced; but not by a question.
+    let checked = rig.b.run(&["migrate", "vm", "--to", "a", "--dry-run"]);
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    assert_eq!(mark(&at_a), Some(format!("left {migration}")));
+    assert_completed(&migrate(&rig.b, "a"));
+    disk_guest::assert_checks(&at_a);
+    let back = disk_guest::content(&at_a, "raw");
+    assert!(back[UNTOUCHED as usize..] == after[UNTOUCHED as usize..]);
+    assert!(disk_guest::newest(&back) > disk_guest::newest(&after));
+    assert_eq!(mark(&at_a), None);
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn an_image_that_is_in_the_way_is_not_touched_and_the_guest_stays() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["qcow2", "raw"]);
+    rig.a.boot("vm");
+    std::fs::write(&at_b, "somebody's").unwrap();
+    let refused = migrate(&rig.a, "b");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    let reason = refused.json()["reason"].as_str().unwrap().to_owned();
+    assert!(
+        reason.contains(at_b.to_str().unwrap()) && reason.contains("move it away"),
+        "{reason}"
+    );
+    assert_eq!(std::fs::read(&at_b).unwrap(), b"somebody's");
+    disk_guest::assert_checks(&at_a);
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn a_dry_run_makes_images_and_leaves_none() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [_, at_b]) = rig(["raw", "raw"]);
+    rig.a.boot("vm");
+    let checked = rig
+        .a
+        .run(&["migrate", "vm", "--to", "b", "--dry-run", "--output", "json"]);
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    assert!(checked.stdout.contains("vda are copied"), "{checked:?}");
+    assert!(!at_b.exists());
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn a_migration_that_is_cancelled_while_disks_are_copied_leaves_nothing() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["raw", "qcow2"]);
+    rig.a.boot("vm");
+    let client = rig
+        .a
+        .begin(&["migrate", "vm", "--to", "b", "--rate", "10mbit", "--output", "json"]);
+    rig.a.until_phase("disks");
+    until("something is written at b", || at_b.exists());
+    let id = rig.a.run(&["list", "--output", "json"]).json()[0]["migration"].clone();
+    let cancelled = rig.a.run(&["cancel", id.as_str().unwrap()]);
+    assert_eq!(cancelled.code, Some(0), "{cancelled:?}");
+    let ended = client.wait();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    disk_guest::assert_checks(&at_a);
+    until("the image is gone", || !at_b.exists());
+    assert_eq!(rig.a.qmp("vm", "query-block-exports", &json!({})).unwrap(), json!([]));
+    let block = rig.a.qmp("vm", "query-block", &json!({})).unwrap();
+    assert!(!block.to_string().contains("longhaul-"), "{block}");
+    rig.assert_only(&[(&rig.a, "vm")]);
+    // And it can go at once.
+    assert_completed(&migrate(&rig.a, "b"));
+    disk_guest::assert_checks(&at_b);
+}
+
+#[test]
+fn gateways_that_are_killed_while_disks_are_copied_begin_again_and_the_guest_arrives() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["qcow2", "qcow2"]);
+    rig.a.boot("vm");
+    let client = rig
+        .a
+        .begin(&["migrate", "vm", "--to", "b", "--rate", "20mbit", "--output", "json"]);
+    for is_source in [true, false] {
+        rig.a.until_phase("disks");
+        until("an image is there", || at_b.exists());
+        let site = if is_source { &mut rig.a } else { &mut rig.b };
+        site.gateway().signal(Signal::KILL);
+        until("the gateway is dead", || site.gateway().has_ended());
+        disk_guest::assert_checks(&at_a);
+        let site = if is_source { &mut rig.a } else { &mut rig.b };
+        site.start();
+    }
+    let ended = client.wait();
+    assert_completed(&ended);
+    disk_guest::assert_checks(&at_b);
+    assert_eq!(mark(&at_b), None);
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_cut_while_disks_are_copied_is_waited_for_and_nothing_is_lost() {
+    need!(qemu(), program("qemu-img"));
+    let mut relays = Vec::new();
+    let (mut rig, [at_a, at_b]) = changed_rig(["raw", "raw"], |a, b| {
+        for plan in [a, b] {
+            let front = free_port();
+            relays.push(Relay::start(front, plan.port));
+            plan.settings = format!("advertise = \"127.0.0.1:{front}\"\n{}", plan.settings);
+        }
+    });
+    rig.a.boot("vm");
+    let client = rig
+        .a
+        .begin(&["migrate", "vm", "--to", "b", "--rate", "20mbit", "--output", "json"]);
+    rig.a.until_phase("disks");
+    until("an image is there", || at_b.exists());
+    relays.iter().for_each(|relay| relay.cut(true));
+    until("the cut is noticed", || {
+        rig.a.log().matches("contact lost").count() >= 2
+    });
+    relays.iter().for_each(|relay| relay.cut(false));
+    let ended = client.wait();
+    let report = assert_completed(&ended);
+    disk_guest::assert_checks(&at_b);
+    let (before, after) = (disk_guest::content(&at_a, "raw"), disk_guest::content(&at_b, "raw"));
+    assert!(before[UNTOUCHED as usize..] == after[UNTOUCHED as usize..]);
+    let disks = &report["disks"];
+    assert!(
+        disks["read_bytes"].as_u64().unwrap() < 40 << 20,
+        "it was not read again: {disks}"
+    );
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+/// A migration between sites of which one has a disk that fails. The reason.
+fn fails(failing_is_source: bool, failure: &Value) -> String {
+    let (mut rig, [at_a, at_b]) = changed_rig(["raw", "raw"], |a, b| {
+        let site = if failing_is_source { a } else { b };
+        let folder = site.folder.clone();
+        let file = folder.join("vm.raw");
+        let machine = disk_guest::failing_machine(&file, "raw", failure);
+        disk_guest::plan_with(site.vm("vm"), &folder, &file, "raw", machine);
+    });
+    rig.a.boot("vm");
+    let ended = migrate(&rig.a, "b");
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    disk_guest::assert_checks(&at_a);
+    until("the image is gone", || !at_b.exists());
+    let block = rig.a.qmp("vm", "query-block", &json!({})).unwrap();
+    assert!(!block.to_string().contains("longhaul-"), "{block}");
+    rig.assert_only(&[(&rig.a, "vm")]);
+    ended.json()["reason"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_fails_the_migration_and_the_guest_goes_on() {
+    need!(qemu(), program("qemu-img"));
+    let sector = UNTOUCHED / 512 + 4000;
+    let failure = json!({ "event": "read_aio", "iotype": "read", "errno": 5, "sector": sector, "once": false });
+    let reason = fails(true, &failure);
+    assert!(reason.contains("the disk vda cannot be read at a"), "{reason}");
+}
+
+#[test]
+fn a_disk_that_is_full_at_the_destination_fails_the_migration_and_the_guest_goes_on() {
+    need!(qemu(), program("qemu-img"));
+    let sector = UNTOUCHED / 512 + 4000;
+    let failure = json!({ "event": "write_aio", "iotype": "write", "errno": 28, "sector": sector, "once": false });
+    let reason = fails(false, &failure);
+    assert!(
+        reason.contains("the disk vda cannot be written") && reason.contains("ENOSPC"),
+        "{reason}"
+    );
+}
