@@ -2,12 +2,13 @@
 //!
 //! A vmm is started before `Prepared` is recorded, since the record names its process. Between the two a marker lies in the state
 //! directory. A marker without a record means a vmm that nobody would ever find again, and that has not been told to load
-//! anything. It is known by its output, which goes to the log of the migration and to nothing else.
+//! anything, and perhaps images that were made for it. It is known by its output, which goes to the log of the migration and to nothing else.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Core;
+use super::disks::volumes;
 use crate::hypervisor::process::Process;
 use crate::proto::ownership::Role;
 use crate::proto::page::MigrationId;
@@ -19,7 +20,7 @@ pub(crate) const LOG_EXTENSION: &str = "log";
 /// Time for a process to end after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Puts the marker down. From now on a vmm may be started for the migration.
+/// Puts the marker down. From now on images may be made and a vmm started for the migration.
 ///
 /// # Errors
 /// A sentence; nothing may be started.
@@ -47,6 +48,9 @@ pub(crate) async fn end_unrecorded(core: &Core) {
                 }
             }
             let _ = std::fs::remove_file(log);
+            for vm in &core.config.vms {
+                volumes::discard(vm, migration);
+            }
         }
         let _ = std::fs::remove_file(marker);
     }

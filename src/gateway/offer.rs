@@ -307,6 +307,7 @@ async fn start_vm(
 ) -> Result<DestinationVmm, String> {
     let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
     hooks::run(core, Hook::PreCheck, &facts).await?;
+    launches::begin(core, offer.migration)?;
     volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
@@ -327,7 +328,6 @@ async fn start_with_images(
         &core.config.site,
         source.base_memory_bytes + source.plugged_memory_bytes,
     )?;
-    launches::begin(core, offer.migration)?;
     let mut vmm = DestinationVmm::start(vm, &socket, core.vmm_log(offer.migration)).await?;
     let mismatches = match vmm.inventory().await {
         Ok(inventory) => compare(source, &inventory),

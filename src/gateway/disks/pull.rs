@@ -82,6 +82,8 @@ pub(crate) struct Figures {
 pub(crate) struct Pull {
     last: watch::Sender<bool>,
     state: watch::Receiver<State>,
+    /// What the driver has taken in.
+    seen: Standing,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -128,6 +130,7 @@ impl Pull {
         Self {
             last,
             state,
+            seen: Standing::default(),
             _task: AbortOnDropHandle::new(task),
         }
     }
@@ -142,16 +145,41 @@ impl Pull {
         *self.last.borrow()
     }
 
-    pub(crate) fn state(&self) -> State {
-        self.state.borrow().clone()
+    pub(crate) fn figures(&self) -> Figures {
+        self.state.borrow().figures
     }
 
-    /// Until something else than figures has changed. Cancel-safe.
+    /// How it stands, taken in: what is told of it is told once.
+    pub(crate) fn take_state(&mut self) -> State {
+        let state = self.state.borrow().clone();
+        self.seen = Standing::of(&state);
+        state
+    }
+
+    /// Until something else than figures is not as it was taken in. Cancel-safe, whenever it changes.
     pub(crate) async fn changed(&mut self) {
-        let what = |state: &State| (state.is_bulk_done, state.is_complete, state.failed.is_some());
-        let before = what(&self.state.borrow_and_update());
-        if self.state.wait_for(|state| what(state) != before).await.is_err() {
+        let seen = self.seen;
+        let changed = self.state.wait_for(|state| Standing::of(state) != seen).await.is_ok();
+        if !changed {
             std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// What of a state is not a figure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Standing {
+    is_bulk_done: bool,
+    is_complete: bool,
+    has_failed: bool,
+}
+
+impl Standing {
+    fn of(state: &State) -> Self {
+        Self {
+            is_bulk_done: state.is_bulk_done,
+            is_complete: state.is_complete,
+            has_failed: state.failed.is_some(),
         }
     }
 }

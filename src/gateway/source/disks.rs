@@ -24,7 +24,7 @@ pub(super) struct CopiedDisks {
 }
 
 /// How long after contact is there the peer is given for that.
-const WORD_OF_THE_PEER: Duration = Duration::from_secs(5);
+const WORD_OF_THE_PEER: Duration = Duration::from_secs(2);
 
 impl CopiedDisks {
     pub(super) fn new(disks: Vec<GuestDisk>) -> Self {
@@ -49,7 +49,7 @@ impl CopiedDisks {
 
     /// What has been read of them, where it was begun.
     pub(super) fn figures(&self) -> Option<Figures> {
-        self.pull.as_ref().map(|pull| pull.state().figures).or(self.figures)
+        self.pull.as_ref().map(Pull::figures).or(self.figures)
     }
 
     /// Nothing more is read.
@@ -94,8 +94,8 @@ impl SourceDriver {
 
     /// Something has changed.
     pub(super) async fn on_disks(&mut self) {
-        let Some(pull) = &self.disks.pull else { return };
-        let state = pull.state();
+        let Some(pull) = &mut self.disks.pull else { return };
+        let state = pull.take_state();
         let is_copying = matches!(self.machine.state(), SourceState::Copying(_));
         if let Some(failure) = state.failed {
             self.disks.stop();
@@ -122,7 +122,8 @@ impl SourceDriver {
                 self.fail(error);
                 self.feed(&SourceEvent::MigrateFailed);
             }
-        } else if state.is_complete && !self.disks.is_continued {
+        }
+        if state.is_complete && !self.disks.is_continued {
             self.disks.is_continued = true;
             let continued = match self.vmm.connected().await {
                 Ok(vm) => vm.continue_switchover().await,
