@@ -117,6 +117,34 @@ fn an_image_that_is_in_the_way_is_not_touched_and_the_guest_stays() {
 }
 
 #[test]
+fn an_image_that_was_left_and_is_used_again_is_not_replaced() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["raw", "raw"]);
+    rig.a.boot("vm");
+    assert_completed(&migrate(&rig.a, "b"));
+    assert!(mark(&at_a).is_some());
+    // Somebody takes a copy of the VM as it was; its monitor is elsewhere.
+    let qmp = rig.a.plan().folder.join("other.qmp");
+    let words = disk_guest::machine(&at_a, "raw").command(rig.path(), qmp.to_str().unwrap());
+    let mut other = std::process::Command::new(&words[0]).args(&words[1..]).spawn().unwrap();
+    until("it is there", || qmp.exists());
+    let used = std::fs::metadata(&at_a).unwrap();
+    let refused = migrate(&rig.b, "a");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    let reason = refused.json()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("is in use"), "{reason}");
+    let still = std::fs::metadata(&at_a).unwrap();
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::ino(&still),
+        std::os::unix::fs::MetadataExt::ino(&used)
+    );
+    disk_guest::assert_checks(&at_b);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
 fn a_dry_run_makes_images_and_leaves_none() {
     need!(qemu(), program("qemu-img"));
     let (mut rig, [_, at_b]) = rig(["raw", "raw"]);

@@ -7,7 +7,7 @@
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
 //!             ├────▶ link_test
-//! program ─▶ tunnel ─┘  (either end)
+//! program ─▶ tunnel ─┘  (either end)            disks of a VM ─▶ disks ─▶ tunnel  (either end)
 //! ```
 //!
 //! Drivers (`source`, `destination`) only route: what may be done is decided by `proto::ownership`, when to switch over by

@@ -71,6 +71,11 @@ impl SourceVmm {
         }
     }
 
+    /// Its guest uses the images that are copied, whatever they were before.
+    pub(crate) fn claim_images(&self) {
+        volumes::claim(self.context.images.iter().map(PathBuf::as_path));
+    }
+
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
     pub(crate) async fn find(context: VmContext, was_running: bool) -> (Self, VmmFact) {
         let mut vmm = Self {

@@ -8,11 +8,13 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr, statvfs};
+use rustix::process::{Flock, FlockOffsetType, FlockType, fcntl_getlk};
 use tokio::process::Command;
 
 use crate::config::{ImageFormat, Preallocation, Vm, VmImage};
@@ -87,6 +89,13 @@ pub(crate) async fn make(
     if vm.command.is_none() {
         return Ok(());
     }
+    if UnixStream::connect(&vm.qmp).is_ok() {
+        return Err(format!(
+            "a hypervisor of {} is at {site} already, and listens on {}: end it, or see whether the VM runs in it",
+            vm.name,
+            vm.qmp.display()
+        ));
+    }
     let images = disks.iter().map(|disk| image_of(site, vm, disk));
     let images = images.collect::<Result<Vec<_>, String>>()?;
     for image in &images {
@@ -117,10 +126,13 @@ fn image_of<'a>(site: &str, vm: &'a Vm, disk: &OfferedDisk) -> Result<&'a VmImag
     })
 }
 
-/// There is nothing in the way that is not ours to replace.
+/// There is nothing in the way that is not ours to replace, or that is used again whatever it was.
 fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
     let path = image.path.display();
     match File::open(&image.path) {
+        Ok(file) if is_used(&file) => Err(format!(
+            "{path} at {site} is in use, by a QEMU that holds its lock: if that is the VM itself, it runs at {site} already"
+        )),
         Ok(file) if Mark::of(&file).is_some() => Ok(()),
         Ok(_) => Err(format!(
             "{path} is at {site} already, and is not what a VM has left there: move it away, or say another path in [[vm.image]]"
@@ -128,6 +140,18 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(format!("{path} at {site} cannot be looked at: {error}")),
     }
+}
+
+/// Whether a QEMU holds a lock of it: on bytes 100 to 164 for what it does with it, on 200 to 264 for what others must not (`block/file-posix.c`).
+fn is_used(file: &File) -> bool {
+    let lock = Flock {
+        start: 100,
+        length: 200,
+        pid: None,
+        typ: FlockType::WriteLock,
+        offset_type: FlockOffsetType::Set,
+    };
+    matches!(fcntl_getlk(file, &lock), Ok(Some(_)))
 }
 
 /// Each file system has room for what its images take at the source, beside what is replaced there.
@@ -215,6 +239,18 @@ pub(crate) fn keep(vm: &Vm, migration: MigrationId) {
             && let Err(error) = fremovexattr(&file, ATTRIBUTE)
         {
             tracing::warn!(path = %image.path.display(), "an image is still marked as one that arrives, and could be replaced: {error}");
+        }
+    }
+}
+
+/// The VM lives on these images, whatever they were before: a person may have started it from what it had left.
+pub(crate) fn claim<'a>(images: impl IntoIterator<Item = &'a Path>) {
+    for path in images {
+        let Ok(file) = File::open(path) else { continue };
+        if Mark::of(&file).is_some()
+            && let Err(error) = fremovexattr(&file, ATTRIBUTE)
+        {
+            tracing::warn!(path = %path.display(), "an image that is in use is marked as one that may be replaced: {error}");
         }
     }
 }

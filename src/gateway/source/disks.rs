@@ -85,6 +85,7 @@ impl SourceDriver {
         if self.disks.is_empty() {
             return Ok(false);
         }
+        self.vmm.claim_images();
         let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
         let pull = Pull::begin(&self.core, &self.entry, vm.block_layer(), self.disks.disks.clone());
         self.disks.pull = Some(pull);
