@@ -104,26 +104,20 @@ impl BlockLayer {
     /// # Errors
     /// Those of the monitor.
     pub async fn disks(&self) -> Result<Vec<GuestDisk>, BlockError> {
-        let list = self.qmp.execute("query-block", json!({})).await?;
-        let mut disks = Vec::new();
-        for entry in list.as_array().into_iter().flatten() {
-            let Some(inserted) = entry.get("inserted").filter(|inserted| inserted["ro"] == false) else {
-                continue;
-            };
-            if condition::is_flash(&self.qmp, &text(&entry["qdev"])).await? {
-                continue;
-            }
+        let disk = |entry: &Value| {
+            let inserted = &entry["inserted"];
             let image = &inserted["image"];
             let file = image["filename"].as_str().filter(|name| name.starts_with('/'));
-            disks.push(GuestDisk {
+            GuestDisk {
                 name: disk_name(entry),
                 node: text(&inserted["node-name"]),
                 size_bytes: image["virtual-size"].as_u64().unwrap_or(0),
                 allocated_bytes: image["actual-size"].as_u64().unwrap_or(0),
                 file: file.map(str::to_owned),
-            });
-        }
-        Ok(disks)
+            }
+        };
+        let entries = condition::writable_entries(&self.qmp).await?;
+        Ok(entries.iter().map(disk).collect())
     }
 
     /// Starts the NBD server on a unix socket.

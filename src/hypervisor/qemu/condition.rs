@@ -183,27 +183,27 @@ async fn has_virtio_mem(qmp: &QmpClient) -> Result<bool, QmpError> {
 }
 
 async fn writable_disks(qmp: &QmpClient) -> Result<Vec<WritableDisk>, QmpError> {
-    let list = qmp.execute("query-block", json!({})).await?;
-    let mut disks = Vec::new();
-    for entry in list.as_array().into_iter().flatten() {
-        let Some(inserted) = entry
-            .get("inserted")
-            .filter(|inserted| inserted["ro"] == Value::Bool(false))
-        else {
-            continue;
-        };
-        if !is_flash(qmp, &text(&entry["qdev"])).await? {
-            disks.push(WritableDisk {
-                name: disk_name(entry),
-                file: text(&inserted["file"]),
-            });
+    let disk = |entry: &Value| WritableDisk {
+        name: disk_name(entry),
+        file: text(&entry["inserted"]["file"]),
+    };
+    Ok(writable_entries(qmp).await?.iter().map(disk).collect())
+}
+
+/// Entries of `query-block` whose medium the guest may write to, firmware flash apart.
+pub(super) async fn writable_entries(qmp: &QmpClient) -> Result<Vec<Value>, QmpError> {
+    let list: Vec<Value> = qmp.query("query-block", json!({})).await?;
+    let mut entries = Vec::new();
+    for entry in list {
+        if entry["inserted"]["ro"] == false && !is_flash(qmp, &text(&entry["qdev"])).await? {
+            entries.push(entry);
         }
     }
-    Ok(disks)
+    Ok(entries)
 }
 
 /// Firmware flash is a RAM block and migrates with memory; the destination writes it to its own file after loading.
-pub(super) async fn is_flash(qmp: &QmpClient, device: &str) -> Result<bool, QmpError> {
+async fn is_flash(qmp: &QmpClient, device: &str) -> Result<bool, QmpError> {
     let path = if device.starts_with('/') {
         device.to_owned()
     } else {
