@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::api::{self, Check, DiskFigures, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
+use crate::api::{self, Check, DryRun, Phase, Refusal, RefusalKind, Report, StartRequest, Started};
 use crate::config::{AfterSuccess, Disks, Hook, Vm};
 use crate::gateway::again::{self, Successor};
 use crate::gateway::channel::{Channel, ChannelError};
@@ -806,14 +806,7 @@ pub(crate) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, mut end: Source
     if let Some(downtime) = end.downtime {
         core.metrics.observe_downtime(downtime);
     }
-    report.disks = end.disks.map(|figures| DiskFigures {
-        allocated_bytes: figures.allocated_bytes,
-        read_bytes: figures.read_bytes,
-        zero_bytes: figures.zero_bytes,
-        wire_bytes: figures.wire_bytes,
-        rounds: figures.rounds,
-        last_round_bytes: figures.round_bytes,
-    });
+    report.disks = end.disks;
     match end.copying {
         Some(copying) => {
             report.forecast = Some(copying.forecast());

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::disks::pull::Figures;
 use super::forecasting::{Forecasting, Sample as DirtySample};
 use super::keeping::Prepared;
 use super::links::Link;
@@ -11,7 +10,7 @@ use super::memory::Reservation;
 use super::outbound::{Outbound, UNKNOWN_RATE};
 use super::registry::Entry;
 use super::share::Share;
-use crate::api::{self, Pages, Phase, Progress};
+use crate::api::{self, DiskFigures, Pages, Phase, Progress};
 use crate::hypervisor::qemu::{DirtyRateSample, MigrationProgress};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::proto::page::ByteRate;
@@ -303,11 +302,11 @@ impl Copying {
     }
 
     /// A look at disks, which are read before memory is.
-    pub(crate) fn look_at_disks(&mut self, now: Instant, figures: Figures, link: &Link, entry: &Entry) {
+    pub(crate) fn look_at_disks(&mut self, now: Instant, figures: DiskFigures, link: &Link, entry: &Entry) {
         let wire_bytes = link.wire_bytes().saturating_sub(self.wire_at_start);
         self.wire.observe(now, wire_bytes);
         link.ask(now, entry.migration, self.path_rate(link));
-        let Figures {
+        let DiskFigures {
             allocated_bytes,
             read_bytes,
             ..

@@ -82,7 +82,6 @@ pub(crate) struct DestinationDriver {
     waiting_order: Option<ResolveOrder>,
     /// Disks that are copied, until they are opened.
     disks: Vec<OfferedDisk>,
-    are_images_new: bool,
     /// What writes them.
     take: Option<AbortOnDropHandle<Taken>>,
     /// Where they came from: closed once everything is decided.
@@ -132,8 +131,6 @@ pub(crate) struct DestinationStart {
     pub(crate) window_bytes: u64,
     /// Disks that are copied.
     pub(crate) disks: Vec<OfferedDisk>,
-    /// Their images were made for it, and have nothing in them.
-    pub(crate) are_images_new: bool,
 }
 
 impl DestinationDriver {
@@ -164,7 +161,6 @@ impl DestinationDriver {
             orders,
             waiting_order: None,
             disks: start.disks,
-            are_images_new: start.are_images_new,
             take: None,
             taken: None,
             inbound: None,
@@ -261,7 +257,7 @@ impl DestinationDriver {
         if let Some(vm) = self.core.config.vm(&self.entry.vm) {
             match verdict {
                 Verdict::Running => volumes::keep(vm, self.entry.migration),
-                Verdict::Aborted(_) | Verdict::Reverted => volumes::discard(vm, self.entry.migration),
+                Verdict::Aborted(_) | Verdict::Reverted => volumes::discard(vm, self.entry.migration).await,
             }
         }
         self.core.inbound.remove(self.entry.migration);
@@ -376,7 +372,8 @@ impl DestinationDriver {
         };
         if !self.disks.is_empty() {
             let (socket, disks) = (self.core.disk_socket(self.entry.migration), &self.disks);
-            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, self.are_images_new).await?;
+            let are_new = vmm.is_launched();
+            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, are_new).await?;
             self.take = Some(task);
             let end = Arc::new(Mutex::new(Some(end)));
             self.core.disk_ends.insert(self.entry.migration, &self.entry.peer, end);

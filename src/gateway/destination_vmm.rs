@@ -168,6 +168,11 @@ impl DestinationVmm {
         vm.inventory().await.map_err(|error| error.to_string())
     }
 
+    /// Whether it was started for the migration, on images that were made for it.
+    pub(crate) fn is_launched(&self) -> bool {
+        self.launched
+    }
+
     /// Its disks.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use super::accept::Known;
 use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
-use super::disks;
+use super::disks::check_offer;
 use super::disks::volumes::{self, Old};
 use super::hooks::{self, Facts};
 use super::inbound::Shelf;
@@ -47,7 +47,7 @@ pub(crate) async fn check(
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
-                volumes::discard(vm, offer.migration);
+                volumes::discard(vm, offer.migration).await;
                 Ok(())
             }
             Err(reason) => Err(reason),
@@ -97,7 +97,7 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
 
 /// What speaks against the disks that come with an offer, before any is made.
 fn look_at_disks(core: &Core, vm: &Vm, disks: &[OfferedDisk], source: &VmInventory) -> Result<(), String> {
-    disks::check_offer(disks)?;
+    check_offer(disks)?;
     if !disks.is_empty() && vm.disks != Disks::Copied {
         return Err(format!(
             "{} has disks = \"{}\" for {}, whose disks would be copied there: say disks = \"copied\" at both sites",
@@ -222,7 +222,6 @@ async fn accept(
             image,
             keeps: core.store.is_some() && agreement.version >= hello::IMAGES,
             window_bytes: agreed.window_bytes,
-            are_images_new: vm.command.is_some(),
             disks,
         },
     );
@@ -311,7 +310,7 @@ async fn start_vm(
     volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
-        volumes::discard(vm, offer.migration);
+        volumes::discard(vm, offer.migration).await;
     }
     started
 }

@@ -92,7 +92,6 @@ pub(crate) async fn settle_owed(core: &Arc<Core>, owed: Vec<MigrationId>) {
                     keeps: false,
                     window_bytes: 0,
                     disks: Vec::new(),
-                    are_images_new: false,
                 };
                 start_destination(core, migration, &first.peer, &first.vm, start);
             }
@@ -189,7 +188,6 @@ async fn destination(
             keeps: false,
             window_bytes: 0,
             disks: Vec::new(),
-            are_images_new: false,
         },
     );
     Ok(())
@@ -233,7 +231,6 @@ pub(crate) async fn answer_for(
             keeps: false,
             window_bytes: 0,
             disks: Vec::new(),
-            are_images_new: false,
         },
     );
     Ok(())

@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::api::DiskFigures;
 use crate::gateway::registry::Entry;
 use crate::gateway::{Core, tunnel};
 use crate::hypervisor::nbd::{NbdClient, NbdError};
@@ -48,7 +49,7 @@ pub(crate) struct State {
     pub(crate) is_complete: bool,
     /// It cannot go on.
     pub(crate) failed: Option<Failure>,
-    pub(crate) figures: Figures,
+    pub(crate) figures: DiskFigures,
 }
 
 /// Why disks are not copied any more: a sentence.
@@ -58,23 +59,6 @@ pub(crate) enum Failure {
     Here(String),
     /// They cannot be brought to the peer, which may have a better reason of its own, and says it where the migration is driven.
     OnTheWay(String),
-}
-
-/// What has been read so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Figures {
-    /// What the images take, and so about what the first round reads.
-    pub(crate) allocated_bytes: u64,
-    /// In all rounds.
-    pub(crate) read_bytes: u64,
-    /// Bytes that were told to be zero.
-    pub(crate) zero_bytes: u64,
-    /// Rounds that are over.
-    pub(crate) rounds: u32,
-    /// Read in the newest round.
-    pub(crate) round_bytes: u64,
-    /// Bytes of frames.
-    pub(crate) wire_bytes: u64,
 }
 
 /// The disks of a migration on their way. Dropping it ends that; what is left in the hypervisor is the driver's to clean up.
@@ -93,9 +77,9 @@ impl Pull {
         let (last, ordered) = watch::channel(false);
         let allocated_bytes = disks.iter().map(|disk| disk.allocated_bytes).sum();
         let (tell, state) = watch::channel(State {
-            figures: Figures {
+            figures: DiskFigures {
                 allocated_bytes,
-                ..Figures::default()
+                ..DiskFigures::default()
             },
             ..State::default()
         });
@@ -145,7 +129,7 @@ impl Pull {
         *self.last.borrow()
     }
 
-    pub(crate) fn figures(&self) -> Figures {
+    pub(crate) fn figures(&self) -> DiskFigures {
         self.state.borrow().figures
     }
 
@@ -273,7 +257,7 @@ impl Rounds {
 
     /// Reads everything, or what the bitmap of this number has.
     async fn round(&mut self, dirty: Option<u32>) -> Result<(), PullError> {
-        self.tell.send_modify(|state| state.figures.round_bytes = 0);
+        self.tell.send_modify(|state| state.figures.last_round_bytes = 0);
         for number in 0..self.disks.len() {
             self.read_disk(number, dirty.map(bitmap)).await?;
         }
@@ -378,7 +362,7 @@ impl Rounds {
     async fn data(&mut self, number: usize, offset: u64, data: Bytes) -> Result<(), PullError> {
         self.tell.send_modify(|state| {
             state.figures.read_bytes += data.len() as u64;
-            state.figures.round_bytes += data.len() as u64;
+            state.figures.last_round_bytes += data.len() as u64;
         });
         let cluster = usize::try_from(GRANULARITY).expect("a cluster is short");
         let mut at = 0;

@@ -1,6 +1,6 @@
 //! The destination's half: records are written through exports of the hypervisor that will own the disks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::hypervisor::nbd::{NbdClient, NbdError};
-use crate::hypervisor::qemu::{Access, BlockLayer, GuestDisk, PREFIX, short_name};
+use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX, short_name};
 use crate::proto::disk::nbd::Zeroing;
 use crate::proto::disk::stream::{HEADER_LEN, MAX_DATA, Reader, Record, StreamError};
 use crate::proto::wire::message::OfferedDisk;
@@ -28,7 +28,7 @@ enum TakeError {
     #[error("the disk {disk} cannot be written: {error}")]
     Write { disk: String, error: NbdError },
     #[error("the disks cannot be written: {0}")]
-    Block(#[from] crate::hypervisor::qemu::BlockError),
+    Block(#[from] BlockError),
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("the stream of disks broke off")]
@@ -100,7 +100,19 @@ struct Target {
     client: Arc<NbdClient>,
 }
 
-async fn open(block: &BlockLayer, socket: &std::path::Path, disks: &[GuestDisk]) -> Result<Vec<Target>, TakeError> {
+impl Target {
+    /// A request, for a task of its own.
+    fn ask<F, R>(&self, request: F) -> impl Future<Output = Result<(), TakeError>> + use<F, R>
+    where
+        F: FnOnce(Arc<NbdClient>) -> R,
+        R: Future<Output = Result<(), NbdError>>,
+    {
+        let (request, disk) = (request(Arc::clone(&self.client)), self.name.clone());
+        async move { request.await.map_err(|error| TakeError::Write { disk, error }) }
+    }
+}
+
+async fn open(block: &BlockLayer, socket: &Path, disks: &[GuestDisk]) -> Result<Vec<Target>, TakeError> {
     let mut targets = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
         let export = format!("{PREFIX}{number}-write");
@@ -136,16 +148,15 @@ async fn take(
             match record {
                 Record::Data { disk, offset, data } => {
                     let target = &targets[usize::from(disk)];
-                    let (client, name) = (Arc::clone(&target.client), target.name.clone());
-                    let write = async move { client.write(offset, data).await };
-                    open.spawn(async move { write.await.map_err(|error| TakeError::Write { disk: name, error }) });
+                    open.spawn(target.ask(move |disk| async move { disk.write(offset, data).await }));
                 }
                 Record::Zeroes { .. } if is_empty => {}
                 Record::Zeroes { disk, offset, length } => {
+                    let range = offset..offset + length;
                     let target = &targets[usize::from(disk)];
-                    let (client, name) = (Arc::clone(&target.client), target.name.clone());
-                    let write = async move { client.write_zeroes(offset..offset + length, Zeroing::MayBeHole).await };
-                    open.spawn(async move { write.await.map_err(|error| TakeError::Write { disk: name, error }) });
+                    open.spawn(
+                        target.ask(move |disk| async move { disk.write_zeroes(range, Zeroing::MayBeHole).await }),
+                    );
                 }
                 // The next round may write the same bytes again.
                 Record::Round => {
@@ -161,21 +172,13 @@ async fn take(
         }
     }
     settle(&mut open, 0).await?;
-    let flush = |target: Target| async move {
-        let flushed = async { target.client.flush().await };
-        flushed.await.map(|()| target.export).map_err(|error| TakeError::Write {
-            disk: target.name,
-            error,
-        })
-    };
-    let mut flushes: JoinSet<_> = targets.into_iter().map(flush).collect();
-    let mut exports = Vec::new();
-    while let Some(flushed) = flushes.join_next().await {
-        exports.push(flushed.unwrap_or(Err(TakeError::BrokenOff))?);
+    for target in &targets {
+        open.spawn(target.ask(|disk| async move { disk.flush().await }));
     }
+    settle(&mut open, 0).await?;
     // A guest that is continued while somebody else may write its disk would not be told.
-    for export in exports {
-        block.end_export(&export).await?;
+    for target in &targets {
+        block.end_export(&target.export).await?;
     }
     block.stop_serving().await?;
     Ok(())

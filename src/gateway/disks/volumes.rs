@@ -8,13 +8,13 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr, statvfs};
 use rustix::process::{Flock, FlockOffsetType, FlockType, fcntl_getlk};
+use tokio::net::UnixStream;
 use tokio::process::Command;
 
 use crate::config::{ImageFormat, Preallocation, Vm, VmImage};
@@ -89,7 +89,7 @@ pub(crate) async fn make(
     if vm.command.is_none() {
         return Ok(());
     }
-    if UnixStream::connect(&vm.qmp).is_ok() {
+    if listens(&vm.qmp).await {
         return Err(format!(
             "a hypervisor of {} is at {site} already, and listens on {}: end it, or see whether the VM runs in it",
             vm.name,
@@ -107,11 +107,19 @@ pub(crate) async fn make(
             continue;
         }
         if let Err(reason) = make_one(image, migration, disk.size_bytes).await {
-            discard(vm, migration);
+            discard(vm, migration).await;
             return Err(format!("{site}: {reason}"));
         }
     }
     Ok(())
+}
+
+/// Whether somebody listens there, busy or not.
+async fn listens(socket: &Path) -> bool {
+    match UnixStream::connect(socket).await {
+        Ok(_) => true,
+        Err(error) => error.kind() == ErrorKind::WouldBlock,
+    }
 }
 
 fn image_of<'a>(site: &str, vm: &'a Vm, disk: &OfferedDisk) -> Result<&'a VmImage, String> {
@@ -185,7 +193,8 @@ fn check_room(site: &str, images: &[&VmImage], disks: &[OfferedDisk]) -> Result<
 async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> Result<(), String> {
     let path = image.path.display();
     let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
-    match std::fs::remove_file(&image.path) {
+    // A large file is not gone at once.
+    match tokio::fs::remove_file(&image.path).await {
         Ok(()) => tracing::info!(%path, "an image is replaced"),
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(unusable(error)),
@@ -221,10 +230,10 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
 }
 
 /// Removes what was made for a migration that the VM did not arrive in. To be called once the hypervisor is dead.
-pub(crate) fn discard(vm: &Vm, migration: MigrationId) {
+pub(crate) async fn discard(vm: &Vm, migration: MigrationId) {
     for image in &vm.images {
         if File::open(&image.path).is_ok_and(|file| Mark::of(&file) == Some(Mark::Arriving(migration)))
-            && let Err(error) = std::fs::remove_file(&image.path)
+            && let Err(error) = tokio::fs::remove_file(&image.path).await
         {
             tracing::warn!(path = %image.path.display(), "an image that nobody needs stays: {error}");
         }

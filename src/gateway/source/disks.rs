@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::SourceDriver;
-use crate::api::Phase;
+use crate::api::{DiskFigures, Phase};
+use crate::config::{Disks, Vm};
 use crate::gateway::clock;
-use crate::gateway::disks::pull::{Failure, Figures, Pull};
+use crate::gateway::disks::pull::{Failure, Pull};
 use crate::hypervisor::qemu::{GuestDisk, RunState, SourceError};
 use crate::proto::ownership::{SourceEvent, SourceState};
 
@@ -18,7 +19,7 @@ pub(super) struct CopiedDisks {
     is_bulk_done: bool,
     /// The hypervisor was told to send the rest.
     is_continued: bool,
-    figures: Option<Figures>,
+    figures: Option<DiskFigures>,
     /// They do not reach the peer any more, since when and why. It has some time to say the cause where the migration is driven.
     failed: Option<(Instant, String)>,
 }
@@ -48,7 +49,7 @@ impl CopiedDisks {
     }
 
     /// What has been read of them, where it was begun.
-    pub(super) fn figures(&self) -> Option<Figures> {
+    pub(super) fn figures(&self) -> Option<DiskFigures> {
         self.pull.as_ref().map(Pull::figures).or(self.figures)
     }
 
@@ -157,8 +158,8 @@ impl SourceDriver {
         }
     }
 
-    /// A look at disks for which memory waits, or that do not arrive.
-    pub(super) fn look_at_disks(&mut self) {
+    /// A look at disks for which memory waits, or that do not arrive; whether the migration was given up for these.
+    pub(super) fn look_at_disks(&mut self) -> bool {
         if let Some((since, reason)) = &mut self.disks.failed {
             let now = clock::now();
             if self.lost_contact.is_some() {
@@ -168,21 +169,22 @@ impl SourceDriver {
                 self.disks.failed = None;
                 self.fail(reason);
                 self.feed(&SourceEvent::Cancel);
-                return;
+                return true;
             }
         }
         if self.disks.is_bulk_done || self.disks.pull.is_none() {
-            return;
+            return false;
         }
         if let (Some(figures), Some(copying), Some(link)) = (self.disks.figures(), &mut self.copying, &self.link) {
             copying.look_at_disks(clock::now(), figures, link, &self.entry);
         }
+        false
     }
 
     /// What is put back in a hypervisor whose VM stays.
     pub(super) async fn put_back(&mut self) {
         self.disks.stop();
-        let is_copied = |vm: &crate::config::Vm| vm.disks == crate::config::Disks::Copied;
+        let is_copied = |vm: &Vm| vm.disks == Disks::Copied;
         if self.core.config.vm(&self.entry.vm).is_some_and(is_copied) {
             self.vmm.clean_up_disks().await;
         }

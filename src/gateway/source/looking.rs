@@ -44,7 +44,9 @@ impl SourceDriver {
             return;
         }
         self.start_late().await;
-        self.look_at_disks();
+        if self.look_at_disks() {
+            return;
+        }
         let Some(stream) = &self.stream else { return };
         if stream.sum.is_some() {
             return self.look_for_completion().await;

@@ -22,7 +22,6 @@ use super::Core;
 use super::clock;
 use super::contact::{Contact, ContactEvent, Search};
 use super::copying::Copying;
-use super::disks::pull::Figures;
 use super::keeping;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
@@ -30,7 +29,7 @@ use super::registry::{Entry, ResolveOrder};
 use super::source_vmm::{FreezeOutcome, ResumeOutcome, SourceVmm};
 use super::stream_socket::{CONNECT_DEADLINE, StreamSocket};
 use super::vmm_input::VmmInput;
-use crate::api::Phase;
+use crate::api::{DiskFigures, Phase};
 use crate::hypervisor::qemu::{GuestDisk, SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
     Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
@@ -104,7 +103,7 @@ pub(crate) struct SourceEnd {
     pub(crate) stream: Option<StreamSum>,
     pub(crate) copying: Option<Copying>,
     /// What was read of disks, where any were copied.
-    pub(crate) disks: Option<Figures>,
+    pub(crate) disks: Option<DiskFigures>,
 }
 
 /// What a driver begins with.
