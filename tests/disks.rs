@@ -4,14 +4,15 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use common::disk_guest::{self, SIZE, UNTOUCHED};
 use common::guest::Machine;
-use common::process::Ended;
+use common::process::{Ended, Running};
 use common::relay::Relay;
 use common::site::{SitePlan, free_port};
-use common::{Rig, need, program, qemu, until};
+use common::{Rig, Site, need, program, qemu, until};
 use rustix::fs::getxattr;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -37,7 +38,7 @@ fn changed_rig(formats: [&str; 2], change: impl FnOnce(&mut SitePlan, &mut SiteP
     (rig, files)
 }
 
-fn mark(file: &PathBuf) -> Option<String> {
+fn mark(file: &Path) -> Option<String> {
     let mut value = [0; 100];
     let length = getxattr(file, MARK, &mut value).ok()?;
     Some(String::from_utf8(value[..length].to_vec()).unwrap())
@@ -51,7 +52,19 @@ fn assert_completed(ended: &Ended) -> Value {
     report
 }
 
-fn migrate(site: &common::Site, to: &str) -> Ended {
+/// Begins to move it to B, slowly.
+fn begin(a: &Site, rate: &str) -> Running {
+    a.begin(&["migrate", "vm", "--to", "b", "--rate", rate, "--output", "json"])
+}
+
+/// Waits until its disk is on its way to where this image was made.
+#[track_caller]
+fn until_on_its_way(a: &Site, image: &Path) {
+    a.until_phase("disks");
+    until("an image is there", || image.exists());
+}
+
+fn migrate(site: &Site, to: &str) -> Ended {
     site.run(&["migrate", "vm", "--to", to, "--output", "json"])
 }
 
@@ -77,7 +90,7 @@ fn a_disk_goes_with_its_guest_there_and_back_and_becomes_another_format() {
     assert!(disk_guest::newest(&after) > disk_guest::newest(&before));
     assert!(disk_guest::newest(&before) > 0);
     assert!(
-        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&at_b).unwrap()) * 512 < 40 << 20,
+        std::fs::metadata(&at_b).unwrap().blocks() * 512 < 40 << 20,
         "it stays sparse"
     );
     assert_eq!(mark(&at_b), None);
@@ -134,10 +147,7 @@ fn an_image_that_was_left_and_is_used_again_is_not_replaced() {
     let reason = refused.json()["reason"].as_str().unwrap().to_owned();
     assert!(reason.contains("is in use"), "{reason}");
     let still = std::fs::metadata(&at_a).unwrap();
-    assert_eq!(
-        std::os::unix::fs::MetadataExt::ino(&still),
-        std::os::unix::fs::MetadataExt::ino(&used)
-    );
+    assert_eq!(still.ino(), used.ino());
     disk_guest::assert_checks(&at_b);
     other.kill().unwrap();
     other.wait().unwrap();
@@ -163,11 +173,8 @@ fn a_migration_that_is_cancelled_while_disks_are_copied_leaves_nothing() {
     need!(qemu(), program("qemu-img"));
     let (mut rig, [at_a, at_b]) = rig(["raw", "qcow2"]);
     rig.a.boot("vm");
-    let client = rig
-        .a
-        .begin(&["migrate", "vm", "--to", "b", "--rate", "10mbit", "--output", "json"]);
-    rig.a.until_phase("disks");
-    until("something is written at b", || at_b.exists());
+    let client = begin(&rig.a, "10mbit");
+    until_on_its_way(&rig.a, &at_b);
     let id = rig.a.run(&["list", "--output", "json"]).json()[0]["migration"].clone();
     let cancelled = rig.a.run(&["cancel", id.as_str().unwrap()]);
     assert_eq!(cancelled.code, Some(0), "{cancelled:?}");
@@ -189,12 +196,9 @@ fn gateways_that_are_killed_while_disks_are_copied_begin_again_and_the_guest_arr
     need!(qemu(), program("qemu-img"));
     let (mut rig, [at_a, at_b]) = rig(["qcow2", "qcow2"]);
     rig.a.boot("vm");
-    let client = rig
-        .a
-        .begin(&["migrate", "vm", "--to", "b", "--rate", "20mbit", "--output", "json"]);
+    let client = begin(&rig.a, "20mbit");
     for is_source in [true, false] {
-        rig.a.until_phase("disks");
-        until("an image is there", || at_b.exists());
+        until_on_its_way(&rig.a, &at_b);
         let site = if is_source { &mut rig.a } else { &mut rig.b };
         site.gateway().signal(Signal::KILL);
         until("the gateway is dead", || site.gateway().has_ended());
@@ -221,11 +225,8 @@ fn a_cut_while_disks_are_copied_is_waited_for_and_nothing_is_lost() {
         }
     });
     rig.a.boot("vm");
-    let client = rig
-        .a
-        .begin(&["migrate", "vm", "--to", "b", "--rate", "20mbit", "--output", "json"]);
-    rig.a.until_phase("disks");
-    until("an image is there", || at_b.exists());
+    let client = begin(&rig.a, "20mbit");
+    until_on_its_way(&rig.a, &at_b);
     relays.iter().for_each(|relay| relay.cut(true));
     until("the cut is noticed", || {
         rig.a.log().matches("contact lost").count() >= 2
