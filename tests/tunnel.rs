@@ -14,7 +14,7 @@ use common::guest::Machine;
 use common::process::Running;
 use common::relay::Relay;
 use common::site::{SitePlan, free_port};
-use common::{PATIENCE, Rig, Site, need, qemu, until};
+use common::{PATIENCE, Rig, Site, need, noise, qemu, until};
 use rustix::process::Signal;
 use serde_json::json;
 use socket2::SockRef;
@@ -46,16 +46,6 @@ fn connect(entrance: &PathBuf) -> UnixStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream
-}
-
-fn noise(len: usize, mut state: u64) -> Vec<u8> {
-    let next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 fn read_all(mut stream: impl Read) -> Vec<u8> {

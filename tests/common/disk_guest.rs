@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::guest::Machine;
 use super::site::VmPlan;
-use super::until;
+use super::{noise, until};
 
 /// Real-mode code, for the first sector of the disk. It writes sectors 2048 to 18431 in turn through the BIOS, each full of the number of the write,
 /// and reads another one after each: that has the newest number that belongs there, or the guest says `B` on the debug console. After 128 good ones
@@ -104,7 +104,7 @@ pub(crate) fn make(file: &Path, format: &str) {
     std::fs::write(&raw, sector).unwrap();
     let disk = std::fs::OpenOptions::new().write(true).open(&raw).unwrap();
     disk.set_len(SIZE).unwrap();
-    let content = noise(8 << 20);
+    let content = noise(8 << 20, 1);
     std::os::unix::fs::FileExt::write_all_at(&disk, &content, UNTOUCHED).unwrap();
     run(
         "qemu-img",
@@ -141,17 +141,6 @@ pub(crate) fn assert_checks(file: &Path) {
     until("the guest has checked its disk", || said().len() > before + 8);
     let bad = said().iter().filter(|byte| **byte == b'B').count();
     assert_eq!(bad, 0, "sectors are not what was written there");
-}
-
-fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    };
-    std::iter::repeat_with(next).take(length).collect()
 }
 
 fn path(file: &Path) -> &str {

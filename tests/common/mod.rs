@@ -48,6 +48,17 @@ pub(crate) fn program(name: &str) -> Result<(), String> {
         .map_err(|error| format!("{name} cannot be run: {error}"))
 }
 
+/// Bytes that nothing makes shorter, the same for the same seed.
+pub(crate) fn noise(len: usize, mut state: u64) -> Vec<u8> {
+    let next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
 /// The hypervisor.
 pub(crate) fn qemu() -> Result<(), String> {
     program(&guest::qemu_program())
