@@ -8,6 +8,7 @@
 //! beat SEQUENCE WRITES CHECKED BAD           every few milliseconds; SEQUENCE grows by one, for ever
 //! verified TOKEN PAGES BAD WRITES            the answer to "verify TOKEN": every page was read again
 //! work NUMBER MICROSECONDS CLASS:COUNT …     what the application did in the window of that number (see application/)
+//! told TOKEN ok|failed WORDS                 the application's answer to "tell TOKEN WORD"
 //! ```
 //!
 //! A page (512 little-endian words) carries its number, its version and a checksum over everything else:
@@ -31,11 +32,12 @@ mod application;
 mod content;
 mod echo;
 mod histogram;
+mod sql;
 mod working_set;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ChildStdin, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -273,8 +275,8 @@ fn beat(
     Ok(())
 }
 
-/// Reads `verify TOKEN` lines from the port.
-fn listen(mut port: File, commands: &mpsc::Sender<u64>) {
+/// Reads `verify TOKEN` lines from the port, and `tell TOKEN WORD`, which are for the application.
+fn listen(mut port: File, commands: &mpsc::Sender<u64>, mut application: Option<ChildStdin>) {
     let mut line = Vec::new();
     let mut buffer = [0; 256];
     loop {
@@ -291,11 +293,15 @@ fn listen(mut port: File, commands: &mpsc::Sender<u64>) {
                 continue;
             }
             let text = String::from_utf8_lossy(&line);
-            match text.strip_prefix("verify ").and_then(|token| token.trim().parse().ok()) {
-                Some(token) => {
+            let token = text.strip_prefix("verify ").and_then(|token| token.trim().parse().ok());
+            match (token, text.strip_prefix("tell "), &mut application) {
+                (Some(token), ..) => {
                     let _ = commands.send(token);
                 }
-                None => eprintln!("not a command: {text}"),
+                (None, Some(told), Some(application)) => {
+                    let _ = writeln!(application, "{told}");
+                }
+                _ => eprintln!("not a command: {text}"),
             }
             line.clear();
         }
@@ -331,18 +337,19 @@ fn run() -> Result<(), String> {
     let progress = Arc::new(Progress::default());
     let (commands, requests) = mpsc::channel();
     let (answers, replies) = mpsc::channel();
-    if let Some(application) = application {
-        start(application, answers.clone())?;
-    }
+    let told = match application {
+        Some(application) => Some(start(application, answers.clone())?),
+        None => None,
+    };
     let workers_progress = Arc::clone(&progress);
     thread::spawn(move || work(set, &workers_progress, &requests, &answers));
-    thread::spawn(move || listen(listener, &commands));
+    thread::spawn(move || listen(listener, &commands, told));
     beat(port, period, &progress, &replies).map_err(|error| format!("{PORT}: {error}"))
 }
 
 /// Runs the application's load as a process of its own, behind the signs of life in the order of the scheduler, and passes on the
-/// lines that it prints. What goes wrong there is said on the console; the memory's proof goes on.
-fn start(application: Application, lines: mpsc::Sender<String>) -> Result<(), String> {
+/// lines that it prints. What goes wrong there is said on the console; the memory's proof goes on. Returns where it can be told something.
+fn start(application: Application, lines: mpsc::Sender<String>) -> Result<ChildStdin, String> {
     let unstarted = |error| format!("the application cannot be started: {error}");
     let mut load = Command::new("/bin/busybox")
         .args([
@@ -351,10 +358,11 @@ fn start(application: Application, lines: mpsc::Sender<String>) -> Result<(), St
             "/bin/busybox renice -n 10 $$ && exec /guest \"$0\"",
             application.name(),
         ])
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .map_err(unstarted)?;
+    let input = load.stdin.take().expect("the input is a pipe");
     let output = BufReader::new(load.stdout.take().expect("the output is a pipe"));
     thread::spawn(move || {
         for line in output.lines().map_while(Result::ok) {
@@ -363,7 +371,7 @@ fn start(application: Application, lines: mpsc::Sender<String>) -> Result<(), St
         let ended = load.wait();
         eprintln!("longhaul guest: the load of {} ended: {ended:?}", application.name());
     });
-    Ok(())
+    Ok(input)
 }
 
 fn main() -> ExitCode {

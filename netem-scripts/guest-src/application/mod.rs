@@ -1,11 +1,17 @@
 //! One application under load: a server as the distribution ships it and one client that never waits between two operations, or a
-//! compiler that compiles. Everything is in memory; there is no disk.
+//! compiler that compiles. Everything is in memory, but for PostgreSQL's data where the machine has a disk.
 //!
 //! An operation is what the application's module says. Its time is the guest's, which stands still while no vCPU runs. About four times a second
 //! a line tells what was done since the line before:
 //!
 //! ```text
 //! work NUMBER MICROSECONDS CLASS:COUNT …     NUMBER grows by one; see histogram.rs for the classes
+//! ```
+//!
+//! A line `TOKEN WORD` on standard input ends the load and tells the application something. Each is answered, in order:
+//!
+//! ```text
+//! told TOKEN ok WORDS        or: told TOKEN failed WORDS
 //! ```
 
 mod compile;
@@ -17,6 +23,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -59,6 +66,11 @@ impl Application {
 trait Load {
     /// Does the next operation and waits for its end.
     fn operate(&mut self) -> Result<(), String>;
+
+    /// Does what it is told from outside; no operation follows.
+    fn obey(&mut self, word: &str) -> Result<String, String> {
+        Err(format!("nobody here knows what {word} is"))
+    }
 }
 
 /// Starts the application, and reports on its operations until one fails.
@@ -74,6 +86,14 @@ pub(crate) fn run(name: &str) -> Result<(), String> {
         Application::Compile => Box::new(compile::Compile::start()?),
     };
     let mut output = std::io::stdout();
+    let nobody_listens = |error| format!("nobody listens: {error}");
+    let (sender, words) = mpsc::channel();
+    thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            let _ = sender.send(line);
+        }
+    });
+    let mut told = None;
     let mut began = Instant::now();
     for number in 0_u64.. {
         let mut histogram = Histogram::default();
@@ -82,13 +102,25 @@ pub(crate) fn run(name: &str) -> Result<(), String> {
             load.operate()?;
             let end = Instant::now();
             histogram.count((end - start).as_micros() as u64);
-            if end - began >= WINDOW {
+            told = words.try_recv().ok();
+            if told.is_some() || end - began >= WINDOW {
                 break end - began;
             }
         };
         began += window;
-        let (length, words) = (window.as_micros(), histogram.to_words());
-        writeln!(output, "work {number} {length} {words}").map_err(|error| format!("nobody listens: {error}"))?;
+        let (length, classes) = (window.as_micros(), histogram.to_words());
+        writeln!(output, "work {number} {length} {classes}").map_err(nobody_listens)?;
+        if told.is_some() {
+            break;
+        }
+    }
+    for line in told.into_iter().chain(words) {
+        let (token, word) = line.split_once(' ').unwrap_or((&line, ""));
+        let answer = match load.obey(word) {
+            Ok(answer) => format!("ok {answer}"),
+            Err(problem) => format!("failed {}", problem.replace('\n', " ")),
+        };
+        writeln!(output, "told {token} {answer}").map_err(nobody_listens)?;
     }
     Ok(())
 }
@@ -110,6 +142,24 @@ fn complete(command: &mut Command) -> Result<(), String> {
         .wait()
         .map_err(|error| format!("cannot wait for {name}: {error}"))?;
     status.success().then_some(()).ok_or(format!("{name} failed: {status}"))
+}
+
+/// Runs a command to its end and returns what it printed.
+fn output(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("cannot run {name}: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let problem = || {
+        format!(
+            "{name} failed: {}: {said}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        )
+    };
+    output.status.success().then(|| said.clone()).ok_or_else(problem)
 }
 
 /// Connects to a server's socket, as soon as it serves that.
