@@ -114,6 +114,12 @@ pub(super) enum LabError {
         /// The first number at the destination.
         first: u64,
     },
+    /// The client of the guest's database did not do its work.
+    #[error("the client of the guest's database: {said}")]
+    Client {
+        /// What it said.
+        said: String,
+    },
     /// `--only` matches nothing.
     #[error("no case has such a name; --list shows them")]
     NoCase,

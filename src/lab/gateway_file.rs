@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::error::LabError;
+use super::guest::GuestDisk;
 use crate::config::units::show_duration;
 use crate::wan::Profile;
 
@@ -53,6 +54,8 @@ pub(super) struct GatewayFile<'a> {
     pub(super) restarts: Option<&'static str>,
     /// The VM: its QMP socket where it leaves, QEMU where it arrives.
     pub(super) vm: Option<(&'a Path, Vec<String>)>,
+    /// Its disk.
+    pub(super) disk: Option<&'a GuestDisk>,
 }
 
 impl GatewayFile<'_> {
@@ -73,7 +76,18 @@ impl GatewayFile<'_> {
             }],
             vm: self
                 .vm
-                .map(|(qmp, command)| Vm { name: VM, qmp, command })
+                .map(|(qmp, command)| Vm {
+                    name: VM,
+                    qmp,
+                    command,
+                    disks: self.disk.map(|disk| if disk.is_shared { "shared" } else { "copied" }),
+                    image: self
+                        .disk
+                        .filter(|disk| !disk.is_shared)
+                        .map(VmImage::of)
+                        .into_iter()
+                        .collect(),
+                })
                 .into_iter()
                 .collect(),
         };
@@ -129,6 +143,27 @@ struct Vm<'a> {
     name: &'a str,
     qmp: &'a Path,
     command: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disks: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    image: Vec<VmImage<'a>>,
+}
+
+#[derive(Serialize)]
+struct VmImage<'a> {
+    disk: &'static str,
+    path: &'a Path,
+    format: &'static str,
+}
+
+impl<'a> VmImage<'a> {
+    fn of(disk: &'a GuestDisk) -> Self {
+        Self {
+            disk: GuestDisk::ID,
+            path: &disk.image,
+            format: disk.format,
+        }
+    }
 }
 
 /// The command line of a client of the gateway on `socket`.

@@ -276,10 +276,28 @@ pub struct GuestFiles {
     /// The tap device of the guest's network, in the namespace where QEMU runs; it must exist before QEMU starts
     /// ([`Network`](super::network::Network)). `None`: the guest has no network.
     pub tap: Option<String>,
+    /// The guest's disk; `None`: it has none.
+    pub disk: Option<GuestDisk>,
+}
+
+/// The disk of the guest, as one site has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestDisk {
+    /// Its image.
+    pub image: PathBuf,
+    /// What the image is.
+    pub format: &'static str,
+    /// Both sites have the same image; otherwise it goes with the guest.
+    pub is_shared: bool,
+}
+
+impl GuestDisk {
+    /// The id of its device.
+    pub const ID: &'static str = "vda";
 }
 
 impl GuestFiles {
-    /// `NAME.qmp`, `NAME.beat` and `NAME.console` in `directory`; no network.
+    /// `NAME.qmp`, `NAME.beat` and `NAME.console` in `directory`; no network and no disk.
     #[must_use]
     pub fn named(directory: &Path, name: &str) -> Self {
         let file = |kind: &str| directory.join(format!("{name}.{kind}"));
@@ -288,6 +306,7 @@ impl GuestFiles {
             heartbeat: file("beat"),
             console: file("console"),
             tap: None,
+            disk: None,
         }
     }
 
@@ -412,6 +431,16 @@ impl Launch {
             let network = format!("tap,id=lan,ifname={tap},script=no,downscript=no,vhost=off");
             command.extend(["-netdev".to_owned(), network, "-device".to_owned(), device]);
         }
+        if let Some(disk) = &files.disk {
+            let node = serde_json::json!({
+                "driver": disk.format,
+                "node-name": "disk",
+                "discard": "unmap",
+                "file": { "driver": "file", "filename": disk.image, "discard": "unmap" },
+            });
+            let device = format!("virtio-blk-pci,id={},drive=disk", GuestDisk::ID);
+            command.extend(["-blockdev".to_owned(), node.to_string(), "-device".to_owned(), device]);
+        }
         match start {
             Start::Boot => {}
             Start::Receive => command.extend(["-incoming", "defer"].map(str::to_owned)),
@@ -535,6 +564,26 @@ mod tests {
         let with = launch.command(&files.on_tap("tap-a"), Start::Boot);
         assert_eq!(with[..without.len()], without);
         assert!(with[without.len() + 1].contains("ifname=tap-a,"), "{with:?}");
+    }
+
+    #[test]
+    fn a_disk_is_the_last_of_the_guests_devices() {
+        let image = Image {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+        };
+        let launch = Launch::new(image, GuestDials::small());
+        let mut files = GuestFiles::named(Path::new("/t"), "a").on_tap("tap-a");
+        let without = launch.command(&files, Start::Boot);
+        files.disk = Some(GuestDisk {
+            image: "/t/a,b.raw".into(),
+            format: "raw",
+            is_shared: false,
+        });
+        let with = launch.command(&files, Start::Boot);
+        assert_eq!(with[..without.len()], without);
+        assert!(with[without.len() + 1].contains(r#""/t/a,b.raw""#), "{with:?}");
+        assert_eq!(with.last().unwrap(), "virtio-blk-pci,id=vda,drive=disk");
     }
 
     #[test]

@@ -71,7 +71,11 @@ pub struct Heard {
     /// QEMU has closed the channel.
     pub ended: bool,
     verified: Option<(u64, Verified)>,
+    told: Option<(u64, Answer)>,
 }
+
+/// What the guest's application answers, or why it did not do what it was told.
+type Answer = Result<String, String>;
 
 /// The channel to the guest at one QEMU. Closed when dropped.
 #[derive(Debug)]
@@ -166,18 +170,47 @@ impl Heartbeat {
     /// # Errors
     /// [`HeartbeatError::Unwritable`] where the guest cannot be asked; as [`Heartbeat::wait_for`] where it does not answer.
     pub async fn verify(&mut self, patience: Duration) -> Result<Verified, HeartbeatError> {
+        let token = self.next_token();
+        self.ask(&format!("verify {token}\n")).await?;
+        let is_answer = |heard: &Heard| heard.verified.is_some_and(|(answered, _)| answered == token);
+        let heard = self.wait_for("the answer to verify", patience, is_answer).await?;
+        Ok(heard.verified.expect("the condition was that there is one").1)
+    }
+
+    /// Tells the guest's application something, which ends its load, and returns what it answers. What there is to tell is the application's.
+    ///
+    /// # Errors
+    /// As [`Heartbeat::verify`]; [`HeartbeatError::Declined`] where it could not do it.
+    pub async fn tell(&mut self, word: &'static str, patience: Duration) -> Result<String, HeartbeatError> {
+        let token = self.next_token();
+        self.ask(&format!("tell {token} {word}\n")).await?;
+        let is_answer = |heard: &Heard| heard.told.as_ref().is_some_and(|(answered, _)| *answered == token);
+        let heard = self.wait_for("the application's answer", patience, is_answer).await?;
+        let (_, answer) = heard.told.expect("the condition was that there is one");
+        answer.map_err(|said| HeartbeatError::Declined { word, said })
+    }
+
+    /// Tells it something and does not wait for an answer, as where there will be none.
+    ///
+    /// # Errors
+    /// [`HeartbeatError::Unwritable`].
+    pub async fn tell_the_end(&mut self, word: &'static str) -> Result<(), HeartbeatError> {
+        let token = self.next_token();
+        self.ask(&format!("tell {token} {word}\n")).await
+    }
+
+    /// The guest may have answered an earlier question elsewhere: the host's process id makes the token this one's.
+    fn next_token(&mut self) -> u64 {
         self.token += 1;
-        // The guest may have answered an earlier question elsewhere: the host's process id makes the token this one's.
-        let token = u64::from(std::process::id()) << 32 | self.token;
-        let question = format!("verify {token}\n");
+        u64::from(std::process::id()) << 32 | self.token
+    }
+
+    async fn ask(&mut self, question: &str) -> Result<(), HeartbeatError> {
         let unwritable = |source| HeartbeatError::Unwritable {
             path: self.path.clone(),
             source,
         };
-        self.writer.write_all(question.as_bytes()).await.map_err(unwritable)?;
-        let is_answer = |heard: &Heard| heard.verified.is_some_and(|(answered, _)| answered == token);
-        let heard = self.wait_for("the answer to verify", patience, is_answer).await?;
-        Ok(heard.verified.expect("the condition was that there is one").1)
+        self.writer.write_all(question.as_bytes()).await.map_err(unwritable)
     }
 
     /// Waits until QEMU has closed the channel and serves its socket no more, which it does when it ends; the next QEMU may
@@ -299,6 +332,7 @@ enum Said {
     Beat(Beat),
     Work(Window),
     Verified(u64, Verified),
+    Told(u64, Answer),
     Fragment,
 }
 
@@ -312,6 +346,9 @@ fn parse(line: &[u8], at: Instant) -> Said {
     };
     if let Some(work) = line.strip_prefix("work ") {
         return Window::parse(work, at).map_or(Said::Fragment, Said::Work);
+    }
+    if let Some(told) = line.strip_prefix("told ") {
+        return parse_answer(told).map_or(Said::Fragment, |(token, answer)| Said::Told(token, answer));
     }
     let mut words = line.split(' ');
     let kind = words.next();
@@ -332,11 +369,24 @@ fn parse(line: &[u8], at: Instant) -> Said {
     }
 }
 
+/// `TOKEN ok WORDS` or `TOKEN failed WORDS`.
+fn parse_answer(told: &str) -> Option<(u64, Answer)> {
+    let (token, answer) = told.split_once(' ')?;
+    let (outcome, words) = answer.split_once(' ')?;
+    let answer = match outcome {
+        "ok" => Ok(words.to_owned()),
+        "failed" => Err(words.to_owned()),
+        _ => return None,
+    };
+    Some((token.parse().ok()?, answer))
+}
+
 impl Heard {
     fn note(&mut self, said: Said) {
         match said {
             Said::Ready(pages) => self.ready = Some(pages),
             Said::Verified(token, verified) => self.verified = Some((token, verified)),
+            Said::Told(token, answer) => self.told = Some((token, answer)),
             Said::Work(window) => self.windows.push(window),
             Said::Fragment => self.fragments += 1,
             Said::Beat(beat) => {
@@ -380,6 +430,14 @@ pub enum HeartbeatError {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// The application could not do what it was told.
+    #[error("the guest's application was told to {word} and could not: {said}")]
+    Declined {
+        /// What it was told.
+        word: &'static str,
+        /// Why not.
+        said: String,
     },
     /// What was waited for did not come in time.
     #[error("waited {patience:?} for {what} of the guest at {}; heard so far: {heard:?}", path.display())]
@@ -462,6 +520,23 @@ mod tests {
             Crossing::between(beat(at + Duration::from_millis(1), 5), beat(at, 6)),
             None
         );
+    }
+
+    #[test]
+    fn an_answer_says_what_was_done_or_why_it_was_not() {
+        let parsed = |line: &[u8]| parse(line, now());
+        assert_eq!(
+            parsed(b"told 7 ok blocks 9 bad 0\n"),
+            Said::Told(7, Ok("blocks 9 bad 0".to_owned()))
+        );
+        assert_eq!(parsed(b"told 8 ok \n"), Said::Told(8, Ok(String::new())));
+        assert_eq!(
+            parsed(b"told 9 failed no disk\n"),
+            Said::Told(9, Err("no disk".to_owned()))
+        );
+        for wrong in [&b"told 7\n"[..], b"told 7 ok\n", b"told x ok y\n", b"told 7 maybe y\n"] {
+            assert_eq!(parsed(wrong), Said::Fragment);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
 //! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
-//! links, guests and engines, [`demo`] shows one of its cells, [`kill`] kills the gateways that move, [`goodput`] fills
+//! links, guests and engines, [`demo`] shows one of its cells, [`disks`] moves a database with its disk, [`kill`] kills the gateways that move, [`goodput`] fills
 //! links without a guest, [`recording`] keeps what a hypervisor sends, [`clock`] is a wall clock that can be set wrong. [`record`] is what one
 //! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
@@ -14,6 +14,7 @@ pub mod application;
 pub mod clock;
 pub mod compare;
 pub mod demo;
+pub mod disks;
 mod engine;
 mod error;
 mod gateway_file;
@@ -42,6 +43,7 @@ use clap::{Args, Subcommand};
 
 pub use self::compare::CompareArgs;
 pub use self::demo::DemoArgs;
+pub use self::disks::{CommitsArgs, DisksArgs};
 pub use self::goodput::GoodputArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
 pub use self::kill::KillArgs;
@@ -55,6 +57,8 @@ pub use self::report::ReportArgs;
 pub enum LabCommand {
     /// Moves a Linux guest across an emulated link and back, beside plain QEMU, and reports.
     Demo(Box<DemoArgs>),
+    /// Moves a guest with PostgreSQL on its disk across an emulated link and back under load, and checks that nothing is lost.
+    Disks(Box<DisksArgs>),
     /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
     Kill(Box<KillArgs>),
     /// Measures what a plan says: links, guests, engines and seeds, one move after the other.
@@ -71,6 +75,9 @@ pub enum LabCommand {
     Guest(Box<GuestArgs>),
     /// Asks the lab's guest every few milliseconds whether it is there, until its own standard input ends; prints what it saw.
     Probe(ProbeArgs),
+    /// Commits numbered rows in the guest's database until its own standard input ends, and logs which were acknowledged; or checks that log
+    /// against the database.
+    Commits(CommitsArgs),
 }
 
 impl LabCommand {
@@ -78,6 +85,7 @@ impl LabCommand {
     pub async fn run(self) -> u8 {
         match self {
             Self::Demo(args) => demo::run(*args).await,
+            Self::Disks(args) => disks::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
             Self::Plan(args) => plan::run(*args).await,
             Self::Goodput(args) => goodput::run(args).await,
@@ -86,6 +94,7 @@ impl LabCommand {
             Self::Compare(args) => args.run(),
             Self::Guest(args) => args.run(),
             Self::Probe(args) => prober::run(args).await,
+            Self::Commits(args) => disks::run_commits(args).await,
         }
     }
 }

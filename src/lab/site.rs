@@ -120,6 +120,7 @@ impl Site {
             restarts: None,
             peer: (other.name, other.listen),
             vm: launch.map(|launch| (self.files.qmp.as_path(), launch.command(&files, Start::ReceivePaused))),
+            disk: self.files.disk.as_ref(),
         }
         .text()
     }

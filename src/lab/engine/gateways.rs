@@ -69,6 +69,16 @@ impl<'a> Pair<'a> {
         engine.set_up(&mut monitor, memory_mb).await
     }
 
+    /// From the next leg on others look on.
+    pub(in crate::lab) fn look_on(&mut self, outside: Outside) {
+        self.outside = outside;
+    }
+
+    /// The guest, where it is.
+    pub(in crate::lab) fn guest(&mut self) -> &mut Heartbeat {
+        &mut self.heartbeat
+    }
+
     /// The way that the next leg goes.
     pub(in crate::lab) fn direction(&self) -> &'static str {
         if self.place == 0 { "A to B" } else { "B to A" }

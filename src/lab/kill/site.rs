@@ -88,6 +88,7 @@ impl Site {
                     .chain(self.qemu(launch, &files, Start::ReceivePaused))
                     .collect(),
             )),
+            disk: self.files.disk.as_ref(),
         }
         .text()?;
         let file = self.config();
