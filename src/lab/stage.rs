@@ -100,6 +100,11 @@ impl Stage {
         self.tell(allow_controls(&self.controls_note()).await);
     }
 
+    /// Copies what the processes have said so far to `logs`.
+    pub(super) fn keep_logs(&self, logs: &Path) {
+        self.tell(copy_logs(&self.directory, logs));
+    }
+
     fn tell<T, E: std::fmt::Display>(&self, result: Result<T, E>) {
         if let Err(error) = result {
             (self.say)(&format!("preparing or cleaning up: {error}"));
@@ -134,7 +139,7 @@ impl Stage {
         }
         self.tell(restore_controls(&self.controls_note()));
         if let Some(logs) = logs {
-            self.tell(keep_logs(&self.directory, logs));
+            self.keep_logs(logs);
         }
         if self.directory.exists() {
             self.tell(std::fs::remove_dir_all(&self.directory));
@@ -143,7 +148,7 @@ impl Stage {
 }
 
 /// Copies what the processes said to `logs`, as `SITE/FILE`.
-fn keep_logs(directory: &Path, logs: &Path) -> std::io::Result<()> {
+fn copy_logs(directory: &Path, logs: &Path) -> std::io::Result<()> {
     for site in std::fs::read_dir(directory)? {
         let site = site?;
         if !site.file_type()?.is_dir() {

@@ -62,7 +62,7 @@ pub struct DisksArgs {
     /// Where the report goes as JSON, beside the tables on standard output.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Where the logs of QEMU and the gateways are kept; without it they are removed.
+    /// Where the logs of QEMU and the gateways are kept, a directory for each guest; without it they are removed.
     #[arg(long, value_name = "DIR")]
     pub logs: Option<PathBuf>,
     /// The program whose gateways are shown; without it this one.
@@ -176,20 +176,22 @@ async fn prepare(args: &DisksArgs) -> Result<Bench<'_>, LabError> {
 impl Bench<'_> {
     /// Every turn; what was found is in `report` also where one did not end.
     async fn perform(&self, report: &mut Report) -> Result<(), LabError> {
-        for number in 1..=self.args.repeat {
-            for &is_shared in self.args.disks.are_shared() {
-                let kind = if is_shared { "shared" } else { "copied" };
-                say(&format!("turn {number} of {}, disk {kind}", self.args.repeat));
-                report.turns.push(Turn::new(kind));
-                let turn = report.turns.last_mut().expect("one was added");
-                self.turn(is_shared, turn).await?;
-            }
+        let kinds = self.args.disks.are_shared();
+        let count = kinds.len() * self.args.repeat as usize;
+        let guests = kinds.iter().cycle().take(count);
+        for (number, &is_shared) in guests.enumerate() {
+            let number = number + 1;
+            let kind = if is_shared { "shared" } else { "copied" };
+            say(&format!("guest {number} of {count}, disk {kind}"));
+            report.turns.push(Turn::new(kind));
+            let turn = report.turns.last_mut().expect("one was added");
+            self.turn(number, is_shared, turn).await?;
         }
         Ok(())
     }
 
     /// One guest, from an empty stage to an empty stage.
-    async fn turn(&self, is_shared: bool, turn: &mut Turn) -> Result<(), LabError> {
+    async fn turn(&self, number: usize, is_shared: bool, turn: &mut Turn) -> Result<(), LabError> {
         let stage = &self.stage;
         stage.link.up(&self.args.profile, SEED).await?;
         let mut sites = stage.sites()?;
@@ -211,6 +213,9 @@ impl Bench<'_> {
         pair.stop().await;
         stage.kill_all().await;
         turn.link_fault = stage.link.carried().await?.fault;
+        if let Some(logs) = &self.args.logs {
+            stage.keep_logs(&logs.join(format!("guest-{number}")));
+        }
         stage.network.down().await?;
         stage.link.down().await?;
         stage.remove_sites(&sites);
@@ -285,6 +290,7 @@ impl Bench<'_> {
         pair.guest().ended(REST).await?;
         // It is at A again, where the image is raw.
         turn.file_system = Some(image::check(&sites[0]).await?);
+        turn.proof.intact = turn.proof.pages_checked > 0;
         Ok(())
     }
 
@@ -293,8 +299,13 @@ impl Bench<'_> {
         say(&format!("{direction}, {}", if works { "at work" } else { "at rest" }));
         let moved = pair.leg(LEG, &mut turn.proof).await?;
         let (outcome, reason) = (moved.outcome, moved.reason.clone());
-        turn.moves.push(Move::new(direction, works, moved));
-        if outcome == Outcome::Completed {
+        let mut found = Move::new(direction, works, moved);
+        let has_arrived = outcome == Outcome::Completed;
+        if has_arrived {
+            found.longest_pause_seconds = Some(pair.guest().heard().longest_pause.as_secs_f64());
+        }
+        turn.moves.push(found);
+        if has_arrived {
             return Ok(());
         }
         Err(LabError::NotMoved {

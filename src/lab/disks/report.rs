@@ -62,6 +62,8 @@ pub(super) struct Move {
     pub(super) total_seconds: Option<f64>,
     /// From the last sign of life at the source to the first at the destination, on the host's clock.
     pub(super) downtime_seconds: Option<f64>,
+    /// Longest time between two signs of life at the destination, until the guest had worked and proved its memory there.
+    pub(super) longest_pause_seconds: Option<f64>,
     /// How long a client had no answer.
     pub(super) blackout_seconds: Option<f64>,
     /// IP bytes of both directions that the link counted.
@@ -123,6 +125,7 @@ impl Move {
             works,
             total_seconds: moved.total_seconds,
             downtime_seconds: moved.downtime_seconds,
+            longest_pause_seconds: None,
             blackout_seconds: moved.blackout_seconds,
             wire_bytes: moved.wire_bytes,
             application: moved.application,
@@ -253,12 +256,13 @@ impl Report {
 
     fn write_moves(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new(&[
-            "turn",
+            "guest",
             "disk",
             "way",
-            "guest",
+            "it is",
             "total",
             "downtime",
+            "pause after",
             "blackout",
             "disk read",
             "disk on wire",
@@ -277,6 +281,7 @@ impl Report {
                     if each.works { "at work" } else { "at rest" }.to_owned(),
                     or_dash(each.total_seconds, seconds),
                     or_dash(each.downtime_seconds, milliseconds),
+                    or_dash(each.longest_pause_seconds, milliseconds),
                     or_dash(each.blackout_seconds, milliseconds),
                     or_dash(each.of_disks("read_bytes"), megabytes),
                     or_dash(each.of_disks("wire_bytes"), megabytes),
@@ -293,7 +298,7 @@ impl Report {
 
     fn write_checks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new(&[
-            "turn",
+            "guest",
             "acknowledged",
             "lost",
             "longest wait",
@@ -369,12 +374,12 @@ impl fmt::Display for Report {
         self.write_downtimes(f)?;
         for (number, turn) in self.turns.iter().enumerate() {
             if let Some(fault) = &turn.link_fault {
-                writeln!(f, "turn {}: the times are not to be used, since {fault}", number + 1)?;
+                writeln!(f, "guest {}: the times are not to be used, since {fault}", number + 1)?;
             }
             // Where the run ended early, what was not looked at is no finding.
             if self.problem.is_none() {
                 for fault in turn.faults() {
-                    writeln!(f, "turn {}: {fault}", number + 1)?;
+                    writeln!(f, "guest {}: {fault}", number + 1)?;
                 }
             }
         }
