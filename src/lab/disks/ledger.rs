@@ -3,8 +3,8 @@
 //! It commits numbered rows by TCP, one after the other, and writes each number down when the server has answered. Since it asks the next one
 //! only then, at most one number is in doubt. Later every number of the log has to be in the table.
 //!
-//! Like a prober it has to be in the client's namespace as a whole process: [`Ledger`] starts this program again in there, as `longhaul lab
-//! commits`. That prints a line of JSON once the first row is committed, and one when its standard input ends.
+//! Like a prober it has to be in the client's namespace as a whole process: [`Ledger`] starts this program again in there, as
+//! `longhaul lab commits`. That prints a line of JSON once the first row is committed, and one when its standard input ends.
 
 use std::collections::BTreeSet;
 use std::io::{BufWriter, Write};
