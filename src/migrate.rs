@@ -148,6 +148,7 @@ fn spawn(core: &Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveOrde
 fn limit(core: &Core, entry: &Entry, request: &StartRequest) {
     entry.share.set_rate(cap(core, request));
     entry.share.set_weight(request.weight.unwrap_or(Weight::MIN));
+    entry.set_warm(request.warm);
 }
 
 /// The cap of a migration that is asked for.
@@ -392,7 +393,8 @@ async fn agree(
         now,
         budget,
         costs,
-        deadline: deadline.map(|deadline| now + deadline),
+        deadline,
+        waits: request.warm.is_some(),
         share: Arc::clone(&entry.share),
         agreement,
         dictionary: Some(dictionary),
@@ -588,6 +590,13 @@ async fn check(
         deadline,
         disks,
     };
+    if request.warm.is_some() && checked.disks.is_empty() {
+        let name = &request.vm;
+        let refusal = format!(
+            "no disk of {name} is copied (disks = \"copied\"), so there is nothing to copy before the switchover: leave --warm away"
+        );
+        fine &= note("warm", Err(refusal));
+    }
     if hooks::is_configured(core, Hook::PreCheck) {
         let facts = Facts::new(migration, &request.vm, &request.peer, api::Role::Source);
         let passed = hooks::run(core, Hook::PreCheck, &facts).await;

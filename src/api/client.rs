@@ -16,7 +16,7 @@ use super::link_test::{LinkTest, LinkTestRequest};
 use super::types::{
     AcceptInvite, Adjustment, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, Limits,
     MigrationStatus, MigrationSummary, PairByFingerprint, Paired, PeerStatus, Refusal, Resolution, ResolveRequest,
-    StartRequest, Started,
+    StartRequest, Started, Switchover,
 };
 use crate::proto::page::MigrationId;
 
@@ -75,6 +75,15 @@ impl Client {
     pub async fn cancel(&self, migration: MigrationId) -> Result<Cancellation, ClientError> {
         self.ask(Method::POST, &format!("/v1/migrations/{migration}/cancel"), NOTHING)
             .await
+    }
+
+    /// Lets a migration go on that waits with its disks copied.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn switch_over(&self, migration: MigrationId) -> Result<Switchover, ClientError> {
+        let path = format!("/v1/migrations/{migration}/switchover");
+        self.ask(Method::POST, &path, NOTHING).await
     }
 
     /// Changes what a migration may take of its link.

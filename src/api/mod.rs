@@ -64,6 +64,13 @@ pub enum Command {
         /// Whether it is being cancelled.
         reply: Reply<Cancellation>,
     },
+    /// Let a migration go on that waits with its disks copied.
+    SwitchOver {
+        /// Which one.
+        migration: MigrationId,
+        /// Whether it goes on.
+        reply: Reply<Switchover>,
+    },
     /// Change what a migration may take of its link.
     Adjust {
         /// Which one.

@@ -158,6 +158,7 @@ fn routes(commands: mpsc::Sender<Command>) -> Router {
         .route("/v1/migrations/{id}", get(status))
         .route("/v1/migrations/{id}/events", get(follow))
         .route("/v1/migrations/{id}/cancel", post(cancel))
+        .route("/v1/migrations/{id}/switchover", post(switch_over))
         .route("/v1/migrations/{id}/limits", post(adjust))
         .route("/v1/resolve", post(resolve))
         .route("/v1/link-tests", post(test_link))
@@ -221,6 +222,14 @@ async fn status(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) 
 async fn cancel(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) -> Result<impl IntoResponse, Refusal> {
     let migration = parse_id(&id)?;
     commands.answer(|reply| Command::Cancel { migration, reply }).await
+}
+
+async fn switch_over(
+    State(commands): State<Commands>,
+    UrlPath(id): UrlPath<String>,
+) -> Result<impl IntoResponse, Refusal> {
+    let migration = parse_id(&id)?;
+    commands.answer(|reply| Command::SwitchOver { migration, reply }).await
 }
 
 async fn adjust(

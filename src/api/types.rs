@@ -30,6 +30,28 @@ pub struct StartRequest {
     /// Share beside other migrations to the same peer; `None`: 1.
     #[serde(default)]
     pub weight: Option<NonZeroU32>,
+    /// Disks are copied, and what the guest writes to them, until it is told to go on; `None`: it goes on by itself.
+    #[serde(default)]
+    pub warm: Option<Warm>,
+}
+
+/// When a migration goes on whose disks are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Warm {
+    /// At this time, in milliseconds since the Unix epoch; `None`: when it is told to.
+    #[serde(default)]
+    pub until_unix_ms: Option<u64>,
+}
+
+/// A migration was told to go on to its switchover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Switchover {
+    /// It goes on now, or as soon as its disks have been read once.
+    Ordered,
+    /// It was told before, or its time has come.
+    AlreadyOrdered,
 }
 
 /// Changes what a migration that runs may take of its link. What is not said stays.
@@ -282,8 +304,11 @@ pub struct DiskFigures {
     pub allocated_bytes: u64,
     /// Read in all rounds.
     pub read_bytes: u64,
-    /// Told to be zero, and not sent.
+    /// Zeroes, which are not sent.
     pub zero_bytes: u64,
+    /// Read, and not sent since the destination had them.
+    #[serde(default)]
+    pub same_bytes: u64,
     /// Bytes of frames that this took.
     pub wire_bytes: u64,
     /// Rounds, the first one over everything.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::control::ControlArgs;
 use super::output::{Format, OutputArgs, note, result};
 use super::watch::{Interrupt, PatienceArgs, Signals, watch};
-use super::{Failure, NO, YES, dry_run};
-use crate::api::{ClientError, Outcome, Refusal, Report, StartRequest};
+use super::{Failure, NO, YES, dry_run, moment};
+use crate::api::{ClientError, Outcome, Refusal, Report, StartRequest, Warm};
 use crate::config::units::{parse_duration, parse_name};
 use crate::proto::page::{ByteRate, MigrationId};
 
@@ -45,6 +45,16 @@ pub(super) struct Args {
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<Duration>,
 
+    /// Copy the disks, and what the guest writes to them, until `longhaul switchover ID`; then the rest. The deadline
+    /// counts from there.
+    #[arg(long)]
+    warm: bool,
+
+    /// The same, and go on by itself at this time: 02:00, "2026-12-24 02:00" (this machine's time zone), or
+    /// 2026-12-24T02:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    warm_until: Option<String>,
+
     /// Make every check and forecast time, bytes and downtime; nothing moves.
     #[arg(long, conflicts_with = "detach")]
     dry_run: bool,
@@ -65,6 +75,11 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<u8, Failure> {
     let client = args.control.client()?;
+    let until = args
+        .warm_until
+        .as_deref()
+        .map(|time| moment::parse(time, &moment::now()));
+    let until = until.transpose().map_err(Failure::no)?;
     let request = StartRequest {
         vm: args.vm,
         peer: args.peer,
@@ -72,6 +87,7 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         rate_bytes_per_second: args.rate.map(|rate| rate.0),
         deadline_seconds: args.deadline.map(|deadline| deadline.as_secs_f64()),
         weight: Some(args.weight),
+        warm: (args.warm || until.is_some()).then_some(Warm { until_unix_ms: until }),
     };
     if args.dry_run {
         let answer = client.check(&request).await?;
@@ -128,6 +144,8 @@ Examples:
   longhaul migrate db-1 --to tokyo --downtime-limit 300ms --rate 800mbit
   longhaul migrate db-1 --to tokyo --deadline 30m --output json > report.json
   longhaul attach $(longhaul migrate db-1 --to tokyo --detach)
+  longhaul migrate db-1 --to tokyo --warm-until 02:00 --detach
+      the disks cross today, the VM at night
 
 Exit codes say where the VM is:
   0  running at the destination (--detach: the migration has started)

@@ -15,6 +15,7 @@ mod limit;
 mod link_test;
 mod list;
 mod migrate;
+mod moment;
 mod output;
 mod pair;
 mod peers;
@@ -24,6 +25,7 @@ mod resolve;
 mod settings;
 mod status;
 mod store;
+mod switchover;
 mod unpair;
 mod watch;
 
@@ -58,6 +60,7 @@ enum Verb {
     Status(status::Args),
     Attach(attach::Args),
     Cancel(cancel::Args),
+    Switchover(switchover::Args),
     Limit(limit::Args),
     Resolve(resolve::Args),
     Pair(pair::Args),
@@ -84,6 +87,7 @@ impl Verb {
             Self::Status(args) => ask(status::run(args)),
             Self::Attach(args) => ask(attach::run(args)),
             Self::Cancel(args) => ask(cancel::run(args)),
+            Self::Switchover(args) => ask(switchover::run(args)),
             Self::Limit(args) => ask(limit::run(args)),
             Self::Resolve(args) => ask(resolve::run(args)),
             Self::Pair(args) => ask(pair::run(args)),

@@ -12,7 +12,7 @@ use super::registry::Entry;
 use super::{Core, clock, link_test};
 use crate::api::{
     AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
-    RefusalKind, Resolution, ResolveRequest, Role, Statement, Trust,
+    RefusalKind, Resolution, ResolveRequest, Role, Statement, Switchover, Trust,
 };
 use crate::config::PeerAddress;
 use crate::metrics::{Direction, PeerMetrics};
@@ -62,6 +62,16 @@ fn answer(core: &Arc<Core>, command: Command) {
                     core.wanted.cancel(migration).await;
                 }
                 reply.send(requested);
+            });
+        }
+        Command::SwitchOver { migration, reply } => {
+            let ordered = entry(core, migration).and_then(|entry| entry.order_switchover(clock::unix_ms()));
+            let core = Arc::clone(core);
+            tokio::spawn(async move {
+                if ordered == Ok(Switchover::Ordered) {
+                    core.wanted.waits_no_more(migration, clock::unix_ms()).await;
+                }
+                reply.send(ordered);
             });
         }
         Command::Adjust {

@@ -38,6 +38,7 @@ pub(crate) struct Copying {
     /// Never goes back: a guest that somebody else pauses and lets go on would seem to switch over twice.
     phase: Phase,
     policy: Policy,
+    deadline: Option<Duration>,
     costs: FixedCosts,
     tracker: ProgressTracker,
     goodput: GoodputMeter,
@@ -75,7 +76,10 @@ pub(crate) struct CopyingStart {
     pub(crate) now: Instant,
     pub(crate) budget: Budget,
     pub(crate) costs: FixedCosts,
-    pub(crate) deadline: Option<Instant>,
+    /// Time until the switchover.
+    pub(crate) deadline: Option<Duration>,
+    /// It counts from when the migration is told to go on.
+    pub(crate) waits: bool,
     pub(crate) share: Arc<Share>,
     /// With the peer, when the session was opened.
     pub(crate) agreement: Agreement,
@@ -106,7 +110,15 @@ impl Copying {
             metrics: start.metrics,
             counted: Totals::default(),
             phase: Phase::Preparing,
-            policy: Policy::new(start.now, start.budget, start.deadline),
+            policy: Policy::new(
+                start.now,
+                start.budget,
+                start
+                    .deadline
+                    .filter(|_| !start.waits)
+                    .map(|deadline| start.now + deadline),
+            ),
+            deadline: start.deadline,
             costs: start.costs,
             tracker: ProgressTracker::default(),
             goodput: GoodputMeter::default(),
@@ -176,6 +188,13 @@ impl Copying {
     /// Memory of the guest.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// It was told to go on.
+    pub(crate) fn goes_on(&mut self, now: Instant) {
+        if let Some(deadline) = self.deadline {
+            self.policy.set_deadline(now + deadline);
+        }
     }
 
     /// Whether it should have ended by now.
@@ -301,8 +320,15 @@ impl Copying {
         self.rounds.observe(now, 1, Totals::default(), 0);
     }
 
-    /// A look at disks, which are read before memory is.
-    pub(crate) fn look_at_disks(&mut self, now: Instant, figures: DiskFigures, link: &Link, entry: &Entry) {
+    /// A look at disks, which are read before memory is; once they are, `waits` says for what it does.
+    pub(crate) fn look_at_disks(
+        &mut self,
+        now: Instant,
+        figures: DiskFigures,
+        waits: Option<String>,
+        link: &Link,
+        entry: &Entry,
+    ) {
         let wire_bytes = link.wire_bytes().saturating_sub(self.wire_at_start);
         self.wire.observe(now, wire_bytes);
         link.ask(now, entry.migration, self.path_rate(link));
@@ -317,8 +343,11 @@ impl Copying {
         let elapsed = now
             .saturating_duration_since(self.disks_began.unwrap_or(now))
             .as_secs_f64();
-        let remaining_bytes = allocated_bytes.saturating_sub(read_bytes);
-        let eta_seconds = (read > 0.0 && elapsed > 1.0)
+        let remaining_bytes = match waits {
+            Some(_) => figures.last_round_bytes,
+            None => allocated_bytes.saturating_sub(read_bytes),
+        };
+        let eta_seconds = (read > 0.0 && elapsed > 1.0 && waits.is_none())
             .then(|| remaining_bytes as f64 * elapsed / read + self.forecasting.forecast().total_seconds);
         let mut look = self.blank(Phase::Disks, entry);
         look.percent = self.percent_before;
@@ -326,6 +355,7 @@ impl Copying {
         look.wire_bytes_per_second = self.wire.bytes_per_second;
         look.remaining_bytes = remaining_bytes;
         look.eta_seconds = eta_seconds;
+        look.eta_reason = waits;
         entry.publish(look.clone());
         self.last = Some(look);
     }

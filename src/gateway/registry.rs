@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::share::Share;
 use crate::api::{
     Adjustment, Cancellation, Event, Limits, MigrationStatus, MigrationSummary, NewRate, Outcome, Phase, Progress,
-    Refusal, RefusalKind, Report, Role,
+    Refusal, RefusalKind, Report, Role, Switchover, Warm,
 };
 use crate::proto::ownership;
 use crate::proto::page::{ByteRate, MigrationId};
@@ -71,6 +71,9 @@ struct State {
     notices: VecDeque<String>,
     /// From here on a cancellation is refused, with this reason.
     committed: bool,
+    /// It waits once its disks are copied, until then or until it is told to go on.
+    warm: Option<Warm>,
+    is_switchover_ordered: bool,
     /// What becomes of the VM is known on this side, and what is left is to tidy up.
     decided: bool,
     ended_after: Option<f64>,
@@ -322,6 +325,11 @@ impl Entry {
         self.state().ended_after.is_some()
     }
 
+    /// The migration that was begun in its place.
+    pub(crate) fn successor(&self) -> Option<MigrationId> {
+        self.state().report.as_ref().and_then(|report| report.continued_as)
+    }
+
     /// Asks for cancellation.
     ///
     /// # Errors
@@ -353,6 +361,44 @@ impl Entry {
         self.cancel.cancel();
         drop(state);
         Ok(Cancellation::Requested)
+    }
+
+    /// It waits with its disks copied.
+    pub(crate) fn set_warm(&self, warm: Option<Warm>) {
+        self.state().warm = warm;
+    }
+
+    /// Whether it waits with its disks copied until it is told to go on.
+    pub(crate) fn waits(&self, now_unix_ms: u64) -> bool {
+        let state = self.state();
+        let goes_on_by_itself = |warm: Warm| warm.until_unix_ms.is_some_and(|until| until <= now_unix_ms);
+        !state.is_switchover_ordered && state.warm.is_some_and(|warm| !goes_on_by_itself(warm))
+    }
+
+    /// Lets it go on that waits with its disks copied.
+    ///
+    /// # Errors
+    /// The sentence that says why not.
+    pub(crate) fn order_switchover(&self, now_unix_ms: u64) -> Result<Switchover, Refusal> {
+        let refused = |why: &str| {
+            let text = format!("the migration of {} cannot be told to switch over: {why}", self.vm);
+            Err(Refusal::new(RefusalKind::Conflict, text))
+        };
+        if self.has_ended() {
+            return refused("it is over");
+        }
+        if self.role == Role::Destination {
+            return refused("tell the source gateway, which runs it");
+        }
+        if self.state().warm.is_none() {
+            return refused("it was begun without --warm and switches over by itself");
+        }
+        if !self.waits(now_unix_ms) {
+            return Ok(Switchover::AlreadyOrdered);
+        }
+        self.state().is_switchover_ordered = true;
+        tracing::info!(migration = %self.migration, vm = self.vm, "told to switch over");
+        Ok(Switchover::Ordered)
     }
 
     /// Changes what it may take of its link from now on.

@@ -53,7 +53,10 @@ impl Wanted {
         if self.restarts >= most {
             return Err(format!("it is not begun again (migration.restarts = {most})"));
         }
-        if let Some(deadline) = &mut self.request.deadline_seconds {
+        // What waits has all of its time from when it goes on.
+        if self.request.warm.is_none()
+            && let Some(deadline) = &mut self.request.deadline_seconds
+        {
             *deadline -= now_unix_ms.saturating_sub(self.began_unix_ms) as f64 / 1e3;
             if *deadline <= 0.0 {
                 return Err("its deadline has passed".to_owned());
@@ -170,6 +173,18 @@ impl WantedFiles {
         self.write(migration).await;
     }
 
+    /// It was told to go on, at this time: also its successor does not wait.
+    pub(crate) async fn waits_no_more(&self, migration: MigrationId, now_unix_ms: u64) {
+        match self.lock().get_mut(&migration) {
+            None => return,
+            Some(wanted) => {
+                wanted.request.warm = None;
+                wanted.began_unix_ms = now_unix_ms;
+            }
+        }
+        self.write(migration).await;
+    }
+
     async fn write(&self, migration: MigrationId) {
         let path = self.state_dir.join(format!("{migration}.{EXTENSION}"));
         let _turn = self.writing.lock().await;
@@ -224,6 +239,7 @@ mod tests {
             rate_bytes_per_second: None,
             deadline_seconds: Some(60.0),
             weight: None,
+            warm: None,
         }
     }
 

@@ -211,6 +211,7 @@ fn what_is_asked_for_reaches_the_gateway() {
         rate_bytes_per_second: Some(100_000_000),
         deadline_seconds: Some(1800.0),
         weight: std::num::NonZeroU32::new(3),
+        warm: None,
     };
     assert_eq!(requests.recv_timeout(DEADLINE), Ok(expected));
 }

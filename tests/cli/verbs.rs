@@ -182,6 +182,7 @@ fn a_gateway_that_dies_before_it_answers_may_have_done_it() {
     let id = ID.to_string();
     for (args, code, look) in [
         (vec!["cancel", &id], 3, "longhaul status"),
+        (vec!["switchover", &id], 3, "longhaul status"),
         (vec!["limit", &id, "--weight", "2"], 3, "longhaul limit"),
         (vec!["resolve", "db-1", "--runs-at-peer"], 3, "longhaul list"),
         (vec!["unpair", "tokyo"], 3, "longhaul peers"),

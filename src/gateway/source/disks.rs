@@ -15,8 +15,10 @@ use crate::proto::ownership::{SourceEvent, SourceState};
 pub(super) struct CopiedDisks {
     disks: Vec<GuestDisk>,
     pull: Option<Pull>,
-    /// Memory does not wait for them any more.
+    /// All of them have been read once.
     is_bulk_done: bool,
+    /// Memory is copied beside them.
+    is_memory_begun: bool,
     /// The hypervisor was told to send the rest.
     is_continued: bool,
     figures: Option<DiskFigures>,
@@ -120,10 +122,7 @@ impl SourceDriver {
             let figures = state.figures;
             tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, read_bytes = figures.read_bytes,
                 zero_bytes = figures.zero_bytes, "disks are read once");
-            if let Err(error) = self.start_memory().await {
-                self.fail(error);
-                self.feed(&SourceEvent::MigrateFailed);
-            }
+            self.go_on_after_disks().await;
         }
         if state.is_complete && !self.disks.is_continued {
             self.disks.is_continued = true;
@@ -135,6 +134,21 @@ impl SourceDriver {
                 self.fail(format!("the hypervisor does not go on after its disks: {error}"));
                 self.feed(&SourceEvent::Cancel);
             }
+        }
+    }
+
+    /// Memory follows, unless the migration was asked to wait with its disks copied.
+    async fn go_on_after_disks(&mut self) {
+        if self.entry.waits(clock::unix_ms()) {
+            return;
+        }
+        self.disks.is_memory_begun = true;
+        if let Some(copying) = &mut self.copying {
+            copying.goes_on(clock::now());
+        }
+        if let Err(error) = self.start_memory().await {
+            self.fail(error);
+            self.feed(&SourceEvent::MigrateFailed);
         }
     }
 
@@ -159,7 +173,7 @@ impl SourceDriver {
     }
 
     /// A look at disks for which memory waits, or that do not arrive; whether the migration was given up for these.
-    pub(super) fn look_at_disks(&mut self) -> bool {
+    pub(super) async fn look_at_disks(&mut self) -> bool {
         if let Some((since, reason)) = &mut self.disks.failed {
             let now = clock::now();
             if self.lost_contact.is_some() {
@@ -172,11 +186,21 @@ impl SourceDriver {
                 return true;
             }
         }
-        if self.disks.is_bulk_done || self.disks.pull.is_none() {
+        if self.disks.is_memory_begun || self.disks.pull.is_none() {
             return false;
         }
+        if self.disks.is_bulk_done {
+            self.go_on_after_disks().await;
+            if self.disks.is_memory_begun {
+                return false;
+            }
+        }
+        let waits = self.disks.is_bulk_done.then(|| {
+            let migration = self.entry.migration;
+            format!("its disks are kept up to date until `longhaul switchover {migration}`")
+        });
         if let (Some(figures), Some(copying), Some(link)) = (self.disks.figures(), &mut self.copying, &self.link) {
-            copying.look_at_disks(clock::now(), figures, link, &self.entry);
+            copying.look_at_disks(clock::now(), figures, waits, link, &self.entry);
         }
         false
     }

@@ -44,7 +44,7 @@ impl SourceDriver {
             return;
         }
         self.start_late().await;
-        if self.look_at_disks() {
+        if self.look_at_disks().await {
             return;
         }
         let Some(stream) = &self.stream else { return };

@@ -141,6 +141,11 @@ impl Policy {
         })
     }
 
+    /// It must be over before then.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
+    }
+
     /// Whether the deadline has passed.
     #[must_use]
     pub fn is_late(&self, now: Instant) -> bool {
