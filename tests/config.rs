@@ -490,13 +490,17 @@ fn images_of_disks_are_read_with_their_mistakes() {
     };
     let image =
         |disk: &str, path: &str, more: &str| format!("[[vm.image]]\ndisk = \"{disk}\"\npath = \"{path}\"\n{more}\n");
-    let two = image("vda", "/p/a", "") + &image("vdb", "/p/b", "format = \"raw\"\npreallocation = \"falloc\"");
+    let two = image("vda", "/p/a", "base = \"/b\"\nbase-format = \"raw\"")
+        + &image("vdb", "/p/b", "format = \"raw\"\npreallocation = \"falloc\"");
     let config = vm("copied", &two).unwrap();
     let images = &config.vm("x").unwrap().images;
     assert_eq!(
         (images[0].format, images[0].preallocation),
         (ImageFormat::Qcow2, Preallocation::Off)
     );
+    let base = images[0].base.as_ref().unwrap();
+    assert_eq!((base.path.to_str(), base.format), (Some("/b"), ImageFormat::Raw));
+    assert_eq!(images[1].base, None);
     assert_eq!(
         (images[1].format, images[1].preallocation),
         (ImageFormat::Raw, Preallocation::Falloc)
@@ -514,6 +518,12 @@ fn images_of_disks_are_read_with_their_mistakes() {
             &image("vda", "/a", "format = \"vdi\"\npreallocation = \"full\""),
             "not there for vdi",
         ),
+        (
+            "copied",
+            &image("vda", "/a", "base-format = \"raw\""),
+            "of no use without base",
+        ),
+        ("copied", &image("vda", "/a", "base = \"/a\""), "is the image itself"),
         (
             "copied",
             &(image("vda", "/a", "") + &image("vda", "/b", "")),

@@ -98,12 +98,14 @@ fn a_disk_goes_with_its_guest_there_and_back_and_becomes_another_format() {
     assert_eq!(mark(&at_a), Some(format!("left {migration}")));
     rig.assert_only(&[(&rig.b, "vm")]);
 
-    // What it has left at A is old, and is replaced; but not by a question.
+    // What it has left at A is old: it is not touched by a question, and only what is otherwise comes back.
     let checked = rig.b.run(&["migrate", "vm", "--to", "a", "--dry-run"]);
     assert_eq!(checked.code, Some(0), "{checked:?}");
     assert_eq!(mark(&at_a), Some(format!("left {migration}")));
-    assert_completed(&migrate(&rig.b, "a"));
+    let report = assert_completed(&migrate(&rig.b, "a"));
     disk_guest::assert_checks(&at_a);
+    let same_bytes = report["disks"]["same_bytes"].as_u64().unwrap();
+    assert!(same_bytes >= 8 << 20, "{report}");
     let back = disk_guest::content(&at_a, "raw");
     assert!(back[UNTOUCHED as usize..] == after[UNTOUCHED as usize..]);
     assert!(disk_guest::newest(&back) > disk_guest::newest(&after));
@@ -191,26 +193,160 @@ fn a_migration_that_is_cancelled_while_disks_are_copied_leaves_nothing() {
     disk_guest::assert_checks(&at_b);
 }
 
+/// Waits until so many bytes of the disk are in this image.
+#[track_caller]
+fn until_there_are(image: &Path, bytes: u64) {
+    let taken = || std::fs::metadata(image).map_or(0, |metadata| metadata.blocks() * 512);
+    until("a part of the disk is there", || taken() >= bytes);
+}
+
+/// Kills a gateway and starts it again.
+fn kill_and_restart(site: &mut Site) {
+    site.gateway().signal(Signal::KILL);
+    until("the gateway is dead", || site.gateway().has_ended());
+    site.start();
+}
+
 #[test]
-fn gateways_that_are_killed_while_disks_are_copied_begin_again_and_the_guest_arrives() {
+fn gateways_that_are_killed_while_disks_are_copied_begin_again_and_do_not_send_again_what_has_arrived() {
     need!(qemu(), program("qemu-img"));
     let (mut rig, [at_a, at_b]) = rig(["qcow2", "qcow2"]);
     rig.a.boot("vm");
-    let client = begin(&rig.a, "20mbit");
-    for is_source in [true, false] {
-        until_on_its_way(&rig.a, &at_b);
-        let site = if is_source { &mut rig.a } else { &mut rig.b };
-        site.gateway().signal(Signal::KILL);
-        until("the gateway is dead", || site.gateway().has_ended());
-        disk_guest::assert_checks(&at_a);
-        let site = if is_source { &mut rig.a } else { &mut rig.b };
-        site.start();
-    }
-    let ended = client.wait();
-    assert_completed(&ended);
+    let client = begin(&rig.a, "6mbit");
+    until_there_are(&at_b, 3 << 20);
+    kill_and_restart(&mut rig.a);
+    until_there_are(&at_b, 5 << 20);
+    kill_and_restart(&mut rig.b);
+    let report = assert_completed(&client.wait());
     disk_guest::assert_checks(&at_b);
     assert_eq!(mark(&at_b), None);
     rig.assert_only(&[(&rig.b, "vm")]);
+    // What was not flushed when the hypervisor died is not there, and what the guest has written since is not the same.
+    let same_bytes = report["disks"]["same_bytes"].as_u64().unwrap();
+    assert!(same_bytes > 2 << 20, "{report}");
+    let after = disk_guest::content(&at_b, "qcow2");
+    let before = disk_guest::content(&at_a, "qcow2");
+    assert!(before[UNTOUCHED as usize..] == after[UNTOUCHED as usize..]);
+}
+
+#[test]
+fn what_a_killed_gateway_has_left_of_a_disk_goes_when_the_migration_is_cancelled() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["raw", "qcow2"]);
+    rig.a.boot("vm");
+    let client = begin(&rig.a, "6mbit");
+    until_there_are(&at_b, 2 << 20);
+    kill_and_restart(&mut rig.b);
+    until("it is gone on with", || {
+        mark(&at_b).is_some_and(|mark| mark.starts_with("resumed"))
+    });
+    let open = || rig.a.run(&["list", "--output", "json"]).json();
+    let id = || {
+        let open = open();
+        let open = open.as_array()?.iter().find(|entry| entry["outcome"].is_null())?;
+        open["migration"].as_str().map(str::to_owned)
+    };
+    until("it is begun again", || id().is_some());
+    let cancelled = rig.a.run(&["cancel", &id().unwrap()]);
+    assert_eq!(cancelled.code, Some(0), "{cancelled:?}");
+    assert_eq!(client.wait().code, Some(1));
+    until("the image is gone", || !at_b.exists());
+    disk_guest::assert_checks(&at_a);
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+/// A move to a site that has the image from which the disk was made, to a file of this format. Bytes that the file takes.
+fn arrives_on_a_base(format: &str) -> u64 {
+    let mut base = PathBuf::new();
+    let (mut rig, [at_a, at_b]) = changed_rig(["raw", format], |_, b| {
+        base = b.folder.join("base.qcow2");
+        b.vm("vm").tables += &format!("base = {}\n", json!(base));
+    });
+    disk_guest::convert(&at_a, "raw", &base, "qcow2");
+    let before = std::fs::read(&base).unwrap();
+    rig.a.boot("vm");
+    disk_guest::assert_checks(&at_a);
+    let report = assert_completed(&migrate(&rig.a, "b"));
+    disk_guest::assert_checks(&at_b);
+    let (left, arrived) = (disk_guest::content(&at_a, "raw"), disk_guest::content(&at_b, format));
+    assert!(left[UNTOUCHED as usize..] == arrived[UNTOUCHED as usize..]);
+    assert!(std::fs::read(&base).unwrap() == before, "the base is as it was");
+    rig.assert_only(&[(&rig.b, "vm")]);
+    // 8 MiB of the disk cannot be compressed, and are in the base.
+    let disks = &report["disks"];
+    assert!(disks["same_bytes"].as_u64().unwrap() >= 8 << 20, "{report}");
+    assert!(disks["wire_bytes"].as_u64().unwrap() < 4 << 20, "{report}");
+    std::fs::metadata(&at_b).unwrap().blocks() * 512
+}
+
+#[test]
+fn of_a_disk_whose_base_the_destination_has_only_what_differs_is_sent_and_the_rest_stays_in_the_base() {
+    need!(qemu(), program("qemu-img"));
+    let taken = arrives_on_a_base("qcow2");
+    // What the guest has written: 8 MiB at most, and some clusters beside.
+    assert!(taken < 10 << 20, "{taken}");
+}
+
+#[test]
+fn an_image_that_can_have_no_base_begins_as_a_copy_of_it() {
+    need!(qemu(), program("qemu-img"));
+    let taken = arrives_on_a_base("raw");
+    assert!(taken >= 8 << 20, "{taken}");
+}
+
+#[test]
+fn a_warm_migration_keeps_disks_up_to_date_until_it_is_told_to_switch_over() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b]) = rig(["raw", "qcow2"]);
+    rig.a.boot("vm");
+    let client = rig
+        .a
+        .begin(&["migrate", "vm", "--to", "b", "--warm", "--output", "json"]);
+    until("its disks have been read", || {
+        rig.a.log().contains("disks are read once")
+    });
+    let id = rig.a.run(&["list", "--output", "json"]).json()[0]["migration"].clone();
+    let id = id.as_str().unwrap();
+    until("it says what it waits for", || {
+        let status = rig.a.run(&["status", id, "--output", "json"]).json();
+        let reason = status["progress"]["eta_reason"].as_str();
+        reason.is_some_and(|reason| reason.contains("longhaul switchover"))
+    });
+    disk_guest::assert_checks(&at_a);
+    // It waits, also as the successor of one that a restart has undone.
+    kill_and_restart(&mut rig.a);
+    until("its disks have been read again", || {
+        rig.a.log().contains("disks are read once")
+    });
+    disk_guest::assert_checks(&at_a);
+    let list = rig.a.run(&["list", "--output", "json"]).json();
+    let is_open = |entry: &&Value| entry["outcome"].is_null();
+    let open = list.as_array().unwrap().iter().find(is_open).unwrap();
+    assert_eq!(open["phase"], "disks", "{open}");
+    let id = open["migration"].as_str().unwrap();
+    for _ in 0..2 {
+        let told = rig.a.run(&["switchover", id]);
+        assert_eq!(told.code, Some(0), "{told:?}");
+    }
+    assert_completed(&client.wait());
+    disk_guest::assert_checks(&at_b);
+    let again = rig.a.run(&["switchover", id]);
+    assert_eq!(again.code, Some(2), "{again:?}");
+    assert!(again.stderr.contains("it is over"), "{again:?}");
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_warm_migration_is_refused_where_no_disk_is_copied() {
+    need!(qemu());
+    let mut rig = Rig::planned(&[("vm", Machine::firmware())], |_, _| {});
+    rig.a.boot("vm");
+    let refused = rig
+        .a
+        .run(&["migrate", "vm", "--to", "b", "--warm-until", "2999-01-01 00:00"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(refused.stdout.contains("leave --warm away"), "{refused:?}");
+    rig.assert_only(&[(&rig.a, "vm")]);
 }
 
 #[test]

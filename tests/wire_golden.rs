@@ -49,6 +49,7 @@ impl Goldens {
             include_str!("data/wire-v6.txt"),
             include_str!("data/wire-v8.txt"),
             include_str!("data/wire-v9.txt"),
+            include_str!("data/wire-v10.txt"),
         ];
         let lines = files
             .into_iter()
@@ -231,6 +232,7 @@ fn replies_of_version_1_have_these_bytes() {
         Reply::Refused("a hello comes first".into()),
         Reply::Pong(1),
         Reply::Drives(false),
+        Reply::Followed,
     ];
     for reply in &replies {
         let name = match reply {
@@ -240,6 +242,7 @@ fn replies_of_version_1_have_these_bytes() {
             Reply::Refused(_) => "reply/refused",
             Reply::Pong(_) => "reply/pong",
             Reply::Drives(_) => "reply/drives",
+            Reply::Followed => "reply/followed",
         };
         goldens.message(name, reply);
     }

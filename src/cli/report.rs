@@ -39,9 +39,10 @@ pub(super) fn text(report: &Report) -> String {
     if let Some(disks) = &report.disks {
         let _ = writeln!(
             text,
-            "  disks: {} read in {} rounds, {} told to be zero, {} after reduction",
+            "  disks: {} read in {} rounds, {} of them there already, {} zero, {} after reduction",
             bytes(disks.read_bytes),
             disks.rounds,
+            bytes(disks.same_bytes),
             bytes(disks.zero_bytes),
             bytes(disks.wire_bytes)
         );

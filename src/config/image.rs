@@ -18,6 +18,17 @@ pub struct VmImage {
     pub format: ImageFormat,
     /// What is taken of the file system before anything is written.
     pub preallocation: Preallocation,
+    /// What a new image begins with, so that it need not come from the other site.
+    pub base: Option<BaseImage>,
+}
+
+/// An image that the site has of old, and from which a disk was made. It must never change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseImage {
+    /// The file.
+    pub path: PathBuf,
+    /// What the file is. It is never guessed: who writes a raw image could make it look like another.
+    pub format: ImageFormat,
 }
 
 /// Formats that QEMU can make and write.
@@ -58,7 +69,23 @@ pub(super) fn read(mut section: Section<'_>) -> VmImage {
         preallocation: section
             .value("preallocation", Preallocation::from_str)
             .unwrap_or(Preallocation::Off),
+        base: None,
     };
+    let base = section.value("base", parse_absolute);
+    let base_format = section.value("base-format", ImageFormat::from_str);
+    let image = VmImage {
+        base: base.map(|path| BaseImage {
+            path,
+            format: base_format.unwrap_or(ImageFormat::Qcow2),
+        }),
+        ..image
+    };
+    if base_format.is_some() && image.base.is_none() {
+        section.mistake("base-format", "is of no use without base".to_owned());
+    }
+    if image.base.as_ref().is_some_and(|base| base.path == image.path) {
+        section.mistake("base", "is the image itself, which is written".to_owned());
+    }
     let can = match image.format {
         ImageFormat::Qcow2 => true,
         ImageFormat::Raw => image.preallocation != Preallocation::Metadata,

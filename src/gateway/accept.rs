@@ -140,8 +140,12 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
         Request::Hello(theirs) => greet_again(core, known, &theirs, channel).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
         Request::Drives { migration } => {
-            let drives = recovery::drives(core, peer, migration).await;
-            reply(channel, Reply::Drives(drives)).await
+            let knows = known.agreement().version >= hello::HELD_DISKS;
+            let answer = match recovery::drives(core, peer, migration).await {
+                false if knows && recovery::is_followed(core, peer, migration) => Reply::Followed,
+                drives => Reply::Drives(drives),
+            };
+            reply(channel, answer).await
         }
         Request::Check(offered) => {
             let against = offer::check(core, peer, known.agreement().limits, &offered, &[]).await;

@@ -260,7 +260,7 @@ async fn repeat<F: Future<Output = Result<ContactEvent, AttachError>>>(
 async fn ask(links: &Links, peer: &str, migration: MigrationId) -> Result<ContactEvent, AttachError> {
     let link = links.link(peer).await?;
     match Channel::ask(link.control(), &Request::Drives { migration }).await? {
-        Reply::Drives(false) => Ok(ContactEvent::GivenUp {
+        Reply::Drives(false) | Reply::Followed => Ok(ContactEvent::GivenUp {
             journal: link.peer_journal(),
         }),
         Reply::Drives(true) => Err(AttachError::StillDriven),

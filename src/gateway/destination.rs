@@ -4,16 +4,15 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::disks::rest;
 use super::disks::take::{self, Taken};
-use super::disks::volumes;
+use super::disks::volumes::{self, Rest};
 use super::hooks;
 use super::inbound::{Inbound, Progress, Shelf};
 use super::keeping;
@@ -21,9 +20,11 @@ use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use super::vmm_output::Tail;
+use super::{Core, again};
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
+use crate::proto::disk::held::BlockKey;
 use crate::proto::ownership::{
     AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
     StreamSum, Verdict,
@@ -85,7 +86,7 @@ pub(crate) struct DestinationDriver {
     /// What writes them.
     take: Option<AbortOnDropHandle<Taken>>,
     /// Where they came from: closed once everything is decided.
-    taken: Option<UnixStream>,
+    taken: Option<take::Stream>,
     inbound: Option<Arc<Inbound>>,
     progress: Option<watch::Receiver<Progress>>,
     decoder: Option<Decoder<Shelf>>,
@@ -257,7 +258,21 @@ impl DestinationDriver {
         if let Some(vm) = self.core.config.vm(&self.entry.vm) {
             match verdict {
                 Verdict::Running => volumes::keep(vm, self.entry.migration),
-                Verdict::Aborted(_) | Verdict::Reverted => volumes::discard(vm, self.entry.migration).await,
+                Verdict::Aborted(_) | Verdict::Reverted => {
+                    let rest = self.rest_of_disks();
+                    volumes::discard(vm, self.entry.migration, rest).await;
+                    if rest == Rest::Stays && !self.disks.is_empty() {
+                        let Entry {
+                            migration, vm, peer, ..
+                        } = &*self.entry;
+                        tokio::spawn(rest::settle(
+                            Arc::clone(&self.core),
+                            vm.clone(),
+                            peer.clone(),
+                            *migration,
+                        ));
+                    }
+                }
             }
         }
         self.core.inbound.remove(self.entry.migration);
@@ -315,6 +330,11 @@ impl DestinationDriver {
             }
             Effect::ContinueVmm => self.continue_vm().await,
             Effect::KillVmm => {
+                let has_rest = !self.disks.is_empty() && self.rest_of_disks() == Rest::Stays;
+                if has_rest && let Some(vmm) = &mut self.vmm {
+                    // One whose stream ends exits at once, with what it has not written of its disks.
+                    vmm.quit().await;
+                }
                 self.stop_stream();
                 self.stop_disks();
                 if let Some(vmm) = &mut self.vmm {
@@ -372,8 +392,10 @@ impl DestinationDriver {
         };
         if !self.disks.is_empty() {
             let (socket, disks) = (self.core.disk_socket(self.entry.migration), &self.disks);
-            let are_new = vmm.is_launched();
-            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, are_new).await?;
+            let vm = self.core.config.vm(&self.entry.vm);
+            let are_new = vm.is_some_and(|vm| volumes::are_empty(vm, self.entry.migration));
+            let key = BlockKey::of(self.entry.migration);
+            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, are_new, key).await?;
             self.take = Some(task);
             let end = Arc::new(Mutex::new(Some(end)));
             self.core.disk_ends.insert(self.entry.migration, &self.entry.peer, end);
@@ -439,6 +461,21 @@ impl DestinationDriver {
             ..Look::default()
         });
         self.counted = now;
+    }
+
+    /// What becomes of the disks that were to arrive. Another migration may follow on one that was cut short.
+    fn rest_of_disks(&self) -> Rest {
+        let reason = match (self.machine.state(), self.machine.verdict()) {
+            (DestinationState::Killing(reason), _) => *reason,
+            (_, Some(Verdict::Aborted(reason))) => reason,
+            _ => return Rest::Goes,
+        };
+        match reason {
+            // A restarted gateway cancels too.
+            AbortReason::TimedOut | AbortReason::Cancelled => Rest::Stays,
+            reason if again::is_restart(reason) => Rest::Stays,
+            _ => Rest::Goes,
+        }
     }
 
     /// Nothing more is written to the disks that arrive.

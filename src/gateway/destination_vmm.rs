@@ -22,6 +22,9 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Time for the process to end after SIGKILL before it is tried again.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Time for it to write what it has of its disks, and to end.
+const QUIT_DEADLINE: Duration = Duration::from_secs(5);
+
 /// The vmm, in whichever way it is held at the moment.
 #[derive(Debug)]
 pub(crate) struct DestinationVmm {
@@ -168,11 +171,6 @@ impl DestinationVmm {
         vm.inventory().await.map_err(|error| error.to_string())
     }
 
-    /// Whether it was started for the migration, on images that were made for it.
-    pub(crate) fn is_launched(&self) -> bool {
-        self.launched
-    }
-
     /// Its disks.
     ///
     /// # Errors
@@ -287,6 +285,19 @@ impl DestinationVmm {
     pub(crate) async fn abandon(mut self) {
         if self.launched {
             self.kill_confirmed().await;
+        }
+    }
+
+    /// Asks it to end by itself, so that its disks are as they were written. It may not hear: to be followed by [`Self::kill_confirmed`].
+    pub(crate) async fn quit(&mut self) {
+        if !self.launched || self.foreign || self.is_dead() {
+            return;
+        }
+        let quit = async { self.connected().await?.quit(QUIT_DEADLINE).await };
+        match tokio::time::timeout(QUIT_DEADLINE, quit).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("the hypervisor does not end by itself: {error}"),
+            Err(_) => tracing::debug!("the hypervisor does not end by itself"),
         }
     }
 

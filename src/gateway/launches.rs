@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Core;
-use super::disks::volumes;
+use super::disks::volumes::{self, Rest};
 use crate::hypervisor::process::Process;
 use crate::proto::ownership::Role;
 use crate::proto::page::MigrationId;
@@ -49,7 +49,7 @@ pub(crate) async fn end_unrecorded(core: &Core) {
             }
             let _ = std::fs::remove_file(log);
             for vm in &core.config.vms {
-                volumes::discard(vm, migration).await;
+                volumes::discard(vm, migration, Rest::Goes).await;
             }
         }
         let _ = std::fs::remove_file(marker);

@@ -66,6 +66,7 @@ use tokio_util::task::TaskTracker;
 use self::accept::BulkConnections;
 use self::destination::Attachment;
 use self::directory::Directory;
+use self::disks::rest;
 use self::inbound::Inbound;
 use self::journal::JournalHandle;
 use self::launches::LOG_EXTENSION;
@@ -227,6 +228,7 @@ pub async fn run(
         tokio::spawn(commands::measure(Arc::clone(&core), MEASURE)),
         tokio::spawn(rates::follow(Arc::clone(&core), rates, MEASURE)),
         tokio::spawn(keeping::watch(Arc::clone(&core))),
+        tokio::spawn(rest::expire(Arc::clone(&core))),
     ];
     let standing = tokio::spawn(standing::keep(Arc::clone(&core)));
     let entrances = tokio::spawn(entrances.serve(Arc::clone(&core)));

@@ -10,7 +10,7 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::disks::check_offer;
-use super::disks::volumes::{self, Old};
+use super::disks::volumes::{self, Old, Rest};
 use super::hooks::{self, Facts};
 use super::inbound::Shelf;
 use super::keeping::{self, Found, Slots};
@@ -47,7 +47,7 @@ pub(crate) async fn check(
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
-                volumes::discard(vm, offer.migration).await;
+                volumes::discard(vm, offer.migration, Rest::Goes).await;
                 Ok(())
             }
             Err(reason) => Err(reason),
@@ -186,7 +186,7 @@ async fn accept(
             )
         })?;
     let started = match hooks::owe(core, offer.migration, Role::Destination) {
-        Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Replaced), &source).await,
+        Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Used), &source).await,
         Err(reason) => Err(reason),
     };
     let vmm = match started {
@@ -310,7 +310,7 @@ async fn start_vm(
     volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
-        volumes::discard(vm, offer.migration).await;
+        volumes::discard(vm, offer.migration, Rest::Goes).await;
     }
     started
 }

@@ -254,6 +254,13 @@ pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> b
     records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
+/// Whether a migration to `peer` that is over was begun again.
+pub(crate) fn is_followed(core: &Core, peer: &str, migration: MigrationId) -> bool {
+    let entry = core.registry.get(migration);
+    let entry = entry.filter(|entry| entry.role == api::Role::Source && entry.peer == peer);
+    entry.is_some_and(|entry| entry.successor().is_some())
+}
+
 fn start_destination(core: &Arc<Core>, migration: MigrationId, peer: &str, vm: &str, start: DestinationStart) {
     let (entry, orders) = core
         .registry

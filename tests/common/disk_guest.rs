@@ -106,20 +106,22 @@ pub(crate) fn make(file: &Path, format: &str) {
     disk.set_len(SIZE).unwrap();
     let content = noise(8 << 20, 1);
     std::os::unix::fs::FileExt::write_all_at(&disk, &content, UNTOUCHED).unwrap();
+    convert(&raw, "raw", file, format);
+    std::fs::remove_file(raw).unwrap();
+}
+
+/// Makes another image of one that nobody writes.
+pub(crate) fn convert(from: &Path, format: &str, to: &Path, to_format: &str) {
     run(
         "qemu-img",
-        &["convert", "-f", "raw", "-O", format, path(&raw), path(file)],
+        &["convert", "-U", "-f", format, "-O", to_format, path(from), path(to)],
     );
-    std::fs::remove_file(raw).unwrap();
 }
 
 /// The whole of what a guest would see of an image that nobody uses.
 pub(crate) fn content(file: &Path, format: &str) -> Vec<u8> {
     let raw = file.with_extension("content");
-    run(
-        "qemu-img",
-        &["convert", "-U", "-f", format, "-O", "raw", path(file), path(&raw)],
-    );
+    convert(file, format, &raw, "raw");
     let content = std::fs::read(&raw).unwrap();
     std::fs::remove_file(raw).unwrap();
     content

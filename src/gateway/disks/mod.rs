@@ -10,8 +10,11 @@
 //! The last one is read while the guest stands, before its hypervisor sends what is left of memory. COMMIT waits until the destination has flushed.
 //! The source's disks stay what they are until the VM runs at the destination.
 
+mod compare;
 pub(crate) mod pull;
+pub(crate) mod rest;
 pub(crate) mod take;
+mod tell;
 pub(crate) mod volumes;
 
 use crate::hypervisor::qemu::GuestDisk;

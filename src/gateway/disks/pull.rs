@@ -4,32 +4,42 @@
 //! bitmap 1 begins; round 1 reads everything that is allocated
 //! bitmap n begins and n-1 ends, at one moment on all disks; round n reads what n-1 has             … until the guest stands; then once more
 //! ```
+//!
+//! In round 1 the destination says what its disks hold already ([`held`](crate::proto::disk::held)); what is equal is read and not sent.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::compare::{self, Compared, Found, Told, ToldError};
 use crate::api::DiskFigures;
 use crate::gateway::registry::Entry;
-use crate::gateway::{Core, tunnel};
+use crate::gateway::{Core, clock, tunnel};
 use crate::hypervisor::nbd::{NbdClient, NbdError};
 use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GRANULARITY, GuestDisk, PREFIX};
 use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, transfers};
+use crate::proto::disk::held::{BlockKey, Part};
 use crate::proto::disk::nbd::{Content, MetaContext, Piece, Reading};
 use crate::proto::disk::stream::Writer;
+use crate::proto::wire::hello;
 
 /// Time for an export to be opened.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Between two rounds while memory is copied: what the guest writes in it is read while the guest stands, where that is when it stops.
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
+
+/// The same while nothing else is copied.
+const WARM_ROUND_PAUSE: Duration = Duration::from_secs(5);
 
 /// Bytes of one read: of whole clusters.
 const PIECE: u64 = 512 << 10;
@@ -90,16 +100,25 @@ impl Pull {
             let reader = Arc::clone(&tell);
             let run = async {
                 let (ours, theirs) = UnixStream::pair().map_err(|error| Failure::Here(error.to_string()))?;
+                let (told, stream) = ours.into_split();
                 let socket = core.disk_socket(entry.migration);
+                let link = core.links.link(&entry.peer).await;
+                let link = link.map_err(|error| Failure::OnTheWay(error.to_string()))?;
+                let asks = link.agreement().version >= hello::HELD_DISKS;
+                drop(link);
                 let carried = tunnel::carry_disks(&core, &entry, theirs, |wire_bytes| {
                     reader.send_modify(|state| state.figures.wire_bytes = wire_bytes);
                 });
                 let rounds = Rounds {
+                    entry: Arc::clone(&entry),
                     block,
+                    key: BlockKey::of(entry.migration),
+                    told: Told::new(told, &disks),
+                    asks,
                     disks,
                     socket,
                     site,
-                    stream: ours,
+                    stream,
                     writer: Writer::default(),
                     tell: Arc::clone(&tell),
                     ordered,
@@ -170,18 +189,49 @@ impl Standing {
 
 /// The task's own.
 struct Rounds {
+    entry: Arc<Entry>,
     block: BlockLayer,
     disks: Vec<GuestDisk>,
     socket: PathBuf,
     site: String,
-    stream: UnixStream,
+    stream: OwnedWriteHalf,
     writer: Writer,
+    /// What the destination says.
+    told: Told,
+    /// It can.
+    asks: bool,
+    key: BlockKey,
     tell: Arc<watch::Sender<State>>,
     ordered: watch::Receiver<bool>,
 }
 
-/// A piece that is being read.
-type Read = AbortOnDropHandle<Result<Vec<Piece>, NbdError>>;
+/// Something to tell, once everything before it has been told.
+enum Open {
+    Zeroes {
+        range: Range<u64>,
+        are_there: bool,
+    },
+    Read {
+        start: u64,
+        /// The destination has zeroes there.
+        has_zeroes: bool,
+        read: AbortOnDropHandle<Result<Vec<Piece>, NbdError>>,
+    },
+    /// To be told as far as the destination has it otherwise.
+    Compared {
+        start: u64,
+        /// That are not known to be zero.
+        read_bytes: u64,
+        compared: AbortOnDropHandle<Result<Vec<Compared>, NbdError>>,
+    },
+}
+
+/// What is known of bytes at the destination.
+enum Held {
+    Nothing,
+    Zeroes,
+    Blocks(Arc<[u64]>),
+}
 
 /// Where the disks are not read any more.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +246,8 @@ enum PullError {
     Block(#[from] BlockError),
     #[error("the stream of disks cannot be written: {0}")]
     Stream(#[from] std::io::Error),
+    #[error(transparent)]
+    Told(#[from] ToldError),
     #[error("the disk {disk} is {now} bytes long now and was {before}: it must not be resized while it is copied")]
     Resized { disk: String, before: u64, now: u64 },
 }
@@ -204,7 +256,7 @@ impl Rounds {
     async fn run(mut self) -> Result<(), Failure> {
         let copied = self.copy().await;
         copied.map_err(|error| match error {
-            PullError::Stream(_) => Failure::OnTheWay(error.to_string()),
+            PullError::Stream(_) | PullError::Told(_) => Failure::OnTheWay(error.to_string()),
             _ => Failure::Here(error.to_string()),
         })
     }
@@ -216,7 +268,15 @@ impl Rounds {
         // Before the server, which is known as ours by it.
         self.next_bitmap(None, number).await?;
         self.block.serve(&self.socket).await?;
+        if self.asks {
+            let question = self.writer.ask();
+            self.stream.write_all(&question).await?;
+        }
         self.round(None).await?;
+        if self.asks {
+            // The last part: the guest must not stand until that has been written.
+            self.told.next().await?;
+        }
         self.tell.send_modify(|state| state.is_bulk_done = true);
         loop {
             let is_last = self.await_next().await;
@@ -238,13 +298,17 @@ impl Rounds {
         self.stream.shutdown().await?;
         self.tell.send_modify(|state| state.is_complete = true);
         // The destination closes it once it has everything.
-        self.stream.read_to_end(&mut Vec::new()).await?;
+        self.told.end().await?;
         Ok(())
     }
 
     /// Until the next round is due; whether it is the last.
     async fn await_next(&mut self) -> bool {
-        let ordered = tokio::time::timeout(ROUND_PAUSE, self.ordered.wait_for(|last| *last)).await;
+        let pause = match self.entry.waits(clock::unix_ms()) {
+            true => WARM_ROUND_PAUSE,
+            false => ROUND_PAUSE,
+        };
+        let ordered = tokio::time::timeout(pause, self.ordered.wait_for(|last| *last)).await;
         matches!(ordered, Ok(Ok(_)))
     }
 
@@ -290,67 +354,159 @@ impl Rounds {
             });
         }
         let client = Arc::new(client);
+        let asks = self.asks && dirty.is_none();
+        let (mut round, mut open) = (Extents::new(0), VecDeque::new());
         let mut start = 0;
         while start < disk.size_bytes {
-            let end = disk.size_bytes.min(start + STEP);
-            let told = client.block_status(start..end).await;
-            let told = told.map_err(|error| self.cannot_read(&disk, error))?;
-            let allocation = told[0].map(Allocation::from_flags);
-            let round = match told.get(1) {
-                Some(dirty) => transfers(&dirty.map(Dirtiness::from_flags), &allocation),
-                None => transfers(&Extents::uniform(start..end, Dirtiness::Dirty), &allocation),
+            let (end, held) = match asks {
+                true => self.held(number, &disk, &mut open).await?,
+                false => (disk.size_bytes, Held::Nothing),
             };
-            self.send(number, &disk, &client, &round).await?;
-            start = end;
+            while start < end {
+                if round.end() <= start {
+                    round = self.transfers(&disk, &client, start).await?;
+                }
+                let part = start..end.min(round.end());
+                start = part.end;
+                self.begin(&client, &round.within(part), &held, &mut open);
+                self.settle(number, &disk, &mut open, READS_AHEAD).await?;
+            }
         }
+        self.settle(number, &disk, &mut open, 0).await?;
         drop(client);
         self.block.end_export(&export).await?;
         Ok(())
     }
 
-    /// Reads and tells what a round has of a part of a disk.
-    async fn send(
+    /// What the destination has of the bytes that follow, and up to where.
+    async fn held(
         &mut self,
         number: usize,
         disk: &GuestDisk,
-        client: &Arc<NbdClient>,
-        round: &Extents<Transfer>,
-    ) -> Result<(), PullError> {
-        let mut reads: VecDeque<(u64, Read)> = VecDeque::new();
-        for extent in round.iter() {
+        open: &mut VecDeque<Open>,
+    ) -> Result<(u64, Held), PullError> {
+        if !self.told.is_there()? {
+            // It may wait for what is read already.
+            self.settle(number, disk, open, 0).await?;
+        }
+        let (range, part) = self.told.next().await?;
+        let held = match part {
+            Part::Zeroes => Held::Zeroes,
+            Part::Blocks(digests) => Held::Blocks(digests.into()),
+            // Not before the last disk has been told.
+            Part::Flushed => Held::Nothing,
+        };
+        Ok((range.end, held))
+    }
+
+    /// What the round has of the disk from `start` on: of a part of it.
+    async fn transfers(
+        &self,
+        disk: &GuestDisk,
+        client: &NbdClient,
+        start: u64,
+    ) -> Result<Extents<Transfer>, PullError> {
+        let end = disk.size_bytes.min(start + STEP);
+        let told = client.block_status(start..end).await;
+        let told = told.map_err(|error| self.cannot_read(disk, error))?;
+        let allocation = told[0].map(Allocation::from_flags);
+        Ok(match told.get(1) {
+            Some(dirty) => transfers(&dirty.map(Dirtiness::from_flags), &allocation),
+            None => transfers(&Extents::uniform(start..end, Dirtiness::Dirty), &allocation),
+        })
+    }
+
+    /// Begins to read what a round has of a part of a disk.
+    fn begin(&self, client: &Arc<NbdClient>, part: &Extents<Transfer>, held: &Held, open: &mut VecDeque<Open>) {
+        if let Held::Blocks(digests) = held {
+            let read_bytes = part.bytes_of(Transfer::Read);
+            let (client, key, digests) = (Arc::clone(client), self.key.clone(), Arc::clone(digests));
+            let range = part.start()..part.end();
+            let compared = async move { compare::region(&client, range, read_bytes > 0, key, digests).await };
+            open.push_back(Open::Compared {
+                start: part.start(),
+                read_bytes,
+                compared: AbortOnDropHandle::new(tokio::spawn(compared)),
+            });
+            return;
+        }
+        let has_zeroes = matches!(held, Held::Zeroes);
+        for extent in part.iter() {
             match extent.state {
                 Transfer::Skip => {}
-                Transfer::Zeroes => self.zeroes(number, extent.start, extent.len()).await?,
+                Transfer::Zeroes => open.push_back(Open::Zeroes {
+                    range: extent.start..extent.end,
+                    are_there: has_zeroes,
+                }),
                 Transfer::Read => {
                     for piece in Extents::uniform(extent.start..extent.end, ()).pieces(PIECE) {
                         let length = u32::try_from(piece.len()).expect("a piece is short");
                         let client = Arc::clone(client);
-                        let read = tokio::spawn(async move { client.read(piece.start, length, Reading::Whole).await });
-                        reads.push_back((piece.start, AbortOnDropHandle::new(read)));
-                        if reads.len() >= READS_AHEAD {
-                            self.take(number, disk, reads.pop_front()).await?;
-                        }
+                        let read = async move { client.read(piece.start, length, Reading::Whole).await };
+                        open.push_back(Open::Read {
+                            start: piece.start,
+                            has_zeroes,
+                            read: AbortOnDropHandle::new(tokio::spawn(read)),
+                        });
                     }
                 }
             }
         }
-        while !reads.is_empty() {
-            self.take(number, disk, reads.pop_front()).await?;
+    }
+
+    /// Tells until no more than so many are open.
+    async fn settle(
+        &mut self,
+        number: usize,
+        disk: &GuestDisk,
+        open: &mut VecDeque<Open>,
+        most: usize,
+    ) -> Result<(), PullError> {
+        while open.len() > most {
+            match open.pop_front() {
+                Some(Open::Zeroes { range, are_there }) => self.zeroes(number, range, are_there).await?,
+                Some(Open::Read {
+                    start,
+                    has_zeroes,
+                    read,
+                }) => {
+                    let pieces = read.await.map_err(std::io::Error::other)?;
+                    let pieces = pieces.map_err(|error| self.cannot_read(disk, error))?;
+                    self.pieces(number, start, pieces, has_zeroes).await?;
+                }
+                Some(Open::Compared {
+                    start,
+                    read_bytes,
+                    compared,
+                }) => {
+                    let compared = compared.await.map_err(std::io::Error::other)?;
+                    let compared = compared.map_err(|error| self.cannot_read(disk, error))?;
+                    self.count(read_bytes);
+                    self.compared(number, start, compared).await?;
+                }
+                None => {}
+            }
         }
         Ok(())
     }
 
-    async fn take(&mut self, number: usize, disk: &GuestDisk, read: Option<(u64, Read)>) -> Result<(), PullError> {
-        let Some((mut offset, read)) = read else { return Ok(()) };
-        let pieces = read.await.map_err(std::io::Error::other)?;
-        for piece in pieces.map_err(|error| self.cannot_read(disk, error))? {
+    async fn pieces(
+        &mut self,
+        number: usize,
+        start: u64,
+        pieces: Vec<Piece>,
+        has_zeroes: bool,
+    ) -> Result<(), PullError> {
+        let mut offset = start;
+        for piece in pieces {
             match piece.content {
                 Content::Data(data) => {
-                    self.data(number, offset, data.clone()).await?;
+                    self.count(data.len() as u64);
+                    self.data(number, offset, data.clone(), has_zeroes).await?;
                     offset += data.len() as u64;
                 }
                 Content::Hole(length) => {
-                    self.zeroes(number, offset, length).await?;
+                    self.zeroes(number, offset..offset + length, has_zeroes).await?;
                     offset += length;
                 }
             }
@@ -358,12 +514,32 @@ impl Rounds {
         Ok(())
     }
 
-    /// Runs of zeroes that are as long as a cluster are told, not sent.
-    async fn data(&mut self, number: usize, offset: u64, data: Bytes) -> Result<(), PullError> {
+    async fn compared(&mut self, number: usize, start: u64, compared: Vec<Compared>) -> Result<(), PullError> {
+        let mut offset = start;
+        for Compared { length, found } in compared {
+            match found {
+                Found::Same(digests) => {
+                    let record = self.writer.same(id(number), offset, length, &digests);
+                    self.stream.write_all(&record).await?;
+                    self.tell.send_modify(|state| state.figures.same_bytes += length);
+                }
+                Found::Zeroes => self.zeroes(number, offset..offset + length, false).await?,
+                Found::Data(data) => self.put(number, offset, &data).await?,
+            }
+            offset += length;
+        }
+        Ok(())
+    }
+
+    fn count(&self, read_bytes: u64) {
         self.tell.send_modify(|state| {
-            state.figures.read_bytes += data.len() as u64;
-            state.figures.last_round_bytes += data.len() as u64;
+            state.figures.read_bytes += read_bytes;
+            state.figures.last_round_bytes += read_bytes;
         });
+    }
+
+    /// Runs of zeroes that are as long as a cluster are told, not sent.
+    async fn data(&mut self, number: usize, offset: u64, data: Bytes, has_zeroes: bool) -> Result<(), PullError> {
         let cluster = usize::try_from(GRANULARITY).expect("a cluster is short");
         let mut at = 0;
         while at < data.len() {
@@ -375,21 +551,29 @@ impl Rounds {
             }
             let start = offset + at as u64;
             if zero {
-                self.zeroes(number, start, (end - at) as u64).await?;
+                self.zeroes(number, start..offset + end as u64, has_zeroes).await?;
             } else {
-                let run = data.slice(at..end);
-                let header = self.writer.data(id(number), start, &run);
-                self.stream.write_all(&header).await?;
-                self.stream.write_all(&run).await?;
+                self.put(number, start, &data.slice(at..end)).await?;
             }
             at = end;
         }
         Ok(())
     }
 
-    async fn zeroes(&mut self, number: usize, offset: u64, length: u64) -> Result<(), PullError> {
-        let record = self.writer.zeroes(id(number), offset, length);
-        self.stream.write_all(&record).await?;
+    async fn put(&mut self, number: usize, offset: u64, data: &Bytes) -> Result<(), PullError> {
+        let header = self.writer.data(id(number), offset, data);
+        self.stream.write_all(&header).await?;
+        self.stream.write_all(data).await?;
+        Ok(())
+    }
+
+    /// Tells of zeroes, where they are not there.
+    async fn zeroes(&mut self, number: usize, range: Range<u64>, are_there: bool) -> Result<(), PullError> {
+        let length = range.end - range.start;
+        if !are_there {
+            let record = self.writer.zeroes(id(number), range.start, length);
+            self.stream.write_all(&record).await?;
+        }
         self.tell.send_modify(|state| state.figures.zero_bytes += length);
         Ok(())
     }

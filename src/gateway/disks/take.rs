@@ -2,17 +2,21 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::tell::{Telling, tell};
+use crate::gateway::clock;
 use crate::hypervisor::nbd::{NbdClient, NbdError};
 use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX, short_name};
-use crate::proto::disk::nbd::Zeroing;
+use crate::proto::disk::held::{self, BlockKey};
+use crate::proto::disk::nbd::{MetaContext, Zeroing};
 use crate::proto::disk::stream::{HEADER_LEN, MAX_DATA, Reader, Record, StreamError};
 use crate::proto::wire::message::OfferedDisk;
 
@@ -22,11 +26,26 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Requests that are open at once. Their bytes are bounded by the client.
 const OPEN_REQUESTS: usize = 64;
 
+/// Bytes after which the disks are flushed, beside what is written further. What is not flushed when the guest is stopped is written while it stands.
+const FLUSH_AFTER: u64 = 64 << 20;
+
+/// Time after which they are, however little was written: what is not flushed is lost with the hypervisor.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
+
+/// Bytes that may be written and not flushed: a disk that takes less than the link brings holds that up.
+const MOST_UNFLUSHED: u64 = 4 * FLUSH_AFTER;
+
 /// Why disks are not as they should be.
 #[derive(Debug, thiserror::Error)]
-enum TakeError {
+pub(super) enum TakeError {
     #[error("the disk {disk} cannot be written: {error}")]
     Write { disk: String, error: NbdError },
+    #[error("what the disk {disk} holds cannot be read: {error}")]
+    Look { disk: String, error: NbdError },
+    #[error(
+        "the stream of disks says of {length} bytes at {offset} of disk {disk} that they are the same, which was not asked"
+    )]
+    NotTold { disk: u16, offset: u64, length: u64 },
     #[error("the disks cannot be written: {0}")]
     Block(#[from] BlockError),
     #[error(transparent)]
@@ -43,11 +62,20 @@ pub(crate) struct Taken {
     /// Everything is on disk, and nobody but the hypervisor can write any more; or a sentence.
     pub(crate) result: Result<(), String>,
     /// Once this is dropped, whoever fills the stream learns that it has ended.
-    pub(crate) stream: UnixStream,
+    pub(crate) stream: Stream,
 }
 
-/// Opens the disks for writing and begins to write what is put into the socket that is returned. Where the images are new, what the first round tells
-/// to be zero is so already: not every image gives back what is overwritten with zeroes (`discard = unmap`).
+/// The two ways of a stream that was written to disks.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    read: OwnedReadHalf,
+    /// None while it is told what the disks hold.
+    write: Option<OwnedWriteHalf>,
+}
+
+/// Opens the disks for writing and begins to write what is put into the socket that is returned. Where the images are new and the source is of an older
+/// release, which does not ask, what the first round tells to be zero is so already: not every image gives back what is overwritten with zeroes
+/// (`discard = unmap`).
 ///
 /// # Errors
 /// A sentence.
@@ -56,6 +84,7 @@ pub(crate) async fn begin(
     socket: PathBuf,
     offered: &[OfferedDisk],
     are_new: bool,
+    key: BlockKey,
 ) -> Result<(UnixStream, AbortOnDropHandle<Taken>), String> {
     let own = block.disks().await.map_err(|error| error.to_string())?;
     let disks = offered.iter().map(|disk| counterpart(&own, disk));
@@ -68,8 +97,12 @@ pub(crate) async fn begin(
     let targets = opened.map_err(|error| error.to_string())?;
     let (ours, theirs) = UnixStream::pair().map_err(|error| error.to_string())?;
     let task = tokio::spawn(async move {
-        let mut stream = ours;
-        let result = take(&block, targets, are_new, &mut stream).await;
+        let (read, write) = ours.into_split();
+        let mut stream = Stream {
+            read,
+            write: Some(write),
+        };
+        let result = take(&block, targets, are_new, &mut stream, key).await;
         Taken {
             result: result.map_err(|error| error.to_string()),
             stream,
@@ -93,11 +126,11 @@ fn counterpart(own: &[GuestDisk], offered: &OfferedDisk) -> Result<GuestDisk, St
 }
 
 /// A disk that is open for writing.
-struct Target {
-    name: String,
-    size_bytes: u64,
+pub(super) struct Target {
+    pub(super) name: String,
+    pub(super) size_bytes: u64,
     export: String,
-    client: Arc<NbdClient>,
+    pub(super) client: Arc<NbdClient>,
 }
 
 impl Target {
@@ -118,7 +151,8 @@ async fn open(block: &BlockLayer, socket: &Path, disks: &[GuestDisk]) -> Result<
         let export = format!("{PREFIX}{number}-write");
         block.export(&export, &disk.node, Access::Write).await?;
         let name = disk.short_name().to_owned();
-        let client = NbdClient::connect(socket, &export, Vec::new(), DEADLINE).await;
+        let contexts = vec![MetaContext::Allocation];
+        let client = NbdClient::connect(socket, &export, contexts, DEADLINE).await;
         let client = client.map_err(|error| TakeError::Write {
             disk: name.clone(),
             error,
@@ -137,51 +171,142 @@ async fn take(
     block: &BlockLayer,
     targets: Vec<Target>,
     are_new: bool,
-    stream: &mut UnixStream,
+    stream: &mut Stream,
+    key: BlockKey,
 ) -> Result<(), TakeError> {
     let mut is_empty = are_new;
+    let targets = Arc::new(targets);
+    let mut telling: Option<Telling> = None;
     let mut records = Reader::new(targets.iter().map(|target| target.size_bytes).collect());
     let mut received = BytesMut::with_capacity(HEADER_LEN + MAX_DATA);
     let mut open: JoinSet<Result<(), TakeError>> = JoinSet::new();
+    let mut flushes = Flushes::new(&targets);
     while !records.has_ended() {
         while let Some(record) = records.next(&mut received)? {
+            let mut done = None;
             match record {
+                Record::Ask => {
+                    is_empty = false;
+                    telling = stream.write.take().map(|write| tell(&targets, key.clone(), write));
+                }
                 Record::Data { disk, offset, data } => {
+                    done = Some((disk, offset + data.len() as u64));
+                    flushes.wrote(data.len() as u64).await?;
                     let target = &targets[usize::from(disk)];
                     open.spawn(target.ask(move |disk| async move { disk.write(offset, data).await }));
                 }
                 Record::Zeroes { .. } if is_empty => {}
                 Record::Zeroes { disk, offset, length } => {
                     let range = offset..offset + length;
+                    done = Some((disk, range.end));
                     let target = &targets[usize::from(disk)];
                     open.spawn(
                         target.ask(move |disk| async move { disk.write_zeroes(range, Zeroing::MayBeHole).await }),
                     );
                 }
+                Record::Same { disk, offset, length } => {
+                    let range = offset..offset + length;
+                    done = Some((disk, range.end));
+                    let digests = telling.as_ref().and_then(|telling| telling.digests(disk, range));
+                    let digests = digests.ok_or(TakeError::NotTold { disk, offset, length })?;
+                    records.confirm(&digests);
+                }
                 // The next round may write the same bytes again.
                 Record::Round => {
                     is_empty = false;
                     settle(&mut open, 0).await?;
+                    match telling.take() {
+                        Some(telling) => {
+                            flushes.all().await?;
+                            let mut write = telling.end().await?;
+                            write.write_all(&held::flushed()).await?;
+                            stream.write = Some(write);
+                        }
+                        None => flushes.begin()?,
+                    }
                 }
                 Record::End { .. } => {}
             }
+            if let (Some((disk, end)), Some(telling)) = (done, &telling) {
+                telling.close(disk, end);
+            }
             settle(&mut open, OPEN_REQUESTS).await?;
         }
-        if !records.has_ended() && stream.read_buf(&mut received).await? == 0 {
+        if records.has_ended() {
+            break;
+        }
+        let read = async { Ok::<_, TakeError>(stream.read.read_buf(&mut received).await?) };
+        let read = match &mut telling {
+            Some(telling) => telling.beside(read).await?,
+            None => read.await?,
+        };
+        if read == 0 {
             return Err(TakeError::BrokenOff);
         }
     }
     settle(&mut open, 0).await?;
-    for target in &targets {
-        open.spawn(target.ask(|disk| async move { disk.flush().await }));
-    }
-    settle(&mut open, 0).await?;
+    flushes.all().await?;
     // A guest that is continued while somebody else may write its disk would not be told.
-    for target in &targets {
+    for target in &*targets {
         block.end_export(&target.export).await?;
     }
     block.stop_serving().await?;
     Ok(())
+}
+
+/// What makes writes durable while more is written.
+struct Flushes<'a> {
+    targets: &'a [Target],
+    open: JoinSet<Result<(), TakeError>>,
+    /// Bytes since the last one began.
+    unflushed: u64,
+    began: Instant,
+}
+
+impl<'a> Flushes<'a> {
+    fn new(targets: &'a [Target]) -> Self {
+        Self {
+            targets,
+            open: JoinSet::new(),
+            unflushed: 0,
+            began: clock::now(),
+        }
+    }
+
+    /// So much more is written.
+    async fn wrote(&mut self, bytes: u64) -> Result<(), TakeError> {
+        self.unflushed += bytes;
+        if self.unflushed >= MOST_UNFLUSHED {
+            settle(&mut self.open, 0).await?;
+        }
+        if self.unflushed >= FLUSH_AFTER || clock::now().saturating_duration_since(self.began) >= FLUSH_EVERY {
+            self.begin()?;
+        }
+        Ok(())
+    }
+
+    /// Begins one, where none is under way.
+    fn begin(&mut self) -> Result<(), TakeError> {
+        while let Some(flushed) = self.open.try_join_next() {
+            flushed.unwrap_or(Err(TakeError::BrokenOff))?;
+        }
+        if self.open.is_empty() && self.unflushed > 0 {
+            self.unflushed = 0;
+            self.began = clock::now();
+            for target in self.targets {
+                self.open.spawn(target.ask(|disk| async move { disk.flush().await }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was written before.
+    async fn all(&mut self) -> Result<(), TakeError> {
+        settle(&mut self.open, 0).await?;
+        self.unflushed = 1;
+        self.begin()?;
+        settle(&mut self.open, 0).await
+    }
 }
 
 /// Waits until no more than so many requests are open.

@@ -1,8 +1,10 @@
 //! Images of disks that arrive: made before the hypervisor that opens them is started, removed where nothing came of it.
 //!
-//! What an image is to us stands on the file itself, in an extended attribute: it arrives in a migration, or its VM has left in one. Only such
-//! a file is ever replaced or removed. A file without the attribute is somebody's, whatever its name says; a copy of an image loses it, and so does
-//! whatever is put in its place.
+//! What an image is to us stands on the file itself, in an extended attribute ([`Mark`]): it arrives in a migration, or its VM has left in one. Only
+//! such a file is ever written, replaced or removed. A file without the attribute is somebody's, whatever its name says; a copy of an image loses it,
+//! and so does whatever is put in its place.
+//!
+//! An image that is marked and fits is not made anew: the source sends what is otherwise. A new one may begin as what a base image holds.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -32,44 +34,79 @@ const MAKE_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// What the attribute says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mark {
-    /// It is being written in this migration, and is of no use without the rest.
-    Arriving(MigrationId),
-    /// Its VM went elsewhere in this migration: what is in it is old.
-    Left(MigrationId),
+struct Mark {
+    state: State,
+    /// That made it so.
+    migration: MigrationId,
 }
 
-impl Mark {
-    fn text(self) -> String {
+/// What an image is that no VM lives on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Made for the migration.
+    Arriving,
+    /// Made for an earlier one that was cut short, and written on.
+    Resumed,
+    /// Left by the VM earlier, and brought up to date.
+    Refreshed,
+    /// Made for a migration that was cut short: the next one goes on with it.
+    Unfinished,
+    /// Its VM went elsewhere: what is in it is old.
+    Left,
+}
+
+impl State {
+    const ALL: [(Self, &str); 5] = [
+        (Self::Arriving, "arriving"),
+        (Self::Resumed, "resumed"),
+        (Self::Refreshed, "refreshed"),
+        (Self::Unfinished, "unfinished"),
+        (Self::Left, "left"),
+    ];
+
+    /// What it is while a further migration writes it.
+    fn written_again(self) -> Self {
         match self {
-            Self::Arriving(migration) => format!("arriving {migration}"),
-            Self::Left(migration) => format!("left {migration}"),
+            Self::Arriving | Self::Resumed | Self::Unfinished => Self::Resumed,
+            Self::Refreshed | Self::Left => Self::Refreshed,
         }
     }
 
+    fn word(self) -> &'static str {
+        let named = Self::ALL.iter().find(|(state, _)| *state == self);
+        named.map_or("", |(_, word)| word)
+    }
+}
+
+impl Mark {
     fn of(file: &File) -> Option<Self> {
         let mut value = [0; 64];
         let length = fgetxattr(file, ATTRIBUTE, &mut value).ok()?;
         let (word, migration) = std::str::from_utf8(value.get(..length)?).ok()?.split_once(' ')?;
-        let migration = migration.parse().ok()?;
-        match word {
-            "arriving" => Some(Self::Arriving(migration)),
-            "left" => Some(Self::Left(migration)),
-            _ => None,
-        }
+        let (state, _) = State::ALL.iter().find(|(_, known)| *known == word)?;
+        Some(Self {
+            state: *state,
+            migration: migration.parse().ok()?,
+        })
     }
 
     fn put(self, file: &File) -> std::io::Result<()> {
-        fsetxattr(file, ATTRIBUTE, self.text().as_bytes(), XattrFlags::empty())?;
+        let text = format!("{} {}", self.state.word(), self.migration);
+        fsetxattr(file, ATTRIBUTE, text.as_bytes(), XattrFlags::empty())?;
         Ok(())
+    }
+
+    /// Of an image that is being written in this migration.
+    fn is_written_in(self, migration: MigrationId) -> bool {
+        self.migration == migration && matches!(self.state, State::Arriving | State::Resumed | State::Refreshed)
     }
 }
 
-/// What is done with an image that a VM has left.
+/// What is done with an image that a VM has left, or that an earlier migration did not finish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Old {
-    /// A new one is made in its place.
-    Replaced,
+    /// It is written again; one that does not fit is replaced.
+    Used,
     /// It stays: the VM is only asked about.
     Stays,
 }
@@ -107,7 +144,7 @@ pub(crate) async fn make(
             continue;
         }
         if let Err(reason) = make_one(image, migration, disk.size_bytes).await {
-            discard(vm, migration).await;
+            discard(vm, migration, Rest::Goes).await;
             return Err(format!("{site}: {reason}"));
         }
     }
@@ -172,8 +209,13 @@ fn check_room(site: &str, images: &[&VmImage], disks: &[OfferedDisk]) -> Result<
         let replaced = std::fs::metadata(&image.path).map_or(0, |old| old.blocks() * 512);
         let whole = matches!(image.preallocation, Preallocation::Falloc | Preallocation::Full);
         let needed = if whole { disk.size_bytes } else { disk.allocated_bytes };
+        // How much of a base image is kept shows when the disk is compared with it.
+        let shared = image.base.as_ref().filter(|_| image.format == ImageFormat::Qcow2);
+        let shared = shared.and_then(|base| std::fs::metadata(&base.path).ok());
+        let shared = shared.map_or(0, |base| base.blocks() * 512);
+        let needed = needed.saturating_sub(shared).saturating_sub(replaced);
         let entry = wanted.entry(device).or_insert((folder, 0));
-        entry.1 = entry.1.saturating_add(needed).saturating_sub(replaced);
+        entry.1 = entry.1.saturating_add(needed);
     }
     for (folder, bytes) in wanted.into_values() {
         let room = statvfs(folder).map_err(|error| format!("{} at {site}: {error}", folder.display()))?;
@@ -190,52 +232,173 @@ fn check_room(site: &str, images: &[&VmImage], disks: &[OfferedDisk]) -> Result<
     Ok(())
 }
 
+/// Held by whoever goes by a mark: what is written again must not be removed by somebody who saw it before.
+static MARKS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> Result<(), String> {
+    let _held = MARKS.lock().await;
     let path = image.path.display();
     let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
+    let old = File::open(&image.path).ok();
+    if let Some((file, mark)) = old.as_ref().and_then(|file| Some((file, Mark::of(file)?)))
+        && fits(image, size_bytes).await
+    {
+        let state = mark.state.written_again();
+        tracing::info!(%path, state = state.word(), "an image is written again");
+        return Mark { state, migration }.put(file).map_err(unusable);
+    }
+    drop(old);
     // A large file is not gone at once.
     match tokio::fs::remove_file(&image.path).await {
         Ok(()) => tracing::info!(%path, "an image is replaced"),
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(unusable(error)),
     }
+    make_new(image, migration, size_bytes).await
+}
+
+/// Makes an image where nothing is, marked as one that arrives in `migration`. Where it fails, what was begun may be left, marked so.
+///
+/// # Errors
+/// A sentence.
+pub(crate) async fn make_new(image: &VmImage, migration: MigrationId, size_bytes: u64) -> Result<(), String> {
+    let path = image.path.display();
+    let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
     let mut options = OpenOptions::new();
     let file = options.write(true).create_new(true).mode(0o600).open(&image.path);
     let file = file.map_err(unusable)?;
-    if let Err(error) = Mark::Arriving(migration).put(&file) {
+    let mark = Mark {
+        state: State::Arriving,
+        migration,
+    };
+    if let Err(error) = mark.put(&file) {
         let _ = std::fs::remove_file(&image.path);
         return Err(format!(
             "{path} cannot be made: its file system takes no extended attributes ({error}), by which an image that may be replaced is known"
         ));
     }
     drop(file);
-    let mut command = Command::new(QEMU_IMG);
-    command.args(["create", "-q", "-f", &image.format.to_string()]);
+    let cannot = |reason| format!("{path} cannot be made: {reason}");
+    let mut create = Command::new(QEMU_IMG);
+    create.args(["create", "-q", "-f", &image.format.to_string()]);
     if matches!(image.format, ImageFormat::Raw | ImageFormat::Qcow2) {
-        command.args(["-o", &format!("preallocation={}", image.preallocation)]);
+        create.args(["-o", &format!("preallocation={}", image.preallocation)]);
     }
-    command.arg(&image.path).arg(size_bytes.to_string());
-    command.stdin(Stdio::null()).kill_on_drop(true);
-    let made = tokio::time::timeout(MAKE_DEADLINE, command.output()).await;
-    let made = made.map_err(|_| format!("{path} was not made within {} s", MAKE_DEADLINE.as_secs()))?;
-    let made = made.map_err(|error| match error.kind() {
-        ErrorKind::NotFound => format!("{QEMU_IMG} is not installed (Debian: qemu-utils), which makes images"),
-        _ => format!("{QEMU_IMG} cannot be started: {error}"),
-    })?;
-    if !made.status.success() {
-        let said = String::from_utf8_lossy(&made.stderr);
-        return Err(format!("{path} cannot be made: {}", said.trim().replace('\n', " ")));
+    let (backing, copied) = match &image.base {
+        Some(base) if image.format == ImageFormat::Qcow2 => (Some(base), None),
+        base => (None, base.as_ref()),
+    };
+    if let Some(base) = backing {
+        create.args(["-F", &base.format.to_string(), "-b"]).arg(&base.path);
+    }
+    create.arg(&image.path).arg(size_bytes.to_string());
+    run(create).await.map_err(cannot)?;
+    if let Some(base) = copied {
+        let mut convert = Command::new(QEMU_IMG);
+        convert.args(["convert", "-n", "--target-is-zero", "-f", &base.format.to_string()]);
+        convert.args(["-O", &image.format.to_string()]);
+        convert.arg(&base.path).arg(&image.path);
+        run(convert).await.map_err(cannot)?;
     }
     Ok(())
 }
 
-/// Removes what was made for a migration that the VM did not arrive in. To be called once the hypervisor is dead.
-pub(crate) async fn discard(vm: &Vm, migration: MigrationId) {
+/// Whether an image that is there can hold the disk.
+async fn fits(image: &VmImage, size_bytes: u64) -> bool {
+    let mut info = Command::new(QEMU_IMG);
+    info.args(["info", "--output=json", "-f", &image.format.to_string()]);
+    info.arg(&image.path);
+    let told = run(info).await.ok();
+    let told = told.and_then(|told| serde_json::from_slice::<serde_json::Value>(&told).ok());
+    told.is_some_and(|told| told["virtual-size"] == size_bytes)
+}
+
+/// What qemu-img says, or why it failed.
+async fn run(mut command: Command) -> Result<Vec<u8>, String> {
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let ended = tokio::time::timeout(MAKE_DEADLINE, command.output()).await;
+    let ended = ended.map_err(|_| format!("{QEMU_IMG} was not done within {} s", MAKE_DEADLINE.as_secs()))?;
+    let ended = ended.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => format!("{QEMU_IMG} is not installed (Debian: qemu-utils), which makes images"),
+        _ => format!("{QEMU_IMG} cannot be started: {error}"),
+    })?;
+    match ended.status.success() {
+        true => Ok(ended.stdout),
+        false => Err(String::from_utf8_lossy(&ended.stderr).trim().replace('\n', " ")),
+    }
+}
+
+/// Whether every image was made for the migration, and reads as zeroes.
+pub(crate) fn are_empty(vm: &Vm, migration: MigrationId) -> bool {
+    let is_empty = |image: &VmImage| {
+        let mark = File::open(&image.path).ok().and_then(|file| Mark::of(&file));
+        let made = Mark {
+            state: State::Arriving,
+            migration,
+        };
+        image.base.is_none() && mark == Some(made)
+    };
+    vm.command.is_some() && vm.images.iter().all(is_empty)
+}
+
+/// What becomes of images that a migration has begun to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rest {
+    /// They are removed.
+    Goes,
+    /// Another migration may go on with them.
+    Stays,
+}
+
+/// Puts away what was made for a migration that the VM did not arrive in: what was there before it stays. To be called once the hypervisor is dead.
+pub(crate) async fn discard(vm: &Vm, migration: MigrationId, rest: Rest) {
+    let _held = MARKS.lock().await;
     for image in &vm.images {
-        if File::open(&image.path).is_ok_and(|file| Mark::of(&file) == Some(Mark::Arriving(migration)))
-            && let Err(error) = tokio::fs::remove_file(&image.path).await
+        discard_one(&image.path, migration, rest).await;
+    }
+}
+
+/// Puts away an image that is written in `migration`, and no other file.
+pub(crate) async fn discard_one(path: &Path, migration: MigrationId, rest: Rest) {
+    let Ok(file) = File::open(path) else { return };
+    let Some(mark) = Mark::of(&file).filter(|mark| mark.is_written_in(migration)) else {
+        return;
+    };
+    let put_away = match (mark.state, rest) {
+        (State::Refreshed, _) => Some(State::Left),
+        (_, Rest::Stays) => Some(State::Unfinished),
+        (_, Rest::Goes) => None,
+    };
+    let done = match put_away {
+        Some(state) => Mark { state, migration }.put(&file),
+        None => tokio::fs::remove_file(path).await,
+    };
+    if let Err(error) = done {
+        tracing::warn!(path = %path.display(), "an image that nobody needs stays: {error}");
+    }
+}
+
+/// Whether something of a migration that was cut short is there, and none has gone on with it.
+pub(crate) fn is_unfinished(vm: &Vm, migration: MigrationId) -> bool {
+    let unfinished = Mark {
+        state: State::Unfinished,
+        migration,
+    };
+    let mark = |image: &VmImage| Mark::of(&File::open(&image.path).ok()?);
+    vm.images.iter().any(|image| mark(image) == Some(unfinished))
+}
+
+/// Removes unfinished images of which this is so.
+pub(crate) async fn remove_unfinished(vm: &Vm, is_useless: impl Fn(MigrationId, &File) -> bool) {
+    let _held = MARKS.lock().await;
+    for image in &vm.images {
+        let Ok(file) = File::open(&image.path) else { continue };
+        let is_useless = |mark: Mark| mark.state == State::Unfinished && is_useless(mark.migration, &file);
+        if Mark::of(&file).is_some_and(is_useless)
+            && !is_used(&file)
+            && tokio::fs::remove_file(&image.path).await.is_ok()
         {
-            tracing::warn!(path = %image.path.display(), "an image that nobody needs stays: {error}");
+            tracing::info!(path = %image.path.display(), "an image that no migration goes on with is removed");
         }
     }
 }
@@ -243,12 +406,17 @@ pub(crate) async fn discard(vm: &Vm, migration: MigrationId) {
 /// The VM runs with what was made for its migration.
 pub(crate) fn keep(vm: &Vm, migration: MigrationId) {
     for image in &vm.images {
-        let Ok(file) = File::open(&image.path) else { continue };
-        if Mark::of(&file) == Some(Mark::Arriving(migration))
-            && let Err(error) = fremovexattr(&file, ATTRIBUTE)
-        {
-            tracing::warn!(path = %image.path.display(), "an image is still marked as one that arrives, and could be replaced: {error}");
-        }
+        keep_one(&image.path, migration);
+    }
+}
+
+/// An image that was written in `migration` is the disk of a VM from now on.
+pub(crate) fn keep_one(path: &Path, migration: MigrationId) {
+    let Ok(file) = File::open(path) else { return };
+    if Mark::of(&file).is_some_and(|mark| mark.is_written_in(migration))
+        && let Err(error) = fremovexattr(&file, ATTRIBUTE)
+    {
+        tracing::warn!(path = %path.display(), "an image is still marked as one that arrives, and could be replaced: {error}");
     }
 }
 
@@ -267,7 +435,11 @@ pub(crate) fn claim<'a>(images: impl IntoIterator<Item = &'a Path>) {
 /// The VM has left: its images may be replaced when it comes back.
 pub(crate) fn leave<'a>(images: impl IntoIterator<Item = &'a Path>, migration: MigrationId) {
     for path in images {
-        let marked = File::open(path).and_then(|file| Mark::Left(migration).put(&file));
+        let mark = Mark {
+            state: State::Left,
+            migration,
+        };
+        let marked = File::open(path).and_then(|file| mark.put(&file));
         if let Err(error) = marked {
             tracing::warn!(path = %path.display(), "an image that its VM has left is not marked, and will not be replaced: {error}");
         }

@@ -343,6 +343,22 @@ impl DestinationVm {
         Ok(())
     }
 
+    /// Lets it end by itself and waits until it is gone. Its guest, which has not run, is lost; its images are as they were written.
+    ///
+    /// # Errors
+    /// Those of the monitor; [`ProcessError::DidNotEnd`].
+    pub async fn quit(&self, deadline: Duration) -> Result<(), DestinationError> {
+        let asked = self.qmp.execute("quit", json!({})).await;
+        // It may close the connection before it answers.
+        if let Err(error) = asked
+            && error.is_refusal()
+        {
+            return Err(error.into());
+        }
+        self.process.wait_gone(deadline).await?;
+        Ok(())
+    }
+
     /// Ends the process and waits until it is really gone: SIGKILL, through a descriptor that cannot mean another process.
     /// Nothing of the guest is lost that the source does not have. Only then may ABORT be recorded. The monitor's socket file
     /// is removed; QEMU cannot do that any more.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! extents.rs   a range of a disk in runs of one state: allocated or not, dirty or not, and what follows from both
+//! held.rs      what the destination's disks hold already, told to the source: it need not come again
 //! nbd/         a client of the NBD protocol: bytes in; answers and bytes to send out
 //! stream.rs    all disks of a VM as one stream of bytes, from where they are read to where they are written
 //! ```
@@ -11,5 +12,6 @@
 //! Nothing here knows of rounds or of a link.
 
 pub mod extents;
+pub mod held;
 pub mod nbd;
 pub mod stream;

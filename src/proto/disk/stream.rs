@@ -9,8 +9,13 @@
 //!
 //! Records are carried out in their order, but within a round no two of them touch the same bytes. The last one is [`Record::End`], with a
 //! BLAKE3 of everything before it: who writes the disks knows from the stream itself whether that is what was read.
+//!
+//! A stream that begins with [`Record::Ask`] is answered with what the disks hold already ([`held`](super::held)). The first round then has a
+//! [`Record::Same`] in the place of the bytes that are equal, and their digests are part of the stream's.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use super::held::Digest;
 
 /// Bytes before what a record carries.
 pub const HEADER_LEN: usize = 24;
@@ -25,6 +30,8 @@ const DATA: u8 = 1;
 const ZEROES: u8 = 2;
 const ROUND: u8 = 3;
 const END: u8 = 4;
+const ASK: u8 = 5;
+const SAME: u8 = 6;
 
 /// A step of bringing the destination's disks up to date.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +56,17 @@ pub enum Record {
     },
     /// A round is over: what follows may touch the same bytes again.
     Round,
+    /// What do the disks hold? The first record, or none.
+    Ask,
+    /// The disk has what it had when it was asked about. [`Reader::confirm`] has to follow.
+    Same {
+        /// Its number in the offer.
+        disk: u16,
+        /// First byte: of a block.
+        offset: u64,
+        /// Bytes: of whole blocks, but for the disk's last.
+        length: u64,
+    },
     /// Nothing follows, and everything before has this digest.
     End {
         /// BLAKE3.
@@ -75,6 +93,23 @@ impl Writer {
     pub fn zeroes(&mut self, disk: u16, offset: u64, length: u64) -> Bytes {
         let header = header(ZEROES, disk, offset, length);
         self.0.update(&header);
+        header
+    }
+
+    /// The question with which a stream may begin.
+    #[must_use]
+    pub fn ask(&mut self) -> Bytes {
+        let header = header(ASK, 0, 0, 0);
+        self.0.update(&header);
+        header
+    }
+
+    /// A record of blocks that are as the destination has them, with what they have to be there.
+    #[must_use]
+    pub fn same(&mut self, disk: u16, offset: u64, length: u64, blocks: &[Digest]) -> Bytes {
+        let header = header(SAME, disk, offset, length);
+        self.0.update(&header);
+        self.0.update(blocks.as_flattened());
         header
     }
 
@@ -112,6 +147,8 @@ pub struct Reader {
     /// Of each disk, in bytes.
     sizes: Vec<u64>,
     hasher: blake3::Hasher,
+    has_begun: bool,
+    has_asked: bool,
     has_ended: bool,
 }
 
@@ -143,6 +180,12 @@ pub enum StreamError {
         /// Bytes.
         length: u64,
     },
+    /// A question that is not the first record, or something is said to be known that was not asked for.
+    #[error("the stream of disks has a record of kind {kind} where none may be")]
+    Place {
+        /// Its first byte.
+        kind: u8,
+    },
     /// What was read at the source is not what has arrived.
     #[error("what arrived of the disks is not what was read at the source")]
     Digest,
@@ -158,8 +201,15 @@ impl Reader {
         Self {
             sizes,
             hasher: blake3::Hasher::new(),
+            has_begun: false,
+            has_asked: false,
             has_ended: false,
         }
+    }
+
+    /// The blocks of the [`Record::Same`] that was returned last, as they were when the disks were asked about.
+    pub fn confirm(&mut self, blocks: &[Digest]) {
+        self.hasher.update(blocks.as_flattened());
     }
 
     /// Whether the end was read, with the right digest.
@@ -185,7 +235,10 @@ impl Reader {
             return Err(StreamError::Reserved);
         }
         let carried = match kind {
-            DATA | ZEROES => {
+            DATA | ZEROES | SAME => {
+                if kind == SAME && !self.has_asked {
+                    return Err(StreamError::Place { kind });
+                }
                 let size = *self.sizes.get(usize::from(disk)).ok_or(StreamError::Disk { disk })?;
                 let is_inside = offset.checked_add(length).is_some_and(|end| end <= size);
                 if !is_inside || length == 0 || kind == DATA && length > MAX_DATA as u64 {
@@ -193,15 +246,18 @@ impl Reader {
                 }
                 if kind == DATA { length as usize } else { 0 }
             }
-            ROUND if (disk, offset, length) == (0, 0, 0) => 0,
+            ASK if self.has_begun => return Err(StreamError::Place { kind }),
+            ROUND | ASK if (disk, offset, length) == (0, 0, 0) => 0,
             END if (disk, offset, length) == (0, 0, 32) => 32,
-            ROUND | END => return Err(StreamError::Reserved),
+            ROUND | ASK | END => return Err(StreamError::Reserved),
             kind => return Err(StreamError::Kind { kind }),
         };
         if received.len() < HEADER_LEN + carried {
             received.reserve(HEADER_LEN + carried - received.len());
             return Ok(None);
         }
+        self.has_begun = true;
+        self.has_asked |= kind == ASK;
         if kind != END {
             self.hasher.update(&received[..HEADER_LEN + carried]);
         }
@@ -210,6 +266,8 @@ impl Reader {
         Ok(Some(match kind {
             DATA => Record::Data { disk, offset, data },
             ZEROES => Record::Zeroes { disk, offset, length },
+            SAME => Record::Same { disk, offset, length },
+            ASK => Record::Ask,
             ROUND => Record::Round,
             _ => {
                 let digest: [u8; 32] = data[..].try_into().expect("an end carries 32 bytes");
@@ -293,9 +351,54 @@ mod tests {
         assert_eq!(refusal(&after), StreamError::AfterTheEnd);
     }
 
+    fn asked(blocks: &[Digest]) -> Vec<u8> {
+        let mut writer = Writer::default();
+        let mut bytes = writer.ask().to_vec();
+        bytes.extend(&writer.same(0, 4096, 8192, blocks)[..]);
+        bytes.extend(&writer.end()[..]);
+        bytes
+    }
+
+    #[test]
+    fn what_is_the_same_is_the_same_by_the_digest_of_the_whole() {
+        let bytes = asked(&[[1; 32], [2; 32]]);
+        let last = |confirmed: [Digest; 2]| {
+            let mut reader = Reader::new(SIZES.to_vec());
+            let mut received = BytesMut::from(&bytes[..]);
+            assert_eq!(reader.next(&mut received), Ok(Some(Record::Ask)));
+            let same = reader.next(&mut received).unwrap().unwrap();
+            assert!(matches!(
+                same,
+                Record::Same {
+                    disk: 0,
+                    offset: 4096,
+                    length: 8192
+                }
+            ));
+            reader.confirm(&confirmed);
+            reader.next(&mut received)
+        };
+        assert!(matches!(last([[1; 32], [2; 32]]), Ok(Some(Record::End { .. }))));
+        assert_eq!(last([[1; 32], [3; 32]]), Err(StreamError::Digest));
+    }
+
+    #[test]
+    fn a_question_comes_first_and_nothing_is_the_same_without_one() {
+        let place = |kind| StreamError::Place { kind };
+        let same = header(SAME, 0, 0, 4096);
+        assert_eq!(read(&SIZES, &same, HEADER_LEN), Err(place(SAME)));
+        let late = [header(ROUND, 0, 0, 0), header(ASK, 0, 0, 0)].concat();
+        assert_eq!(read(&SIZES, &late, HEADER_LEN), Err(place(ASK)));
+        let beyond = [header(ASK, 0, 0, 0), header(SAME, 1, 4096, 4097)].concat();
+        assert!(matches!(
+            read(&SIZES, &beyond, HEADER_LEN),
+            Err(StreamError::Range { .. })
+        ));
+    }
+
     proptest! {
         #[test]
-        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), kind in 0_u8..6) {
+        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), kind in 0_u8..8) {
             let mut bytes = bytes;
             if let Some(first) = bytes.first_mut() {
                 *first = kind;

@@ -141,6 +141,8 @@ pub enum Reply {
     Pong(u64),
     /// No: it has nothing open of that name, so there is no PERMIT that the destination has not answered, and there will be none.
     Drives(bool),
+    /// As `Drives(false)`, and another migration of the same VM to the same place has begun, or is about to. Since version 10.
+    Followed,
 }
 
 /// On the channel of a link test, from its destination.
