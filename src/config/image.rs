@@ -58,6 +58,18 @@ pub enum Preallocation {
 words!(ImageFormat { "raw" => Raw, "qcow2" => Qcow2, "vmdk" => Vmdk, "vhdx" => Vhdx, "vdi" => Vdi });
 words!(Preallocation { "off" => Off, "metadata" => Metadata, "falloc" => Falloc, "full" => Full });
 
+impl ImageFormat {
+    /// Whether QEMU can make an image of this format so.
+    #[must_use]
+    pub fn takes(self, preallocation: Preallocation) -> bool {
+        match self {
+            Self::Qcow2 => true,
+            Self::Raw => preallocation != Preallocation::Metadata,
+            Self::Vmdk | Self::Vhdx | Self::Vdi => preallocation == Preallocation::Off,
+        }
+    }
+}
+
 /// One table.
 pub(super) fn read(mut section: Section<'_>) -> VmImage {
     let image = VmImage {
@@ -86,12 +98,7 @@ pub(super) fn read(mut section: Section<'_>) -> VmImage {
     if image.base.as_ref().is_some_and(|base| base.path == image.path) {
         section.mistake("base", "is the image itself, which is written".to_owned());
     }
-    let can = match image.format {
-        ImageFormat::Qcow2 => true,
-        ImageFormat::Raw => image.preallocation != Preallocation::Metadata,
-        ImageFormat::Vmdk | ImageFormat::Vhdx | ImageFormat::Vdi => image.preallocation == Preallocation::Off,
-    };
-    if !can {
+    if !image.format.takes(image.preallocation) {
         section.mistake(
             "preallocation",
             format!("{} is not there for {} images", image.preallocation, image.format),

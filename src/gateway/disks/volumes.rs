@@ -354,22 +354,27 @@ pub(crate) enum Rest {
 pub(crate) async fn discard(vm: &Vm, migration: MigrationId, rest: Rest) {
     let _held = MARKS.lock().await;
     for image in &vm.images {
-        discard_one(&image.path, migration, rest).await;
+        put_away(&image.path, migration, rest).await;
     }
 }
 
-/// Puts away an image that is written in `migration`, and no other file.
-pub(crate) async fn discard_one(path: &Path, migration: MigrationId, rest: Rest) {
+/// Removes an image that was made for `migration`, and no other file.
+pub(crate) async fn discard_one(path: &Path, migration: MigrationId) {
+    let _held = MARKS.lock().await;
+    put_away(path, migration, Rest::Goes).await;
+}
+
+async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
     let Ok(file) = File::open(path) else { return };
     let Some(mark) = Mark::of(&file).filter(|mark| mark.is_written_in(migration)) else {
         return;
     };
-    let put_away = match (mark.state, rest) {
+    let state = match (mark.state, rest) {
         (State::Refreshed, _) => Some(State::Left),
         (_, Rest::Stays) => Some(State::Unfinished),
         (_, Rest::Goes) => None,
     };
-    let done = match put_away {
+    let done = match state {
         Some(state) => Mark { state, migration }.put(&file),
         None => tokio::fs::remove_file(path).await,
     };
