@@ -23,7 +23,7 @@ use crate::gateway::hooks::{self, Facts};
 use crate::gateway::keeping::Slots;
 use crate::gateway::links::Link;
 use crate::gateway::memory::Need;
-use crate::gateway::registry::{Entry, ResolveOrder};
+use crate::gateway::registry::{Busy, Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
 use crate::gateway::vm_context::VmContext;
@@ -87,15 +87,7 @@ pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Sta
     let (entry, orders) = core
         .registry
         .add(migration, &request.vm, &request.peer, api::Role::Source, clock::now())
-        .map_err(|open| {
-            Refusal::new(
-                RefusalKind::Conflict,
-                format!(
-                    "{} is in migration {} already; longhaul status {0} shows it",
-                    open.vm, open.migration
-                ),
-            )
-        })?;
+        .map_err(|busy| Refusal::new(RefusalKind::Conflict, busy.to_string()))?;
     limit(core, &entry, &request);
     tracing::info!(%migration, vm = request.vm, peer = request.peer, "migration requested");
     let request = StartRequest {
@@ -127,10 +119,9 @@ pub(crate) async fn start_again(core: &Arc<Core>, next: Successor) {
             limit(core, &entry, &wanted.request);
             spawn(core, entry, orders, wanted);
         }
-        Err(open) => {
+        Err(busy) => {
             core.wanted.forget(migration).await;
-            let reason = format!("{vm} is in migration {}", open.migration);
-            let report = Report::without_figures(migration, vm, peer, api::Outcome::Failed, reason);
+            let report = Report::without_figures(migration, vm, peer, api::Outcome::Failed, busy.to_string());
             core.registry.remember(report, api::Role::Source, clock::now());
         }
     }
@@ -507,6 +498,10 @@ async fn check(
             return (checks, None);
         }
     };
+    if let Some(open) = core.registry.disk_move(&request.vm) {
+        note("vm", Err(Busy::DiskMove(open).to_string()));
+        return (checks, None);
+    }
     let look = async {
         let vm = SourceVm::connect(&vm_config.qmp, MONITOR_DEADLINE).await?;
         let seen = look_at_vm(&vm, &vm_config).await;

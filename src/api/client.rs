@@ -1,6 +1,7 @@
 //! The client side of the control socket: one connection for each request.
 
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
@@ -13,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::link_test::{LinkTest, LinkTestRequest};
+use super::move_disk::{DiskOfVm, MoveDiskEvent, MoveDiskPlan, MoveDiskRequest};
 use super::types::{
     AcceptInvite, Adjustment, Cancellation, DryRun, Event, Identity, Invitation, InviteRequest, Limits,
     MigrationStatus, MigrationSummary, PairByFingerprint, Paired, PeerStatus, Refusal, Resolution, ResolveRequest,
@@ -101,12 +103,39 @@ impl Client {
     /// [`ClientError`].
     pub async fn follow(&self, migration: MigrationId) -> Result<Following, ClientError> {
         let path = format!("/v1/migrations/{migration}/events");
-        let body = self.send(Method::GET, &path, NOTHING).await?;
-        Ok(Following {
-            body,
-            pending: BytesMut::new(),
-            socket: self.socket.clone(),
-        })
+        self.events(Method::GET, &path, NOTHING).await
+    }
+
+    /// Moves a disk within the site, and looks on. Dropping it ends the looking on only.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn move_disk(&self, request: &MoveDiskRequest) -> Result<Following<MoveDiskEvent>, ClientError> {
+        self.events(Method::POST, "/v1/disk-moves", Some(request)).await
+    }
+
+    /// Makes every check of such a move; nothing is made.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn check_move_disk(&self, request: &MoveDiskRequest) -> Result<MoveDiskPlan, ClientError> {
+        self.ask(Method::POST, "/v1/disk-moves/check", Some(request)).await
+    }
+
+    /// Looks on until a move has ended.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn follow_move_disk(&self, of: &DiskOfVm) -> Result<Following<MoveDiskEvent>, ClientError> {
+        self.events(Method::POST, "/v1/disk-moves/follow", Some(of)).await
+    }
+
+    /// Cancels a move.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn cancel_move_disk(&self, of: &DiskOfVm) -> Result<Cancellation, ClientError> {
+        self.ask(Method::POST, "/v1/disk-moves/cancel", Some(of)).await
     }
 
     /// States where a VM is that is in doubt.
@@ -184,6 +213,20 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(|error| self.garbled(error.to_string()))
     }
 
+    async fn events<T>(
+        &self,
+        method: Method,
+        path: &str,
+        request: Option<&impl Serialize>,
+    ) -> Result<Following<T>, ClientError> {
+        Ok(Following {
+            body: self.send(method, path, request).await?,
+            pending: BytesMut::new(),
+            socket: self.socket.clone(),
+            events: PhantomData,
+        })
+    }
+
     /// The body of a successful answer.
     async fn send(
         &self,
@@ -250,21 +293,22 @@ impl Client {
     }
 }
 
-/// The events of one migration.
+/// The events of one migration, or of one move of a disk.
 #[derive(Debug)]
-pub struct Following {
+pub struct Following<T = Event> {
     body: Incoming,
     pending: BytesMut,
     socket: PathBuf,
+    events: PhantomData<T>,
 }
 
-impl Following {
+impl<T: DeserializeOwned> Following<T> {
     /// The next event; `None` where the gateway has stopped telling, after the report or because it stops itself.
     /// Cancel-safe.
     ///
     /// # Errors
     /// [`ClientError::Lost`] where the gateway has gone, [`ClientError::Garbled`] for what is no event.
-    pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
+    pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
         loop {
             if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
                 let line = self.pending.split_to(end + 1);

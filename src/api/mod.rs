@@ -9,6 +9,7 @@
 
 mod client;
 mod link_test;
+mod move_disk;
 mod server;
 pub mod types;
 
@@ -16,6 +17,10 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use self::client::{Client, ClientError, Following};
 pub use self::link_test::{LinkTest, LinkTestRequest, RoundTrips};
+pub use self::move_disk::{
+    DiskOfVm, MoveDiskEvent, MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan, MoveDiskProgress, MoveDiskReport,
+    MoveDiskRequest,
+};
 pub use self::server::{BindError, ControlSocket, serve};
 pub use self::types::*;
 use crate::proto::page::MigrationId;
@@ -95,6 +100,34 @@ pub enum Command {
         request: LinkTestRequest,
         /// What came of it. Where nobody waits for it any more, the test ends.
         reply: Reply<LinkTest>,
+    },
+    /// Move a disk within this site, and look on. When the receiver is dropped, the watcher has gone; the move goes on.
+    MoveDisk {
+        /// Which disk, and where to.
+        request: MoveDiskRequest,
+        /// The events, [`MoveDiskEvent::Report`] as the last.
+        reply: Reply<mpsc::Receiver<MoveDiskEvent>>,
+    },
+    /// Make every check of such a move; nothing is made.
+    CheckMoveDisk {
+        /// Which disk, and where to.
+        request: MoveDiskRequest,
+        /// What would be done.
+        reply: Reply<MoveDiskPlan>,
+    },
+    /// Look on at a move until it has ended.
+    FollowMoveDisk {
+        /// Which one.
+        of: DiskOfVm,
+        /// The events, [`MoveDiskEvent::Report`] as the last.
+        reply: Reply<mpsc::Receiver<MoveDiskEvent>>,
+    },
+    /// Cancel a move.
+    CancelMoveDisk {
+        /// Which one.
+        of: DiskOfVm,
+        /// Whether it is being cancelled.
+        reply: Reply<Cancellation>,
     },
     /// Every peer that is configured or paired.
     Peers {

@@ -23,7 +23,7 @@ use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 
-use super::types::{Event, Refusal, RefusalKind};
+use super::types::{Refusal, RefusalKind};
 use super::{Command, Reply};
 use crate::proto::page::MigrationId;
 
@@ -162,6 +162,10 @@ fn routes(commands: mpsc::Sender<Command>) -> Router {
         .route("/v1/migrations/{id}/limits", post(adjust))
         .route("/v1/resolve", post(resolve))
         .route("/v1/link-tests", post(test_link))
+        .route("/v1/disk-moves", post(move_disk))
+        .route("/v1/disk-moves/check", post(check_move_disk))
+        .route("/v1/disk-moves/follow", post(follow_move_disk))
+        .route("/v1/disk-moves/cancel", post(cancel_move_disk))
         .route("/v1/peers", get(peers).post(pair_by_fingerprint))
         .route("/v1/peers/{name}", delete(unpair))
         .route("/v1/invitations", post(invite))
@@ -249,11 +253,7 @@ async fn adjust(
 async fn follow(State(commands): State<Commands>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let migration = parse_id(&id)?;
     let events = commands.ask(|reply| Command::Follow { migration, reply }).await?;
-    Ok((
-        [(header::CONTENT_TYPE, "application/x-ndjson")],
-        Body::new(Lines(events).boxed_unsync()),
-    )
-        .into_response())
+    Ok(lines(events))
 }
 
 async fn resolve(
@@ -269,6 +269,36 @@ async fn test_link(
     Request(request): Request<super::LinkTestRequest>,
 ) -> impl IntoResponse {
     commands.answer(|reply| Command::TestLink { request, reply }).await
+}
+
+async fn move_disk(
+    State(commands): State<Commands>,
+    Request(request): Request<super::MoveDiskRequest>,
+) -> Result<Response, Refusal> {
+    let command = |reply| Command::MoveDisk { request, reply };
+    Ok(lines(commands.ask(command).await?))
+}
+
+async fn check_move_disk(
+    State(commands): State<Commands>,
+    Request(request): Request<super::MoveDiskRequest>,
+) -> impl IntoResponse {
+    commands.answer(|reply| Command::CheckMoveDisk { request, reply }).await
+}
+
+async fn follow_move_disk(
+    State(commands): State<Commands>,
+    Request(of): Request<super::DiskOfVm>,
+) -> Result<Response, Refusal> {
+    let command = |reply| Command::FollowMoveDisk { of, reply };
+    Ok(lines(commands.ask(command).await?))
+}
+
+async fn cancel_move_disk(
+    State(commands): State<Commands>,
+    Request(of): Request<super::DiskOfVm>,
+) -> impl IntoResponse {
+    commands.answer(|reply| Command::CancelMoveDisk { of, reply }).await
 }
 
 async fn peers(State(commands): State<Commands>) -> impl IntoResponse {
@@ -339,10 +369,15 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Events as lines of JSON. It ends when the gateway drops the sender.
-struct Lines(mpsc::Receiver<Event>);
+fn lines<T: Serialize + Send + 'static>(events: mpsc::Receiver<T>) -> Response {
+    let body = Body::new(Lines(events).boxed_unsync());
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
 
-impl axum::body::HttpBody for Lines {
+/// Events as lines of JSON. It ends when the gateway drops the sender.
+struct Lines<T>(mpsc::Receiver<T>);
+
+impl<T: Serialize> axum::body::HttpBody for Lines<T> {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 

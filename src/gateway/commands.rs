@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::pairing::{self, InviteCode, Local, exchange};
 use super::registry::Entry;
-use super::{Core, clock, link_test};
+use super::{Core, clock, link_test, move_disk};
 use crate::api::{
     AcceptInvite, Command, Identity, Invitation, InviteRequest, PairByFingerprint, Paired, PeerStatus, Refusal,
     RefusalKind, Resolution, ResolveRequest, Role, Statement, Switchover, Trust,
@@ -103,6 +103,16 @@ fn answer(core: &Arc<Core>, command: Command) {
                 reply.send(tested);
             });
         }
+        Command::MoveDisk { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(move_disk::start(&core, request).await) });
+        }
+        Command::CheckMoveDisk { request, reply } => {
+            let core = Arc::clone(core);
+            tokio::spawn(async move { reply.send(move_disk::check(&core, request).await) });
+        }
+        Command::FollowMoveDisk { of, reply } => reply.send(move_disk::follow(core, &of)),
+        Command::CancelMoveDisk { of, reply } => reply.send(move_disk::cancel(core, &of)),
         Command::Peers { reply } => {
             let core = Arc::clone(core);
             tokio::spawn(async move { reply.send(Ok(peers(&core).await)) });

@@ -6,7 +6,7 @@
 //!                       registry, journal, wanted, hooks, memory, links ◀── standing
 //!                                            │
 //! peer ──▶ accept ─▶ offer ─▶ destination ── contact, inbound ──▶ vmm
-//!             ├────▶ link_test
+//!             ├────▶ link_test            disk of a VM ─▶ move_disk ─▶ another image
 //! program ─▶ tunnel ─┘  (either end)            disks of a VM ─▶ disks ─▶ tunnel  (either end)
 //! ```
 //!
@@ -36,6 +36,7 @@ mod leftover;
 mod link_test;
 pub(crate) mod links;
 pub(crate) mod memory;
+mod move_disk;
 mod offer;
 pub(crate) mod outbound;
 pub mod pairing;
@@ -221,6 +222,7 @@ pub async fn run(
     let undone = again::undone(&core).await;
     recovery::recover_all(&core, open).await;
     recovery::settle_owed(&core, owed).await;
+    move_disk::recover(&core);
     again::take_up(&core, undone).await;
     let serving = [
         tokio::spawn(accept_peers(Arc::clone(&core))),
@@ -311,14 +313,20 @@ impl Core {
     }
 
     /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
+    /// Disks that move get to their end: whoever cannot wait cancels them.
     async fn wait_for_open_migrations(&self) {
         loop {
             let open = self.registry.open();
             let busy = open.iter().filter(|entry| !entry.needs_person()).count();
-            if busy == 0 {
+            let moves = self.registry.disk_moves();
+            if busy == 0 && moves == 0 {
                 return;
             }
-            tracing::info!(migrations = busy, "draining: waiting for migrations to end");
+            tracing::info!(
+                migrations = busy,
+                disk_moves = moves,
+                "draining: waiting for migrations and moves of disks to end"
+            );
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }

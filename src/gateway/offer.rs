@@ -179,12 +179,7 @@ async fn accept(
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
-        .map_err(|open| {
-            format!(
-                "{} is busy with migration {} of {}",
-                core.config.site, open.migration, offer.vm
-            )
-        })?;
+        .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
     let started = match hooks::owe(core, offer.migration, Role::Destination) {
         Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Used), &source).await,
         Err(reason) => Err(reason),

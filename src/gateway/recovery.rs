@@ -122,12 +122,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
             api::Role::Source,
             super::clock::now(),
         )
-        .map_err(|open| {
-            format!(
-                "{} is open twice in the journal: {} and {migration}",
-                first.vm, open.migration
-            )
-        })?;
+        .map_err(|busy| format!("{} has migration {migration} open in the journal, and {busy}", first.vm))?;
     entry.set_phase(Phase::Committing);
     let peer_journal = first.peer_journal;
     let undone_by_restart = again::is_undone(records);

@@ -1,12 +1,13 @@
 //! The migrations that this gateway knows: what commands and metrics see of them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque, hash_map};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::move_disk::DiskMove;
 use super::share::Share;
 use crate::api::{
     Adjustment, Cancellation, Event, Limits, MigrationStatus, MigrationSummary, NewRate, Outcome, Phase, Progress,
@@ -32,6 +33,32 @@ const NOTICES: usize = 8;
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     entries: Mutex<VecDeque<Arc<Entry>>>,
+    /// Disks that move within the site, by VM: no migration of these begins. Locked after the entries.
+    disk_moves: Mutex<HashMap<String, Arc<DiskMove>>>,
+}
+
+/// What a VM is in, so that a migration of it cannot begin.
+#[derive(Debug)]
+pub(crate) enum Busy {
+    Migration(Arc<Entry>),
+    DiskMove(Arc<DiskMove>),
+}
+
+impl std::fmt::Display for Busy {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Migration(open) => write!(
+                out,
+                "{} is in migration {} already; longhaul status {1} shows it",
+                open.vm, open.migration
+            ),
+            Self::DiskMove(open) => write!(
+                out,
+                "the disk {} of {} is being moved: wait for its end, or end it by `longhaul move-disk {1} {0} --cancel`",
+                open.disk, open.vm
+            ),
+        }
+    }
 }
 
 /// One migration at this gateway.
@@ -81,10 +108,10 @@ struct State {
 }
 
 impl Registry {
-    /// A new entry. At most one migration of a VM is open at a time.
+    /// A new entry. At most one migration of a VM is open at a time, and none while a disk of it moves.
     ///
     /// # Errors
-    /// The open migration of the same VM.
+    /// What the VM is in.
     pub(crate) fn add(
         &self,
         migration: MigrationId,
@@ -92,12 +119,52 @@ impl Registry {
         peer: &str,
         role: Role,
         now: Instant,
-    ) -> Result<(Arc<Entry>, mpsc::Receiver<ResolveOrder>), Arc<Entry>> {
+    ) -> Result<(Arc<Entry>, mpsc::Receiver<ResolveOrder>), Busy> {
         let mut entries = self.entries();
         if let Some(open) = entries.iter().find(|entry| entry.vm == vm && !entry.has_ended()) {
-            return Err(Arc::clone(open));
+            return Err(Busy::Migration(Arc::clone(open)));
+        }
+        if let Some(open) = self.disk_move(vm) {
+            return Err(Busy::DiskMove(open));
         }
         Ok(Self::push(&mut entries, migration, vm, peer, role, now))
+    }
+
+    /// A disk of a VM moves from now on.
+    ///
+    /// # Errors
+    /// What the VM is in.
+    pub(crate) fn hold(&self, moved: &Arc<DiskMove>) -> Result<(), Busy> {
+        let entries = self.entries();
+        if let Some(open) = entries.iter().find(|entry| entry.vm == moved.vm && !entry.has_ended()) {
+            return Err(Busy::Migration(Arc::clone(open)));
+        }
+        match self.moves().entry(moved.vm.clone()) {
+            hash_map::Entry::Occupied(other) => Err(Busy::DiskMove(Arc::clone(other.get()))),
+            hash_map::Entry::Vacant(free) => {
+                free.insert(Arc::clone(moved));
+                Ok(())
+            }
+        }
+    }
+
+    /// It does not any more.
+    pub(crate) fn release(&self, moved: &Arc<DiskMove>) {
+        self.moves().remove(&moved.vm);
+    }
+
+    /// The disk of this VM that moves.
+    pub(crate) fn disk_move(&self, vm: &str) -> Option<Arc<DiskMove>> {
+        self.moves().get(vm).cloned()
+    }
+
+    /// How many disks move.
+    pub(crate) fn disk_moves(&self) -> usize {
+        self.moves().len()
+    }
+
+    fn moves(&self) -> MutexGuard<'_, HashMap<String, Arc<DiskMove>>> {
+        self.disk_moves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends a migration and puts another of the same VM in its place, at once: whoever hears of the one finds the other.

@@ -34,6 +34,13 @@ pub(super) async fn explain(text: &str, asker: Option<&Process>) -> Option<Strin
     }
 }
 
+/// Who writes to an image, in a sentence that says what to do; `None`: it cannot be told.
+pub(crate) async fn who_writes(image: &Path) -> Option<String> {
+    let image = image.to_str()?;
+    let text = format!("Failed to get shared \"write\" lock\nIs another process using the image [{image}]?");
+    explain(&text, None).await
+}
+
 /// What a QEMU wanted and did not get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Wanted {

@@ -11,7 +11,7 @@
 //! Nothing here knows of peers, frames or the journal. Callers pass paths, durations and rates, and get typed answers
 //! whose documentation says in which state the guest is left.
 
-mod image_lock;
+pub(crate) mod image_lock;
 pub mod nbd;
 pub mod process;
 pub mod qemu;

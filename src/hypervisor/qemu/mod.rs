@@ -9,6 +9,7 @@
 //! template.rs     an operator's command line            launch.rs     the process it starts, output.rs what that prints
 //! owner.rs        which process a monitor belongs to    block.rs      disks, exports of them, dirty bitmaps
 //! progress.rs     query-migrate                         state.rs      QEMU's names of states
+//! mirror.rs       MirrorVm: a disk becomes another image while the guest runs
 //! ```
 //!
 //! The order of the steps, and what each may leave behind, is the callers' business: they keep the journal. Here each step
@@ -21,6 +22,7 @@ mod destination;
 mod freeze;
 mod inventory;
 mod launch;
+mod mirror;
 mod output;
 mod owner;
 mod permit;
@@ -39,6 +41,7 @@ pub use inventory::{
     CpuModel, Device, Disk, FeatureWord, InventoryTooLarge, MemoryDevice, PciDevice, RamBlock, Register, VmInventory,
 };
 pub use launch::{Launch, LaunchError};
+pub use mirror::{MirrorError, MirrorJob, MirrorVm, MovableDisk, Target};
 pub use owner::OwnerError;
 pub use permit::PermitConditions;
 pub use progress::{MigrationProgress, RamProgress};

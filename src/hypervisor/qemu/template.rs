@@ -102,6 +102,12 @@ impl LaunchTemplate {
         }
     }
 
+    /// Whether `text` is in one of its arguments.
+    #[must_use]
+    pub fn names(&self, text: &str) -> bool {
+        self.arguments.iter().any(|argument| argument.contains(text))
+    }
+
     /// The command line with its values.
     pub fn arguments(&self, values: &LaunchValues) -> Vec<String> {
         let filled = |argument: &String| -> String {

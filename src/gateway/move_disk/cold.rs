@@ -1,0 +1,341 @@
+//! The VM is off: `qemu-img` copies its image, and compares the two, while nobody can start the VM from it.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, fcntl_lock};
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
+use tokio::process::Command;
+
+use super::plan::{Job, refused};
+use super::record::Record;
+use super::{DiskMove, Ended, live, settle, words};
+use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan, Refusal, RefusalKind};
+use crate::config::ImageFormat;
+use crate::gateway::Core;
+use crate::gateway::disks::volumes;
+use crate::hypervisor::image_lock;
+use crate::hypervisor::process::Process;
+use crate::proto::page::MigrationId;
+
+const QEMU_IMG: &str = "qemu-img";
+
+/// Time for looking at an image.
+const LOOK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A process that is killed is gone, unless its storage does not answer.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What `qemu-img` says of a failure, at most.
+const SAID_BYTES: u64 = 4096;
+
+/// The present image, held.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// Has a lock on the whole of it, by which every QEMU is refused it. POSIX takes it away with any other descriptor of the same file that this
+    /// process closes: nothing else here may open the image meanwhile.
+    _lock: File,
+    path: PathBuf,
+    format: ImageFormat,
+    is_device: bool,
+    owner: (u32, u32),
+    pub(super) size_bytes: u64,
+    pub(super) allocated_bytes: u64,
+    pub(super) snapshots: usize,
+    pub(super) has_backing: bool,
+    pub(super) is_encrypted: bool,
+}
+
+/// Why the copy is not there.
+enum Stop {
+    Cancelled,
+    Failed(String),
+}
+
+impl Source {
+    /// Takes hold of an image that nobody uses.
+    pub(super) async fn open(path: &Path, format: ImageFormat) -> Result<Source, Refusal> {
+        let shown = path.display();
+        let unusable = |error: std::io::Error| refused(format!("{shown} cannot be read: {error}"));
+        let file = File::open(path).map_err(unusable)?;
+        let about = file.metadata().map_err(unusable)?;
+        let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockShared);
+        if volumes::is_used(&file) {
+            let who = image_lock::who_writes(path).await.unwrap_or_default();
+            let text = format!("{shown} is in use, and its VM cannot be asked to move it. {who}");
+            return Err(Refusal::new(RefusalKind::Conflict, text.trim_end()));
+        }
+        locked.map_err(|error| unusable(error.into()))?;
+        let mut source = Source {
+            _lock: file,
+            path: path.to_owned(),
+            format,
+            is_device: about.file_type().is_block_device(),
+            owner: (about.uid(), about.gid()),
+            size_bytes: 0,
+            allocated_bytes: 0,
+            snapshots: 0,
+            has_backing: false,
+            is_encrypted: false,
+        };
+        let mut info = Command::new(QEMU_IMG);
+        info.args(["info", "--output=json", &source.unlocked()])
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        let said = tokio::time::timeout(LOOK_DEADLINE, info.output()).await;
+        let said = said.map_err(|_| refused(format!("{shown} could not be looked at within {LOOK_DEADLINE:?}")))?;
+        let said = said.map_err(|error| refused(not_started(&error)))?;
+        let about: Value = match serde_json::from_slice(&said.stdout) {
+            Ok(about) if said.status.success() => about,
+            _ => {
+                let error = String::from_utf8_lossy(&said.stderr);
+                return Err(refused(format!(
+                    "{shown} is no {format} image that can be read: {}",
+                    one_line(&error)
+                )));
+            }
+        };
+        source.size_bytes = about["virtual-size"].as_u64().unwrap_or(0);
+        // A device has no holes that could be told.
+        let allocated = about["actual-size"].as_u64().unwrap_or(0);
+        source.allocated_bytes = if source.is_device { source.size_bytes } else { allocated };
+        source.snapshots = about["snapshots"].as_array().map_or(0, Vec::len);
+        source.has_backing = about["backing-filename"].is_string();
+        source.is_encrypted = about["encrypted"] == true;
+        Ok(source)
+    }
+
+    /// What `qemu-img` opens: without locks of its own, as ours is in its way too.
+    fn unlocked(&self) -> String {
+        let driver = if self.is_device { "host_device" } else { "file" };
+        let file = json!({ "driver": driver, "filename": self.path, "locking": "off" });
+        format!("json:{}", json!({ "driver": self.format.to_string(), "file": file }))
+    }
+}
+
+/// Moves the disk. The old image is not changed.
+pub(super) async fn run(
+    core: &Core,
+    this: &DiskMove,
+    id: MigrationId,
+    shown: &MoveDiskPlan,
+    job: &Job,
+    source: &Source,
+) -> Ended {
+    let record = Record {
+        id,
+        vm: shown.vm.clone(),
+        disk: shown.disk.clone(),
+        from: shown.from.clone(),
+        to: shown.to.clone(),
+        format: shown.format.clone(),
+        remove_old: job.remove_old,
+        live: None,
+    };
+    this.publish(MoveDiskPhase::Making, 0, shown.size_bytes);
+    let (outcome, reason) = match copy(core, this, shown, job, source, &record).await {
+        Ok(()) => (MoveDiskOutcome::Moved, None),
+        Err(Stop::Cancelled) => (MoveDiskOutcome::Cancelled, None),
+        Err(Stop::Failed(reason)) => (MoveDiskOutcome::Failed, Some(reason)),
+    };
+    if outcome != MoveDiskOutcome::Moved {
+        this.publish(MoveDiskPhase::Undoing, 0, shown.size_bytes);
+        settle::settle(core, &record, None, |text| this.notice(text)).await;
+        return Ended {
+            outcome,
+            reason,
+            old_removed: false,
+            todo: Vec::new(),
+        };
+    }
+    volumes::keep_one(&shown.to, id);
+    let mut todo = words::todo(&job.vm, &shown.disk, shown.from.as_deref(), &shown.to, &shown.format);
+    let removed = match job.remove_old {
+        true => settle::remove_file(&source.path)
+            .await
+            .map_err(|reason| todo.push(reason))
+            .is_ok(),
+        false => false,
+    };
+    record.remove(&core.config.state_dir).await;
+    Ended {
+        outcome,
+        reason: None,
+        old_removed: removed,
+        todo,
+    }
+}
+
+async fn copy(
+    core: &Core,
+    this: &DiskMove,
+    shown: &MoveDiskPlan,
+    job: &Job,
+    source: &Source,
+    record: &Record,
+) -> Result<(), Stop> {
+    record.write(&core.config.state_dir).await.map_err(Stop::Failed)?;
+    let made = tokio::select! {
+        made = volumes::make_new(&job.image, record.id, shown.size_bytes) => made,
+        () = this.cancelled() => return Err(Stop::Cancelled),
+    };
+    made.map_err(Stop::Failed)?;
+    live::give_to(&shown.to, source.owner.0, source.owner.1);
+
+    let mut convert = Command::new(QEMU_IMG);
+    // It has just been made, so what is not written is zero.
+    convert.args(["convert", "-p", "-n", "--target-is-zero", "-O", &shown.format]);
+    if let Some(rate) = job.rate_bytes_per_second {
+        convert.args(["-r", &rate.to_string()]);
+    }
+    convert.arg(source.unlocked()).arg(&shown.to);
+    let failed = |error: String| Stop::Failed(words::failure(&error, &shown.to, None));
+    follow(this, convert, MoveDiskPhase::Copying, shown.size_bytes)
+        .await?
+        .map_err(|(_, error)| failed(error))?;
+
+    // It is flushed before it is relied on.
+    let image = shown.to.clone();
+    let flushed = tokio::task::spawn_blocking(move || File::open(&image)?.sync_all());
+    let flushed = flushed.await.expect("flushing a file does not panic");
+    flushed.map_err(|error| failed(error.to_string()))?;
+
+    let mut compare = Command::new(QEMU_IMG);
+    let file = json!({ "driver": "file", "filename": shown.to });
+    let new = format!("json:{}", json!({ "driver": shown.format, "file": file }));
+    compare.args(["compare", "-p", &source.unlocked(), &new]);
+    let compared = follow(this, compare, MoveDiskPhase::Comparing, shown.size_bytes).await?;
+    compared.map_err(|(code, error)| match code {
+        // qemu-img(1), EXIT STATUS of compare.
+        Some(1) => Stop::Failed(format!(
+            "{} is not the same as the old image: look after the storage of both; it is removed again",
+            shown.to.display()
+        )),
+        _ => Stop::Failed(format!(
+            "the two images could not be compared: {error}; the new one is removed again"
+        )),
+    })?;
+    if volumes::listens(&job.vm.qmp).await {
+        let text = format!("{} was started meanwhile: what was copied is removed again", shown.vm);
+        return Err(Stop::Failed(text));
+    }
+    if this.commit() { Ok(()) } else { Err(Stop::Cancelled) }
+}
+
+/// Runs `qemu-img` and tells how far it is. Its exit code and its words where it failed.
+async fn follow(
+    this: &DiskMove,
+    mut command: Command,
+    phase: MoveDiskPhase,
+    size_bytes: u64,
+) -> Result<Result<(), (Option<i32>, String)>, Stop> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let mut child = command.spawn().map_err(|error| Stop::Failed(not_started(&error)))?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let shows = async {
+        let mut stdout = stdout.expect("it was asked for");
+        let mut bytes = [0; 256];
+        while let Ok(length @ 1..) = stdout.read(&mut bytes).await {
+            if let Some(percent) = percent(&bytes[..length]) {
+                this.publish(phase, (size_bytes as f64 * percent / 100.0) as u64, size_bytes);
+            }
+        }
+    };
+    let says = async {
+        let mut said = String::new();
+        let mut stderr = stderr.expect("it was asked for");
+        let _ = (&mut stderr).take(SAID_BYTES).read_to_string(&mut said).await;
+        // What nobody reads would keep it waiting.
+        let _ = tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await;
+        said
+    };
+    let ended = async { tokio::join!(shows, says, child.wait()) };
+    let (said, status) = tokio::select! {
+        ((), said, status) = ended => (said, status),
+        () = this.cancelled() => {
+            let _ = child.kill().await;
+            return Err(Stop::Cancelled);
+        }
+    };
+    let status = status.map_err(|error| Stop::Failed(not_started(&error)))?;
+    if status.success() {
+        return Ok(Ok(()));
+    }
+    let said = if said.trim().is_empty() {
+        status.to_string()
+    } else {
+        one_line(&said)
+    };
+    Ok(Err((status.code(), said)))
+}
+
+/// The newest of `    (12.50/100%)\r`, which is what `-p` writes.
+fn percent(bytes: &[u8]) -> Option<f64> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let (before, _) = text.rsplit_once("/100%)")?;
+    before.rsplit_once('(')?.1.trim().parse().ok()
+}
+
+fn not_started(error: &std::io::Error) -> String {
+    match error.kind() {
+        ErrorKind::NotFound => format!("{QEMU_IMG} is not installed (Debian: qemu-utils), which copies images"),
+        _ => format!("{QEMU_IMG} cannot be run: {error}"),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    let text = text.trim().replace('\n', " ");
+    text.strip_prefix("qemu-img: ").unwrap_or(&text).to_owned()
+}
+
+/// Ends every `qemu-img` that an earlier process has started on an image.
+pub(super) async fn end_tools(image: &Path) {
+    let image = image.to_string_lossy();
+    // As it is, and within JSON.
+    let escaped = json!(image).to_string();
+    let names_it = |argument: &String| *argument == image || argument.contains(&escaped);
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(process) = pid.and_then(|pid| Process::open(pid).ok()) else {
+            continue;
+        };
+        let arguments = process.arguments().unwrap_or_default();
+        let is_tool = arguments.first().is_some_and(|program| program.ends_with(QEMU_IMG));
+        if is_tool
+            && arguments.iter().any(names_it)
+            && let Err(error) = process.kill(KILL_DEADLINE).await
+        {
+            tracing::warn!(
+                pid = process.pid(),
+                "a qemu-img of a move that is undone does not end: {error}"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_percentage_is_the_one_that_counts() {
+        assert_eq!(percent(b"    (0.00/100%)\r    (12.50/100%)\r"), Some(12.5));
+        assert_eq!(percent(b"    (100.00/100%)\r    (1"), Some(100.0));
+        assert_eq!(percent(b"Images are identical.\n"), None);
+        assert_eq!(percent(b""), None);
+    }
+
+    #[test]
+    fn words_of_the_tool_become_one_line() {
+        assert_eq!(one_line("qemu-img: a: b\nc\n"), "a: b c");
+    }
+}
