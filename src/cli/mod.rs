@@ -16,6 +16,7 @@ mod link_test;
 mod list;
 mod migrate;
 mod moment;
+mod move_disk;
 mod output;
 mod pair;
 mod peers;
@@ -62,6 +63,7 @@ enum Verb {
     Cancel(cancel::Args),
     Switchover(switchover::Args),
     Limit(limit::Args),
+    MoveDisk(move_disk::Args),
     Resolve(resolve::Args),
     Pair(pair::Args),
     Peers(peers::Args),
@@ -89,6 +91,7 @@ impl Verb {
             Self::Cancel(args) => ask(cancel::run(args)),
             Self::Switchover(args) => ask(switchover::run(args)),
             Self::Limit(args) => ask(limit::run(args)),
+            Self::MoveDisk(args) => ask(move_disk::run(args)),
             Self::Resolve(args) => ask(resolve::run(args)),
             Self::Pair(args) => ask(pair::run(args)),
             Self::Peers(args) => ask(peers::run(args)),
@@ -204,6 +207,8 @@ Examples:
   longhaul migrate db-1 --to tokyo --dry-run
   longhaul migrate db-1 --to tokyo
   longhaul list
+
+  longhaul move-disk db-1 vda --to /fast/   to another place at this site, while the guest runs
 
 Exit codes of migrate and attach say where the VM is:
   0  running at the destination

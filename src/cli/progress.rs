@@ -7,10 +7,49 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::output::{bytes, note, seconds, wire_rate};
 use crate::api::{Phase, Progress};
 
-/// Where progress is shown.
+/// A bar on a terminal, lines elsewhere.
+#[derive(Debug)]
+pub(super) struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    pub(super) fn on_stderr() -> Self {
+        Self(std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {msg}").expect("the template is constant and valid");
+            ProgressBar::new(BAR_STEPS).with_style(style)
+        }))
+    }
+
+    /// Shows how it goes; elsewhere than on a terminal only what is worth a line.
+    pub(super) fn show(&self, percent: f64, line: &str, is_worth_a_line: bool) {
+        match &self.0 {
+            Some(bar) => {
+                bar.set_position((percent / 100.0 * BAR_STEPS as f64) as u64);
+                bar.set_message(line.to_owned());
+            }
+            None if is_worth_a_line => note(line),
+            None => {}
+        }
+    }
+
+    pub(super) fn notice(&self, text: &str) {
+        match &self.0 {
+            Some(bar) => bar.suspend(|| note(text)),
+            None => note(text),
+        }
+    }
+
+    /// Takes the bar away, so that what follows is not mixed with it.
+    pub(super) fn clear(&self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Where the progress of a migration is shown.
 #[derive(Debug)]
 pub(super) struct Display {
-    bar: Option<ProgressBar>,
+    bar: Bar,
     percent: Percent,
     shown: Option<Shown>,
 }
@@ -25,12 +64,8 @@ struct Shown {
 
 impl Display {
     pub(super) fn on_stderr() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:30} {msg}").expect("the template is constant and valid");
-            ProgressBar::new(BAR_STEPS).with_style(style)
-        });
         Self {
-            bar,
+            bar: Bar::on_stderr(),
             percent: Percent::default(),
             shown: None,
         }
@@ -38,11 +73,9 @@ impl Display {
 
     pub(super) fn progress(&mut self, progress: &Progress) {
         let percent = self.percent.shown(progress.percent);
-        if let Some(bar) = &self.bar {
-            bar.set_position((percent / 100.0 * BAR_STEPS as f64) as u64);
-            bar.set_message(line(progress, percent));
-        } else if self.is_worth_a_line(progress) {
-            note(&line(progress, percent));
+        let is_worth_a_line = self.is_worth_a_line(progress);
+        self.bar.show(percent, &line(progress, percent), is_worth_a_line);
+        if is_worth_a_line {
             let Progress {
                 phase,
                 round,
@@ -63,17 +96,12 @@ impl Display {
     }
 
     pub(super) fn notice(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| note(text)),
-            None => note(text),
-        }
+        self.bar.notice(text);
     }
 
     /// Takes the bar away, so that what follows is not mixed with it.
     pub(super) fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.bar.clear();
     }
 
     /// A log is readable when it has a line for each phase and round, and one now and then in long rounds.
@@ -187,7 +215,7 @@ mod tests {
     #[test]
     fn plain_lines_come_with_phases_rounds_and_every_few_seconds() {
         let mut display = Display {
-            bar: None,
+            bar: Bar(None),
             percent: Percent::default(),
             shown: None,
         };

@@ -46,6 +46,24 @@ impl Signals {
             terminate: listen(SignalKind::terminate())?,
         })
     }
+
+    /// The next one.
+    pub(super) async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.interrupt.recv() => Told::Interrupt,
+            _ = self.hangup.recv() => Told::Leave,
+            _ = self.terminate.recv() => Told::Leave,
+        }
+    }
+}
+
+/// What a signal says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// Ctrl-C.
+    Interrupt,
+    /// The terminal is lost, or the command is to end.
+    Leave,
 }
 
 /// Looks on until the migration has ended, and gives the exit code that says where the VM is.
