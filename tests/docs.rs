@@ -116,10 +116,11 @@ fn commands(text: &str) -> Vec<(String, Vec<String>)> {
 }
 
 /// Words behind `longhaul ` that are meant as verbs; `journal` and the like must not come back without their command.
-const VERBS: [&str; 15] = [
+const VERBS: [&str; 16] = [
     "gateway",
     "check-config",
     "migrate",
+    "move-disk",
     "list",
     "status",
     "attach",
