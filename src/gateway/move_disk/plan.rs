@@ -84,7 +84,16 @@ impl Plan {
             return Err(invalid(format!("{preallocation} is not there for {format} images")));
         }
         let to = new_path(request, &vm.name, present.path.as_deref(), format)?;
-        let whole = matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
+        let is_live = matches!(present.how, How::Live { .. });
+        // QEMU's mirror cannot leave holes in the other formats (7.2, 10.0; 2026-11-29): it writes all of the disk.
+        let fills = is_live && !matches!(format, ImageFormat::Raw | ImageFormat::Qcow2);
+        let mut notes = present.notes;
+        if fills {
+            notes.push(format!(
+                "a {format} image that is written while the VM runs takes as much as the guest sees of the disk, whatever is in it"
+            ));
+        }
+        let whole = fills || matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
         let needed = if whole {
             present.size_bytes
         } else {
@@ -95,7 +104,7 @@ impl Plan {
             shown: MoveDiskPlan {
                 vm: vm.name.clone(),
                 disk: short_name(&request.disk).to_owned(),
-                live: matches!(present.how, How::Live { .. }),
+                live: is_live,
                 from: present.path,
                 from_format: present.format.to_string(),
                 to: to.clone(),
@@ -103,7 +112,7 @@ impl Plan {
                 size_bytes: present.size_bytes,
                 allocated_bytes: present.allocated_bytes,
                 room_bytes,
-                notes: present.notes,
+                notes,
             },
             job: Job {
                 image: VmImage {
