@@ -286,6 +286,10 @@ impl<'a> Flushes<'a> {
     }
 
     /// Begins one, where none is under way.
+    #[expect(
+        clippy::result_large_err,
+        reason = "as large as that of everything around it, and seldom there"
+    )]
     fn begin(&mut self) -> Result<(), TakeError> {
         while let Some(flushed) = self.open.try_join_next() {
             flushed.unwrap_or(Err(TakeError::BrokenOff))?;

@@ -152,7 +152,7 @@ pub(crate) async fn make(
 }
 
 /// Whether somebody listens there, busy or not.
-async fn listens(socket: &Path) -> bool {
+pub(crate) async fn listens(socket: &Path) -> bool {
     match UnixStream::connect(socket).await {
         Ok(_) => true,
         Err(error) => error.kind() == ErrorKind::WouldBlock,
@@ -188,7 +188,7 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
 }
 
 /// Whether a QEMU holds a lock of it: on bytes 100 to 164 for what it does with it, on 200 to 264 for what others must not (`block/file-posix.c`).
-fn is_used(file: &File) -> bool {
+pub(crate) fn is_used(file: &File) -> bool {
     let lock = Flock {
         start: 100,
         length: 200,

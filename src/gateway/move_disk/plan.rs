@@ -120,6 +120,7 @@ impl Plan {
                     path: to,
                     format,
                     preallocation,
+                    base: None,
                 },
                 vm: vm.clone(),
                 rate_bytes_per_second: request.rate_bytes_per_second,
