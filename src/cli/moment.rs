@@ -20,7 +20,11 @@ pub(super) fn parse(text: &str, now: &Zoned) -> Result<u64, String> {
     };
     let moment = if let Ok(moment) = text.parse::<Timestamp>() {
         moment
-    } else if let Ok(time) = text.parse::<Time>() {
+    } else if let Ok(datetime) = text.parse::<DateTime>() {
+        let there = datetime.to_zoned(now.time_zone().clone());
+        there.map_err(|_| unusable())?.timestamp()
+    } else {
+        let time: Time = text.parse().map_err(|_| unusable())?;
         let today = now.date().to_datetime(time).to_zoned(now.time_zone().clone());
         let today = today.map_err(|_| unusable())?;
         match today > *now {
@@ -31,12 +35,6 @@ pub(super) fn parse(text: &str, now: &Zoned) -> Result<u64, String> {
                 tomorrow.map_err(|_| unusable())?.timestamp()
             }
         }
-    } else {
-        let datetime: DateTime = text.parse().map_err(|_| unusable())?;
-        datetime
-            .to_zoned(now.time_zone().clone())
-            .map_err(|_| unusable())?
-            .timestamp()
     };
     if moment <= now.timestamp() {
         return Err(format!("{text} has passed"));

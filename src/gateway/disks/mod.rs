@@ -3,7 +3,11 @@
 //! ```text
 //! source's QEMU ─ NBD ─▶ pull ─▶ records ─▶ tunnel's entrance ══ lanes ══▶ tunnel's exit ─▶ records ─▶ take ─ NBD ─▶ destination's QEMU
 //!                  rounds over dirty bitmaps                                         images: made, kept or removed by volumes
+//!                  compare ◀──────────── what the images hold already ◀──────────────────────────────── tell
 //! ```
+//!
+//! Before anything is sent the destination says what its images hold ([`held`](crate::proto::disk::held)): what is equal does not cross. So an image
+//! that is old, or that a migration has left unfinished ([`rest`]), is worth having.
 //!
 //! The stream ([`stream`](crate::proto::disk::stream)) is a session of its own beside the memory's, reduced and resumed like a tunnel's. First
 //! everything that is allocated is read while the guest runs; then memory is copied too, and what the guest writes meanwhile follows in rounds.
