@@ -247,6 +247,8 @@ async fn await_peer(core: &Core, entry: &Entry, request: &StartRequest) -> Resul
     let deadline = request
         .deadline_seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    // Of one that waits it counts from when that goes on.
+    let deadline = deadline.filter(|_| request.warm.is_none());
     let longest = deadline.map_or(core.config.migration.longest_cut, |deadline| {
         deadline.min(core.config.migration.longest_cut)
     });

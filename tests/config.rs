@@ -526,6 +526,11 @@ fn images_of_disks_are_read_with_their_mistakes() {
         ("copied", &image("vda", "/a", "base = \"/a\""), "is the image itself"),
         (
             "copied",
+            &image("vda", "/a", "base = \"/b\"\npreallocation = \"full\""),
+            "on top of a base",
+        ),
+        (
+            "copied",
             &(image("vda", "/a", "") + &image("vda", "/b", "")),
             "\"vda\" is there twice",
         ),

@@ -20,6 +20,11 @@ pub(super) fn parse(text: &str, now: &Zoned) -> Result<u64, String> {
     };
     let moment = if let Ok(moment) = text.parse::<Timestamp>() {
         moment
+    } else if let Ok(moment) = text.parse::<Zoned>() {
+        moment.timestamp()
+    } else if has_zone(text) {
+        // What follows would pass it over.
+        return Err(unusable());
     } else if let Ok(datetime) = text.parse::<DateTime>() {
         let there = datetime.to_zoned(now.time_zone().clone());
         there.map_err(|_| unusable())?.timestamp()
@@ -42,6 +47,12 @@ pub(super) fn parse(text: &str, now: &Zoned) -> Result<u64, String> {
     u64::try_from(moment.as_millisecond()).map_err(|_| unusable())
 }
 
+/// Whether something of a zone stands behind the time.
+fn has_zone(text: &str) -> bool {
+    let time = text.split_once(['T', 't', ' ']).map_or(text, |(_, time)| time);
+    !time.chars().all(|c| c.is_ascii_digit() || c == ':' || c == '.')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,10 +67,14 @@ mod tests {
             ("2026-12-24 02:00", "2026-12-23T17:00:00Z"),
             ("2026-12-24T02:00", "2026-12-23T17:00:00Z"),
             ("2026-12-24T02:00:00Z", "2026-12-24T02:00:00Z"),
+            ("2026-12-24T02:00[Europe/Berlin]", "2026-12-24T01:00:00Z"),
         ] {
             assert_eq!(parse(text, &now), Ok(of(moment)), "{text}");
         }
         assert!(parse("2026-11-28 02:00", &now).unwrap_err().contains("has passed"));
+        for zone in ["02:00+09:00", "02:00Z", "2026-12-24 02:00[Nowhere]"] {
+            assert!(parse(zone, &now).is_err(), "{zone}");
+        }
         assert!(parse("tomorrow", &now).unwrap_err().contains("02:00"));
     }
 }

@@ -126,7 +126,11 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
 
 /// The gateway has another working directory.
 fn absolute(path: &PathBuf) -> Result<PathBuf, Failure> {
-    std::path::absolute(path).map_err(|error| Failure::no(format!("{}: {error}", path.display())))
+    let absolute = std::path::absolute(path).map_err(|error| Failure::no(format!("{}: {error}", path.display())))?;
+    match absolute.to_str() {
+        Some(_) => Ok(absolute),
+        None => Err(Failure::no(format!("{} is not valid UTF-8", absolute.display()))),
+    }
 }
 
 /// Looks on until it has ended.
@@ -289,4 +293,4 @@ Examples:
       the VM is off, and no [[vm.image]] says where its disk is
 
 Exit code: 0 the disk is the new image, 2 it is the old one and nothing is left of the new one, 3 a person has to look,
-or the gateway went away meanwhile.";
+or the gateway went away meanwhile. With --dry-run 0 says that it can be moved, with --cancel that it is being cancelled.";

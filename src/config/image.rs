@@ -95,6 +95,9 @@ pub(super) fn read(mut section: Section<'_>) -> VmImage {
     if base_format.is_some() && image.base.is_none() {
         section.mistake("base-format", "is of no use without base".to_owned());
     }
+    if image.base.is_some() && image.format == ImageFormat::Qcow2 && image.preallocation != Preallocation::Off {
+        section.mistake("preallocation", "is not there for an image on top of a base".to_owned());
+    }
     if image.base.as_ref().is_some_and(|base| base.path == image.path) {
         section.mistake("base", "is the image itself, which is written".to_owned());
     }

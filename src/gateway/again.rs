@@ -37,6 +37,12 @@ pub(crate) async fn successor(
 ) -> Result<Successor, Option<String>> {
     let wanted = core.wanted.get(entry.migration).filter(|_| undone_by_restart);
     let next = match wanted {
+        // The next process begins it.
+        Some(wanted) if core.is_draining() && wanted.request.warm.is_some() => {
+            return Err(Some(
+                "this gateway is being stopped, and begins it again when it is started".to_owned(),
+            ));
+        }
         Some(_) if core.is_draining() => Err(Some("this gateway is being stopped and begins nothing".to_owned())),
         Some(wanted) => next(core, entry.migration, wanted).map_err(Some),
         None => Err(None),

@@ -38,6 +38,7 @@ pub(crate) struct Copying {
     /// Never goes back: a guest that somebody else pauses and lets go on would seem to switch over twice.
     phase: Phase,
     policy: Policy,
+    /// Of a migration that waits: it counts from when that goes on.
     deadline: Option<Duration>,
     costs: FixedCosts,
     tracker: ProgressTracker,
@@ -118,7 +119,7 @@ impl Copying {
                     .filter(|_| !start.waits)
                     .map(|deadline| start.now + deadline),
             ),
-            deadline: start.deadline,
+            deadline: start.deadline.filter(|_| start.waits),
             costs: start.costs,
             tracker: ProgressTracker::default(),
             goodput: GoodputMeter::default(),
@@ -190,7 +191,7 @@ impl Copying {
         self.memory_bytes
     }
 
-    /// It was told to go on.
+    /// It waits no more.
     pub(crate) fn goes_on(&mut self, now: Instant) {
         if let Some(deadline) = self.deadline {
             self.policy.set_deadline(now + deadline);

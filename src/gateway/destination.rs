@@ -261,7 +261,7 @@ impl DestinationDriver {
                 Verdict::Aborted(_) | Verdict::Reverted => {
                     let rest = self.rest_of_disks();
                     volumes::discard(vm, self.entry.migration, rest).await;
-                    if rest == Rest::Stays && !self.disks.is_empty() {
+                    if rest == Rest::Stays && volumes::is_unfinished(vm, self.entry.migration) {
                         let Entry {
                             migration, vm, peer, ..
                         } = &*self.entry;

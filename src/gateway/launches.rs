@@ -49,7 +49,7 @@ pub(crate) async fn end_unrecorded(core: &Core) {
             }
             let _ = std::fs::remove_file(log);
             for vm in &core.config.vms {
-                volumes::discard(vm, migration, Rest::Goes).await;
+                volumes::discard(vm, migration, Rest::Untouched).await;
             }
         }
         let _ = std::fs::remove_file(marker);

@@ -312,12 +312,15 @@ impl Core {
             .join(format!("vmm-{migration}.{}", launches::MARKER_EXTENSION))
     }
 
-    /// Migrations that only wait for the peer or a person are left to the next process: the journal has them.
+    /// Migrations that only wait for the peer, a person, or to be told to switch over are left to the next process: the journal has them, or what was
+    /// asked for.
     /// Disks that move get to their end: whoever cannot wait cancels them.
     async fn wait_for_open_migrations(&self) {
         loop {
             let open = self.registry.open();
-            let busy = open.iter().filter(|entry| !entry.needs_person()).count();
+            let now = clock::unix_ms();
+            let is_busy = |entry: &&Arc<registry::Entry>| !entry.needs_person() && !entry.waits(now);
+            let busy = open.iter().filter(is_busy).count();
             let moves = self.registry.disk_moves();
             if busy == 0 && moves == 0 {
                 return;

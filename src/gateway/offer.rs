@@ -47,7 +47,7 @@ pub(crate) async fn check(
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
-                volumes::discard(vm, offer.migration, Rest::Goes).await;
+                volumes::discard(vm, offer.migration, Rest::Untouched).await;
                 Ok(())
             }
             Err(reason) => Err(reason),
@@ -84,6 +84,9 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
             "{site} is busy with migration {} of {}",
             open.migration, offer.vm
         ));
+    }
+    if core.registry.disk_move(&offer.vm).is_some() {
+        return Err(format!("{site} is busy with a disk of {} that moves there", offer.vm));
     }
     let regions = migrate::regions(&inventory);
     if offer.regions > regions {
@@ -305,7 +308,7 @@ async fn start_vm(
     volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
-        volumes::discard(vm, offer.migration, Rest::Goes).await;
+        volumes::discard(vm, offer.migration, Rest::Untouched).await;
     }
     started
 }

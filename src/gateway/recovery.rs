@@ -249,11 +249,11 @@ pub(crate) async fn drives(core: &Core, peer: &str, migration: MigrationId) -> b
     records.peek().is_some() && Standing::of(records.map(|record| &record.kind)) == Standing::Open
 }
 
-/// Whether a migration to `peer` that is over was begun again.
+/// Whether a migration to `peer` that is over was begun again, or is likely to be: nothing but a cut was the matter.
 pub(crate) fn is_followed(core: &Core, peer: &str, migration: MigrationId) -> bool {
     let entry = core.registry.get(migration);
     let entry = entry.filter(|entry| entry.role == api::Role::Source && entry.peer == peer);
-    entry.is_some_and(|entry| entry.successor().is_some())
+    entry.is_some_and(|entry| entry.successor().is_some() || entry.was_cut())
 }
 
 fn start_destination(core: &Arc<Core>, migration: MigrationId, peer: &str, vm: &str, start: DestinationStart) {

@@ -35,6 +35,8 @@ pub(crate) struct Registry {
     entries: Mutex<VecDeque<Arc<Entry>>>,
     /// Disks that move within the site, by VM: no migration of these begins. Locked after the entries.
     disk_moves: Mutex<HashMap<String, Arc<DiskMove>>>,
+    /// The last one of each VM that is over.
+    ended_moves: Mutex<HashMap<String, Arc<DiskMove>>>,
 }
 
 /// What a VM is in, so that a migration of it cannot begin.
@@ -101,6 +103,7 @@ struct State {
     /// It waits once its disks are copied, until then or until it is told to go on.
     warm: Option<Warm>,
     is_switchover_ordered: bool,
+    was_cut: bool,
     /// What becomes of the VM is known on this side, and what is left is to tidy up.
     decided: bool,
     ended_after: Option<f64>,
@@ -150,7 +153,17 @@ impl Registry {
 
     /// It does not any more.
     pub(crate) fn release(&self, moved: &Arc<DiskMove>) {
+        self.ended().insert(moved.vm.clone(), Arc::clone(moved));
         self.moves().remove(&moved.vm);
+    }
+
+    /// The last move of a disk of this VM that is over.
+    pub(crate) fn ended_disk_move(&self, vm: &str) -> Option<Arc<DiskMove>> {
+        self.ended().get(vm).cloned()
+    }
+
+    fn ended(&self) -> MutexGuard<'_, HashMap<String, Arc<DiskMove>>> {
+        self.ended_moves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The disk of this VM that moves.
@@ -178,8 +191,9 @@ impl Registry {
         let mut entries = self.entries();
         let added = Self::push(&mut entries, migration, &ended.vm, &ended.peer, ended.role, now);
         ended.finish(report, now);
+        // This very moment.
+        added.0.state().is_switchover_ordered = ended.state().is_switchover_ordered;
         if ended.cancel.is_cancelled() {
-            // This very moment.
             added.0.cancel.cancel();
         }
         added
@@ -430,6 +444,16 @@ impl Entry {
         Ok(Cancellation::Requested)
     }
 
+    /// The peer was away for too long.
+    pub(crate) fn set_cut(&self) {
+        self.state().was_cut = true;
+    }
+
+    /// Whether it ended for no other reason than that the peer was away for too long.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.state().was_cut && !self.cancel.is_cancelled()
+    }
+
     /// It waits with its disks copied.
     pub(crate) fn set_warm(&self, warm: Option<Warm>) {
         self.state().warm = warm;
@@ -440,6 +464,11 @@ impl Entry {
         let state = self.state();
         let goes_on_by_itself = |warm: Warm| warm.until_unix_ms.is_some_and(|until| until <= now_unix_ms);
         !state.is_switchover_ordered && state.warm.is_some_and(|warm| !goes_on_by_itself(warm))
+    }
+
+    /// When it goes on by itself, in milliseconds since the Unix epoch.
+    pub(crate) fn waits_until(&self) -> Option<u64> {
+        self.state().warm.and_then(|warm| warm.until_unix_ms)
     }
 
     /// Lets it go on that waits with its disks copied.

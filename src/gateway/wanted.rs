@@ -50,20 +50,20 @@ impl Wanted {
     /// # Errors
     /// Why it is not begun again, in words that follow what undid it.
     pub(crate) fn again(mut self, migration: MigrationId, most: u32, now_unix_ms: u64) -> Result<Self, String> {
-        if self.restarts >= most {
+        // One that waits may do so for weeks.
+        let waits = self.request.warm.is_some();
+        if !waits && self.restarts >= most {
             return Err(format!("it is not begun again (migration.restarts = {most})"));
         }
         // What waits has all of its time from when it goes on.
-        if self.request.warm.is_none()
-            && let Some(deadline) = &mut self.request.deadline_seconds
-        {
+        if !waits && let Some(deadline) = &mut self.request.deadline_seconds {
             *deadline -= now_unix_ms.saturating_sub(self.began_unix_ms) as f64 / 1e3;
             if *deadline <= 0.0 {
                 return Err("its deadline has passed".to_owned());
             }
         }
         self.began_unix_ms = now_unix_ms;
-        self.restarts += 1;
+        self.restarts += u32::from(!waits);
         self.earlier.push(migration);
         Ok(self)
     }
@@ -175,14 +175,21 @@ impl WantedFiles {
 
     /// It was told to go on, at this time: also its successor does not wait.
     pub(crate) async fn waits_no_more(&self, migration: MigrationId, now_unix_ms: u64) {
-        match self.lock().get_mut(&migration) {
-            None => return,
-            Some(wanted) => {
+        let ids: Vec<MigrationId> = {
+            let mut all = self.lock();
+            // It may be begun again this very moment.
+            let of_it =
+                |(id, wanted): &(&MigrationId, &mut Wanted)| **id == migration || wanted.earlier.contains(&migration);
+            let told = all.iter_mut().filter(of_it).map(|(id, wanted)| {
                 wanted.request.warm = None;
                 wanted.began_unix_ms = now_unix_ms;
-            }
+                *id
+            });
+            told.collect()
+        };
+        for id in ids {
+            self.write(id).await;
         }
-        self.write(migration).await;
     }
 
     async fn write(&self, migration: MigrationId) {

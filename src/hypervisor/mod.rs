@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! process.rs     a process that is never mistaken for another one
+//! file_lock.rs   locks of files, as QEMU takes them
 //! image_lock.rs  who holds the lock of an image that a QEMU was refused
 //! qmp/           one monitor connection: greeting, commands with deadlines, events in order
 //! nbd.rs         one export of a disk: reads, writes, which bytes are allocated and which are dirty
@@ -11,6 +12,7 @@
 //! Nothing here knows of peers, frames or the journal. Callers pass paths, durations and rates, and get typed answers
 //! whose documentation says in which state the guest is left.
 
+pub(crate) mod file_lock;
 pub(crate) mod image_lock;
 pub mod nbd;
 pub mod process;

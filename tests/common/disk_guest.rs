@@ -110,6 +110,12 @@ pub(crate) fn make(file: &Path, format: &str) {
     std::fs::remove_file(raw).unwrap();
 }
 
+/// Changes a raw image.
+pub(crate) fn write_at(file: &Path, offset: u64, bytes: &[u8]) {
+    let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, bytes, offset).unwrap();
+}
+
 /// Makes another image of one that nobody writes.
 pub(crate) fn convert(from: &Path, format: &str, to: &Path, to_format: &str) {
     run(

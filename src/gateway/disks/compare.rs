@@ -76,9 +76,12 @@ impl Told {
     /// Until the destination has closed the stream.
     ///
     /// # Errors
-    /// [`ToldError::Read`]
+    /// [`ToldError`]: something was said after the end, or before it where nothing was asked.
     pub(super) async fn end(&mut self) -> Result<(), ToldError> {
-        self.stream.read_to_end(&mut Vec::new()).await?;
+        let has_more = !self.received.is_empty() || self.stream.read(&mut [0; 16]).await? > 0;
+        if has_more {
+            return Err(HeldError::AfterTheEnd.into());
+        }
         Ok(())
     }
 }

@@ -31,7 +31,7 @@ pub(crate) async fn settle(core: Arc<Core>, vm: String, peer: String, migration:
             match ask(&core, &peer, migration).await {
                 Some(Reply::Followed) => return,
                 Some(Reply::Drives(false)) => {
-                    return volumes::remove_unfinished(vm, |of, _| of == migration).await;
+                    return volumes::remove_unfinished(vm, |of, is_over, _| is_over && of == migration).await;
                 }
                 _ => tokio::time::sleep(ASK_AGAIN).await,
             }
@@ -49,12 +49,14 @@ async fn ask(core: &Core, peer: &str, migration: MigrationId) -> Option<Reply> {
 
 /// Removes, for ever, what has been left for too long.
 pub(crate) async fn expire(core: Arc<Core>) {
-    let is_old = |_, file: &File| {
+    // A gateway may have been killed before it put something away.
+    let is_open = |migration| core.registry.get(migration).is_some_and(|entry| !entry.has_ended());
+    let is_old = |migration, is_over: bool, file: &File| {
         let modified = file.metadata().and_then(|metadata| metadata.modified());
         let age = modified
             .ok()
             .and_then(|modified| clock::wall().duration_since(modified).ok());
-        age.is_some_and(|age| age > UNFINISHED_FOR)
+        age.is_some_and(|age| age > UNFINISHED_FOR) && (is_over || !is_open(migration))
     };
     let mut looks = tokio::time::interval(EXPIRY);
     loop {

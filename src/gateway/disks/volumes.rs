@@ -15,11 +15,11 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr, statvfs};
-use rustix::process::{Flock, FlockOffsetType, FlockType, fcntl_getlk};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 
 use crate::config::{ImageFormat, Preallocation, Vm, VmImage};
+use crate::hypervisor::file_lock;
 use crate::hypervisor::qemu::short_name;
 use crate::proto::page::MigrationId;
 use crate::proto::wire::message::OfferedDisk;
@@ -144,7 +144,7 @@ pub(crate) async fn make(
             continue;
         }
         if let Err(reason) = make_one(image, migration, disk.size_bytes).await {
-            discard(vm, migration, Rest::Goes).await;
+            discard(vm, migration, Rest::Untouched).await;
             return Err(format!("{site}: {reason}"));
         }
     }
@@ -187,16 +187,14 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
     }
 }
 
+/// Whether no VM lives on it: one has left it, or a migration has begun to write it.
+pub(crate) fn is_marked(file: &File) -> bool {
+    Mark::of(file).is_some()
+}
+
 /// Whether a QEMU holds a lock of it: on bytes 100 to 164 for what it does with it, on 200 to 264 for what others must not (`block/file-posix.c`).
 pub(crate) fn is_used(file: &File) -> bool {
-    let lock = Flock {
-        start: 100,
-        length: 200,
-        pid: None,
-        typ: FlockType::WriteLock,
-        offset_type: FlockOffsetType::Set,
-    };
-    matches!(fcntl_getlk(file, &lock), Ok(Some(_)))
+    file_lock::is_held(file, 100..300)
 }
 
 /// Each file system has room for what its images take at the source, beside what is replaced there.
@@ -236,12 +234,13 @@ fn check_room(site: &str, images: &[&VmImage], disks: &[OfferedDisk]) -> Result<
 static MARKS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> Result<(), String> {
-    let _held = MARKS.lock().await;
     let path = image.path.display();
     let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
+    let fits = image.path.exists() && fits(image, size_bytes).await;
+    let held = MARKS.lock().await;
     let old = File::open(&image.path).ok();
     if let Some((file, mark)) = old.as_ref().and_then(|file| Some((file, Mark::of(file)?)))
-        && fits(image, size_bytes).await
+        && fits
     {
         let state = mark.state.written_again();
         tracing::info!(%path, state = state.word(), "an image is written again");
@@ -254,6 +253,8 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(unusable(error)),
     }
+    // What is made is marked at once, and may take an hour.
+    drop(held);
     make_new(image, migration, size_bytes).await
 }
 
@@ -348,10 +349,15 @@ pub(crate) enum Rest {
     Goes,
     /// Another migration may go on with them.
     Stays,
+    /// Nothing was written: they are what they were before.
+    Untouched,
 }
 
 /// Puts away what was made for a migration that the VM did not arrive in: what was there before it stays. To be called once the hypervisor is dead.
 pub(crate) async fn discard(vm: &Vm, migration: MigrationId, rest: Rest) {
+    if vm.images.is_empty() {
+        return;
+    }
     let _held = MARKS.lock().await;
     for image in &vm.images {
         put_away(&image.path, migration, rest).await;
@@ -371,8 +377,8 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
     };
     let state = match (mark.state, rest) {
         (State::Refreshed, _) => Some(State::Left),
-        (_, Rest::Stays) => Some(State::Unfinished),
-        (_, Rest::Goes) => None,
+        (_, Rest::Stays) | (State::Resumed, Rest::Untouched) => Some(State::Unfinished),
+        (_, Rest::Goes | Rest::Untouched) => None,
     };
     let done = match state {
         Some(state) => Mark { state, migration }.put(&file),
@@ -393,12 +399,19 @@ pub(crate) fn is_unfinished(vm: &Vm, migration: MigrationId) -> bool {
     vm.images.iter().any(|image| mark(image) == Some(unfinished))
 }
 
-/// Removes unfinished images of which this is so.
-pub(crate) async fn remove_unfinished(vm: &Vm, is_useless: impl Fn(MigrationId, &File) -> bool) {
+/// Removes images that a migration has begun to write and nobody goes on with, of which this is so. `is_over`: the migration is, and was put away.
+pub(crate) async fn remove_unfinished(vm: &Vm, is_useless: impl Fn(MigrationId, bool, &File) -> bool) {
+    if vm.images.is_empty() {
+        return;
+    }
     let _held = MARKS.lock().await;
     for image in &vm.images {
         let Ok(file) = File::open(&image.path) else { continue };
-        let is_useless = |mark: Mark| mark.state == State::Unfinished && is_useless(mark.migration, &file);
+        let is_useless = |mark: Mark| match mark.state {
+            State::Unfinished => is_useless(mark.migration, true, &file),
+            State::Arriving | State::Resumed => is_useless(mark.migration, false, &file),
+            State::Refreshed | State::Left => false,
+        };
         if Mark::of(&file).is_some_and(is_useless)
             && !is_used(&file)
             && tokio::fs::remove_file(&image.path).await.is_ok()

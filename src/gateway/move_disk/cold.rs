@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, fcntl_lock};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
@@ -19,8 +18,8 @@ use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan, Refusal, RefusalK
 use crate::config::ImageFormat;
 use crate::gateway::Core;
 use crate::gateway::disks::volumes;
-use crate::hypervisor::image_lock;
 use crate::hypervisor::process::Process;
+use crate::hypervisor::{file_lock, image_lock};
 use crate::proto::page::MigrationId;
 
 const QEMU_IMG: &str = "qemu-img";
@@ -37,8 +36,7 @@ const SAID_BYTES: u64 = 4096;
 /// The present image, held.
 #[derive(Debug)]
 pub(super) struct Source {
-    /// Has a lock on the whole of it, by which every QEMU is refused it. POSIX takes it away with any other descriptor of the same file that this
-    /// process closes: nothing else here may open the image meanwhile.
+    /// Has a lock on the whole of it, by which every QEMU is refused it.
     _lock: File,
     path: PathBuf,
     format: ImageFormat,
@@ -64,13 +62,18 @@ impl Source {
         let unusable = |error: std::io::Error| refused(format!("{shown} cannot be read: {error}"));
         let file = File::open(path).map_err(unusable)?;
         let about = file.metadata().map_err(unusable)?;
-        let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockShared);
+        let locked = file_lock::share_whole(&file);
         if volumes::is_used(&file) {
             let who = image_lock::who_writes(path).await.unwrap_or_default();
             let text = format!("{shown} is in use, and its VM cannot be asked to move it. {who}");
             return Err(Refusal::new(RefusalKind::Conflict, text.trim_end()));
         }
-        locked.map_err(|error| unusable(error.into()))?;
+        locked.map_err(unusable)?;
+        if volumes::is_marked(&file) {
+            return Err(refused(format!(
+                "{shown} is not the disk: its VM has left it for another site, or a migration has begun to write it"
+            )));
+        }
         let mut source = Source {
             _lock: file,
             path: path.to_owned(),
@@ -136,6 +139,7 @@ pub(super) async fn run(
         format: shown.format.clone(),
         remove_old: job.remove_old,
         live: None,
+        is_done: false,
     };
     this.publish(MoveDiskPhase::Making, 0, shown.size_bytes);
     let (outcome, reason) = match copy(core, this, shown, job, source, &record).await {
@@ -153,6 +157,14 @@ pub(super) async fn run(
             todo: Vec::new(),
         };
     }
+    let done = Record {
+        is_done: true,
+        ..record
+    };
+    if let Err(reason) = done.write(&core.config.state_dir).await {
+        tracing::warn!(vm = shown.vm, disk = shown.disk, "{reason}");
+    }
+    let record = done;
     volumes::keep_one(&shown.to, id);
     let mut todo = words::todo(&job.vm, &shown.disk, shown.from.as_deref(), &shown.to, &shown.format);
     let removed = match job.remove_old {

@@ -112,6 +112,11 @@ impl DiskMove {
         state.report = Some(report);
     }
 
+    /// Whether it came to an end that can be told.
+    pub(super) fn has_report(&self) -> bool {
+        self.state().report.is_some()
+    }
+
     /// Looks on until it is over.
     pub(super) fn follow(&self) -> mpsc::Receiver<MoveDiskEvent> {
         let (watcher, events) = mpsc::channel(WATCHER_QUEUE);

@@ -57,6 +57,7 @@ pub(super) async fn run(
             old_file: disk.node_file.clone(),
             turning: false,
         }),
+        is_done: false,
     };
     this.publish(MoveDiskPhase::Making, 0, shown.size_bytes);
     let stop = copy(core, this, shown, job, &vm, disk, &mut record).await;

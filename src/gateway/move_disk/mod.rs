@@ -103,12 +103,17 @@ async fn planned(core: &Arc<Core>, request: &MoveDiskRequest) -> Result<(Hold, P
     Ok((hold, plan))
 }
 
-/// Looks on at a move.
+/// Looks on at a move, or at how the last one ended.
 ///
 /// # Errors
-/// There is none of this disk.
+/// There is none of this disk since the gateway was started.
 pub(crate) fn follow(core: &Core, of: &DiskOfVm) -> Result<mpsc::Receiver<MoveDiskEvent>, Refusal> {
-    Ok(under_way(core, of)?.follow())
+    let ended = core.registry.ended_disk_move(&of.vm);
+    let ended = ended.filter(|this| this.disk == short_name(&of.disk) && this.has_report());
+    match (under_way(core, of), ended) {
+        (Ok(this), _) | (Err(_), Some(this)) => Ok(this.follow()),
+        (Err(refusal), None) => Err(refusal),
+    }
 }
 
 /// Cancels a move.

@@ -1,6 +1,7 @@
 //! What a move would do, and everything that speaks against it before anything is made.
 
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -257,6 +258,8 @@ fn new_path(
             .and_then(Path::file_name)
             .map_or(alone, PathBuf::from);
         request.to.join(renamed(&name, format))
+    } else if request.to.as_os_str().as_bytes().ends_with(b"/") {
+        return Err(refused(format!("there is no directory {}", request.to.display())));
     } else {
         request.to.clone()
     };

@@ -29,6 +29,9 @@ pub(super) struct Record {
     pub(super) remove_old: bool,
     /// Where a QEMU does it; `None`: the VM is off.
     pub(super) live: Option<InQemu>,
+    /// The VM is off, and the new image is its disk.
+    #[serde(default)]
+    pub(super) is_done: bool,
 }
 
 /// Where the disk is in which QEMU.

@@ -49,8 +49,14 @@ pub(super) async fn settle(
     let mut has_told = false;
     let settled = loop {
         let Some(live) = &record.live else {
-            cold::end_tools(&record.to).await;
-            break Settled::Undone;
+            break match record.is_done {
+                // The old image is looked after by hand from here on.
+                true => Settled::Turned {
+                    old_removed: false,
+                    advice: None,
+                },
+                false => Settled::Undone,
+            };
         };
         let reached = match vm.take() {
             Some(vm) => Reached::It(Box::new(vm)),
@@ -78,7 +84,11 @@ pub(super) async fn settle(
         tokio::time::sleep(RETRY).await;
     };
     match &settled {
-        Settled::Undone => volumes::discard_one(&record.to, record.id).await,
+        Settled::Undone => {
+            // One that allocates or copies outlives the process that started it, and an image that is removed.
+            cold::end_tools(&record.to).await;
+            volumes::discard_one(&record.to, record.id).await;
+        }
         Settled::Turned { .. } | Settled::InDoubt(_) => volumes::keep_one(&record.to, record.id),
     }
     record.remove(&core.config.state_dir).await;

@@ -197,7 +197,10 @@ impl SourceDriver {
         }
         let waits = self.disks.is_bulk_done.then(|| {
             let migration = self.entry.migration;
-            format!("its disks are kept up to date until `longhaul switchover {migration}`")
+            let until = self.entry.waits_until().and_then(|ms| i64::try_from(ms).ok());
+            let until = until.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+            let until = until.map_or_else(String::new, |until| format!("{until:.0} or "));
+            format!("its disks are kept up to date until {until}`longhaul switchover {migration}`")
         });
         if let (Some(figures), Some(copying), Some(link)) = (self.disks.figures(), &mut self.copying, &self.link) {
             copying.look_at_disks(clock::now(), figures, waits, link, &self.entry);

@@ -127,6 +127,7 @@ impl SourceDriver {
                 self.core.config.migration.longest_cut
             };
             (now.saturating_duration_since(since) > longest).then(|| {
+                self.entry.set_cut();
                 format!(
                     "the peer {} could not be reached for {} s",
                     self.entry.peer,

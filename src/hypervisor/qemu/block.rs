@@ -32,6 +32,8 @@ pub struct GuestDisk {
     pub allocated_bytes: u64,
     /// The image, where it is a file that can be named.
     pub file: Option<String>,
+    /// What is not in the image is in another one.
+    pub has_backing: bool,
 }
 
 /// The block layer of one QEMU, for as long as somebody uses it.
@@ -114,6 +116,7 @@ impl BlockLayer {
                 size_bytes: image["virtual-size"].as_u64().unwrap_or(0),
                 allocated_bytes: image["actual-size"].as_u64().unwrap_or(0),
                 file: file.map(str::to_owned),
+                has_backing: inserted["backing_file_depth"].as_u64().is_some_and(|depth| depth > 0),
             }
         };
         let entries = condition::writable_entries(&self.qmp).await?;

@@ -141,7 +141,8 @@ pub enum Reply {
     Pong(u64),
     /// No: it has nothing open of that name, so there is no PERMIT that the destination has not answered, and there will be none.
     Drives(bool),
-    /// As `Drives(false)`, and another migration of the same VM to the same place has begun, or is about to. Since version 10.
+    /// As `Drives(false)`, and another migration of the same VM to the same place has begun, or is likely to: what has arrived of disks is worth
+    /// keeping. Since version 10.
     Followed,
 }
 
