@@ -238,15 +238,18 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
     let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
     let fits = image.path.exists() && fits(image, size_bytes).await;
     let held = MARKS.lock().await;
-    let old = File::open(&image.path).ok();
-    if let Some((file, mark)) = old.as_ref().and_then(|file| Some((file, Mark::of(file)?)))
-        && fits
-    {
-        let state = mark.state.written_again();
-        tracing::info!(%path, state = state.word(), "an image is written again");
-        return Mark { state, migration }.put(file).map_err(unusable);
+    if let Ok(file) = File::open(&image.path) {
+        match Mark::of(&file) {
+            Some(mark) if fits => {
+                let state = mark.state.written_again();
+                tracing::info!(%path, state = state.word(), "an image is written again");
+                return Mark { state, migration }.put(&file).map_err(unusable);
+            }
+            Some(_) => {}
+            // Since it was looked at.
+            None => return Err(format!("{path} was put there this moment, by somebody else")),
+        }
     }
-    drop(old);
     // A large file is not gone at once.
     match tokio::fs::remove_file(&image.path).await {
         Ok(()) => tracing::info!(%path, "an image is replaced"),
