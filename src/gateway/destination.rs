@@ -394,7 +394,7 @@ impl DestinationDriver {
             let (socket, disks) = (self.core.disk_socket(self.entry.migration), &self.disks);
             let vm = self.core.config.vm(&self.entry.vm);
             let are_new = vm.is_some_and(|vm| volumes::are_empty(vm, self.entry.migration));
-            let key = BlockKey::of(self.entry.migration);
+            let key = BlockKey::of(self.entry.migration.0);
             let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, are_new, key).await?;
             self.take = Some(task);
             let end = Arc::new(Mutex::new(Some(end)));

@@ -195,11 +195,10 @@ enum Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::page::MigrationId;
 
     #[test]
     fn equal_blocks_are_the_same_zeroes_are_told_and_the_rest_is_sent() {
-        let key = BlockKey::of(MigrationId([1; 16]));
+        let key = BlockKey::of([1; 16]);
         let block = |byte| vec![byte; BLOCK as usize];
         let here = Bytes::from([block(1), block(2), block(0), block(0), block(0), block(3), vec![4; 100]].concat());
         let there = [block(1), block(2), block(0), block(9), block(9), block(9), vec![4; 100]].concat();

@@ -112,7 +112,7 @@ impl Pull {
                 let rounds = Rounds {
                     entry: Arc::clone(&entry),
                     block,
-                    key: BlockKey::of(entry.migration),
+                    key: BlockKey::of(entry.migration.0),
                     told: Told::new(told, &disks),
                     asks,
                     disks,

@@ -22,8 +22,6 @@ use std::ops::Range;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::proto::page::MigrationId;
-
 /// Bytes that are compared at a time: what a page cache writes.
 pub const BLOCK: u64 = 4096;
 
@@ -49,10 +47,10 @@ const FLUSHED: u8 = 3;
 pub struct BlockKey([u8; 32]);
 
 impl BlockKey {
-    /// That of a migration.
+    /// That of the migration of this name.
     #[must_use]
-    pub fn of(migration: MigrationId) -> Self {
-        Self(blake3::derive_key("longhaul 2026-11 blocks of disks", &migration.0))
+    pub fn of(migration: [u8; 16]) -> Self {
+        Self(blake3::derive_key("longhaul 2026-11 blocks of disks", &migration))
     }
 
     /// Of each block of these bytes; the last one may be short.
@@ -337,7 +335,7 @@ mod tests {
 
     #[test]
     fn the_same_block_has_another_digest_in_another_migration() {
-        let of = |migration| BlockKey::of(MigrationId([migration; 16])).digests(&[0; 4096]);
+        let of = |migration| BlockKey::of([migration; 16]).digests(&[0; 4096]);
         assert_ne!(of(1), of(2));
         assert_eq!(of(1), of(1));
     }
