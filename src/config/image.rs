@@ -72,6 +72,8 @@ impl ImageFormat {
 
 /// One table.
 pub(super) fn read(mut section: Section<'_>) -> VmImage {
+    let base = section.value("base", parse_absolute);
+    let base_format = section.value("base-format", ImageFormat::from_str);
     let image = VmImage {
         disk: section.required("disk", parse_disk).unwrap_or_default(),
         path: section.required("path", parse_absolute).unwrap_or_default(),
@@ -81,16 +83,10 @@ pub(super) fn read(mut section: Section<'_>) -> VmImage {
         preallocation: section
             .value("preallocation", Preallocation::from_str)
             .unwrap_or(Preallocation::Off),
-        base: None,
-    };
-    let base = section.value("base", parse_absolute);
-    let base_format = section.value("base-format", ImageFormat::from_str);
-    let image = VmImage {
         base: base.map(|path| BaseImage {
             path,
             format: base_format.unwrap_or(ImageFormat::Qcow2),
         }),
-        ..image
     };
     if base_format.is_some() && image.base.is_none() {
         section.mistake("base-format", "is of no use without base".to_owned());

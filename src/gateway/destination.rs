@@ -10,9 +10,10 @@ use tokio_util::task::AbortOnDropHandle;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
+use super::disks::mark::{self, Rest};
 use super::disks::rest;
 use super::disks::take::{self, Taken};
-use super::disks::volumes::{self, Rest};
+use super::disks::volumes;
 use super::hooks;
 use super::inbound::{Inbound, Progress, Shelf};
 use super::keeping;
@@ -257,11 +258,11 @@ impl DestinationDriver {
         self.stop_disks();
         if let Some(vm) = self.core.config.vm(&self.entry.vm) {
             match verdict {
-                Verdict::Running => volumes::keep(vm, self.entry.migration),
+                Verdict::Running => mark::keep(vm, self.entry.migration),
                 Verdict::Aborted(_) | Verdict::Reverted => {
                     let rest = self.rest_of_disks();
-                    volumes::discard(vm, self.entry.migration, rest).await;
-                    if rest == Rest::Stays && volumes::is_unfinished(vm, self.entry.migration) {
+                    mark::discard(vm, self.entry.migration, rest).await;
+                    if rest == Rest::Stays && mark::is_unfinished(vm, self.entry.migration) {
                         let Entry {
                             migration, vm, peer, ..
                         } = &*self.entry;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Core;
-use super::disks::volumes::{self, Rest};
+use super::disks::mark::{self, Rest};
 use crate::hypervisor::process::Process;
 use crate::proto::ownership::Role;
 use crate::proto::page::MigrationId;
@@ -49,7 +49,7 @@ pub(crate) async fn end_unrecorded(core: &Core) {
             }
             let _ = std::fs::remove_file(log);
             for vm in &core.config.vms {
-                volumes::discard(vm, migration, Rest::Untouched).await;
+                mark::discard(vm, migration, Rest::Untouched).await;
             }
         }
         let _ = std::fs::remove_file(marker);

@@ -10,7 +10,8 @@ use super::channel::Channel;
 use super::destination::{DestinationDriver, DestinationStart};
 use super::destination_vmm::DestinationVmm;
 use super::disks::check_offer;
-use super::disks::volumes::{self, Old, Rest};
+use super::disks::mark::{self, Rest};
+use super::disks::volumes::{self, Old};
 use super::hooks::{self, Facts};
 use super::inbound::Shelf;
 use super::keeping::{self, Found, Slots};
@@ -47,7 +48,7 @@ pub(crate) async fn check(
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
-                volumes::discard(vm, offer.migration, Rest::Untouched).await;
+                mark::discard(vm, offer.migration, Rest::Untouched).await;
                 Ok(())
             }
             Err(reason) => Err(reason),
@@ -308,7 +309,7 @@ async fn start_vm(
     volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
-        volumes::discard(vm, offer.migration, Rest::Untouched).await;
+        mark::discard(vm, offer.migration, Rest::Untouched).await;
     }
     started
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::disks::volumes;
+use super::disks::mark;
 use super::vm_context::VmContext;
 use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu::{FreezeError, Frozen, RunState, SourceError, SourceVm, Undone};
@@ -73,7 +73,7 @@ impl SourceVmm {
 
     /// Its guest uses the images that are copied, whatever they were before.
     pub(crate) fn claim_images(&self) {
-        volumes::claim(self.context.images.iter().map(PathBuf::as_path));
+        mark::claim(self.context.images.iter().map(PathBuf::as_path));
     }
 
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
@@ -309,7 +309,7 @@ impl SourceVmm {
     /// # Errors
     /// A sentence: it still exists.
     pub(crate) async fn discard(&mut self, migration: MigrationId) -> Result<(), String> {
-        volumes::leave(self.context.images.iter().map(PathBuf::as_path), migration);
+        mark::leave(self.context.images.iter().map(PathBuf::as_path), migration);
         if self.is_dead() {
             return Ok(());
         }

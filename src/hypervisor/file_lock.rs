@@ -16,9 +16,20 @@ pub(crate) fn share_whole(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether somebody holds any lock on these bytes, by another open file than this one.
-pub(crate) fn is_held(file: &File, bytes: Range<off_t>) -> bool {
-    let mut found = lock(F_WRLCK, bytes);
+/// Which locks are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Of {
+    Any,
+    /// Those that keep others from reading.
+    Exclusive,
+}
+
+/// Whether somebody holds a lock on these bytes, by another open file than this one.
+pub(crate) fn is_held(file: &File, bytes: Range<off_t>, of: Of) -> bool {
+    let mut found = match of {
+        Of::Any => lock(F_WRLCK, bytes),
+        Of::Exclusive => lock(F_RDLCK, bytes),
+    };
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut found)).is_ok() && c_int::from(found.l_type) != F_UNLCK
 }
 
@@ -42,12 +53,13 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = || File::open(file.path()).unwrap();
         let (held, other) = (open(), open());
-        assert!(!is_held(&other, 100..300));
+        assert!(!is_held(&other, 100..300, Of::Any));
         share_whole(&held).unwrap();
         drop(open());
-        assert!(is_held(&other, 100..300));
-        assert!(!is_held(&held, 100..300));
+        assert!(is_held(&other, 100..300, Of::Any));
+        assert!(!is_held(&held, 100..300, Of::Any));
+        assert!(!is_held(&other, 100..300, Of::Exclusive));
         drop(held);
-        assert!(!is_held(&other, 100..300));
+        assert!(!is_held(&other, 100..300, Of::Any));
     }
 }

@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FileType, OFlags, Statx, StatxFlags, statx};
-use rustix::process::{Flock, FlockOffsetType, FlockType, fcntl_getlk};
 
+use super::file_lock::{Of, is_held};
 use super::process::Process;
 
 /// Looks for whoever holds the lock of which `text` speaks, and gives a sentence that says it and what to do. `None`: it speaks of no lock,
@@ -384,18 +384,12 @@ fn is_locked(path: &Path, wanted: &Wanted) -> bool {
         .read(true)
         .custom_flags(i32::try_from(flags).unwrap_or_default())
         .open(path);
-    let probe = Flock {
-        start: wanted.byte,
-        length: 1,
-        pid: None,
-        typ: if wanted.only_exclusive {
-            FlockType::ReadLock
-        } else {
-            FlockType::WriteLock
-        },
-        offset_type: FlockOffsetType::Set,
+    let of = match wanted.only_exclusive {
+        true => Of::Exclusive,
+        false => Of::Any,
     };
-    opened.is_ok_and(|file| matches!(fcntl_getlk(&file, &probe), Ok(Some(_))))
+    let byte = i64::try_from(wanted.byte).unwrap_or(i64::MAX - 1);
+    opened.is_ok_and(|file| is_held(&file, byte..byte + 1, of))
 }
 
 /// QEMU's permissions in the order of their numbers (`bdrv_perm_names`, QEMU `block.c`).

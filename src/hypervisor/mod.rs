@@ -4,6 +4,7 @@
 //! process.rs     a process that is never mistaken for another one
 //! file_lock.rs   locks of files, as QEMU takes them
 //! image_lock.rs  who holds the lock of an image that a QEMU was refused
+//! qemu_img.rs    the tool that makes and copies images
 //! qmp/           one monitor connection: greeting, commands with deadlines, events in order
 //! nbd.rs         one export of a disk: reads, writes, which bytes are allocated and which are dirty
 //! qemu/          one virtual machine: what it is, how its settings are changed and put back, and the steps of a migration
@@ -17,4 +18,5 @@ pub(crate) mod image_lock;
 pub mod nbd;
 pub mod process;
 pub mod qemu;
+pub(crate) mod qemu_img;
 pub mod qmp;

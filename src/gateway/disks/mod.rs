@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! source's QEMU ─ NBD ─▶ pull ─▶ records ─▶ tunnel's entrance ══ lanes ══▶ tunnel's exit ─▶ records ─▶ take ─ NBD ─▶ destination's QEMU
-//!                  rounds over dirty bitmaps                                         images: made, kept or removed by volumes
+//!                  rounds over dirty bitmaps                                         images: made by volumes, kept or removed by mark
 //!                  compare ◀──────────── what the images hold already ◀──────────────────────────────── tell
 //! ```
 //!
@@ -15,6 +15,7 @@
 //! The source's disks stay what they are until the VM runs at the destination.
 
 mod compare;
+pub(crate) mod mark;
 pub(crate) mod pull;
 pub(crate) mod rest;
 pub(crate) mod take;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::volumes;
+use super::mark;
 use crate::gateway::channel::Channel;
 use crate::gateway::{Core, clock};
 use crate::proto::page::MigrationId;
@@ -27,11 +27,11 @@ const UNFINISHED_FOR: Duration = Duration::from_secs(24 * 3600);
 /// still do so.
 pub(crate) async fn settle(core: Arc<Core>, vm: String, peer: String, migration: MigrationId) {
     let asked = async {
-        while let Some(vm) = core.config.vm(&vm).filter(|vm| volumes::is_unfinished(vm, migration)) {
+        while let Some(vm) = core.config.vm(&vm).filter(|vm| mark::is_unfinished(vm, migration)) {
             match ask(&core, &peer, migration).await {
                 Some(Reply::Followed) => return,
                 Some(Reply::Drives(false)) => {
-                    return volumes::remove_unfinished(vm, |of, is_over, _| is_over && of == migration).await;
+                    return mark::remove_unfinished(vm, |of, is_over, _| is_over && of == migration).await;
                 }
                 _ => tokio::time::sleep(ASK_AGAIN).await,
             }
@@ -62,7 +62,7 @@ pub(crate) async fn expire(core: Arc<Core>) {
     loop {
         looks.tick().await;
         for vm in &core.config.vms {
-            volumes::remove_unfinished(vm, is_old).await;
+            mark::remove_unfinished(vm, is_old).await;
         }
     }
 }

@@ -315,11 +315,7 @@ impl<'a> Flushes<'a> {
             flushed.unwrap_or(Err(TakeError::BrokenOff))?;
         }
         if self.open.is_empty() && self.unflushed > 0 {
-            self.unflushed = 0;
-            self.began = clock::now();
-            for target in self.targets {
-                self.open.spawn(target.ask(|disk| async move { disk.flush().await }));
-            }
+            self.flush();
         }
         Ok(())
     }
@@ -327,9 +323,16 @@ impl<'a> Flushes<'a> {
     /// Makes durable what was written before.
     async fn all(&mut self) -> Result<(), TakeError> {
         settle(&mut self.open, 0).await?;
-        self.unflushed = 1;
-        self.begin()?;
+        self.flush();
         settle(&mut self.open, 0).await
+    }
+
+    fn flush(&mut self) {
+        self.unflushed = 0;
+        self.began = clock::now();
+        for target in self.targets {
+            self.open.spawn(target.ask(|disk| async move { disk.flush().await }));
+        }
     }
 }
 

@@ -1,7 +1,6 @@
 //! The VM is off: `qemu-img` copies its image, and compares the two, while nobody can start the VM from it.
 
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,16 +12,15 @@ use tokio::process::Command;
 
 use super::plan::{Job, refused};
 use super::record::Record;
-use super::{DiskMove, Ended, live, settle, words};
+use super::{DiskMove, Ended, Stop, make, settle, words};
 use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan, Refusal, RefusalKind};
 use crate::config::ImageFormat;
 use crate::gateway::Core;
-use crate::gateway::disks::volumes;
+use crate::gateway::disks::{mark, volumes};
 use crate::hypervisor::process::Process;
+use crate::hypervisor::qemu_img::{self, QemuImgError};
 use crate::hypervisor::{file_lock, image_lock};
 use crate::proto::page::MigrationId;
-
-const QEMU_IMG: &str = "qemu-img";
 
 /// Time for looking at an image.
 const LOOK_DEADLINE: Duration = Duration::from_secs(30);
@@ -49,12 +47,6 @@ pub(super) struct Source {
     pub(super) is_encrypted: bool,
 }
 
-/// Why the copy is not there.
-enum Stop {
-    Cancelled,
-    Failed(String),
-}
-
 impl Source {
     /// Takes hold of an image that nobody uses.
     pub(super) async fn open(path: &Path, format: ImageFormat) -> Result<Source, Refusal> {
@@ -69,7 +61,7 @@ impl Source {
             return Err(Refusal::new(RefusalKind::Conflict, text.trim_end()));
         }
         locked.map_err(unusable)?;
-        if volumes::is_marked(&file) {
+        if mark::is_marked(&file) {
             return Err(refused(format!(
                 "{shown} is not the disk: its VM has left it for another site, or a migration has begun to write it"
             )));
@@ -86,23 +78,16 @@ impl Source {
             has_backing: false,
             is_encrypted: false,
         };
-        let mut info = Command::new(QEMU_IMG);
-        info.args(["info", "--output=json", &source.unlocked()])
-            .stdin(Stdio::null())
-            .kill_on_drop(true);
-        let said = tokio::time::timeout(LOOK_DEADLINE, info.output()).await;
-        let said = said.map_err(|_| refused(format!("{shown} could not be looked at within {LOOK_DEADLINE:?}")))?;
-        let said = said.map_err(|error| refused(not_started(&error)))?;
-        let about: Value = match serde_json::from_slice(&said.stdout) {
-            Ok(about) if said.status.success() => about,
-            _ => {
-                let error = String::from_utf8_lossy(&said.stderr);
-                return Err(refused(format!(
-                    "{shown} is no {format} image that can be read: {}",
-                    one_line(&error)
-                )));
-            }
+        let mut info = qemu_img::command();
+        info.args(["info", "--output=json", &source.unlocked()]);
+        let said = match qemu_img::run(info, LOOK_DEADLINE).await {
+            Ok(said) => Ok(said),
+            Err(QemuImgError::Failed(error)) => Err(error),
+            Err(error) => return Err(refused(error)),
         };
+        let about = said.and_then(|said| serde_json::from_slice::<Value>(&said).map_err(|error| error.to_string()));
+        let about =
+            about.map_err(|error| refused(format!("{shown} is no {format} image that can be read: {error}")))?;
         source.size_bytes = about["virtual-size"].as_u64().unwrap_or(0);
         // A device has no holes that could be told.
         let allocated = about["actual-size"].as_u64().unwrap_or(0);
@@ -165,7 +150,7 @@ pub(super) async fn run(
         tracing::warn!(vm = shown.vm, disk = shown.disk, "{reason}");
     }
     let record = done;
-    volumes::keep_one(&shown.to, id);
+    mark::keep_one(&shown.to, id);
     let mut todo = words::todo(&job.vm, &shown.disk, shown.from.as_deref(), &shown.to, &shown.format);
     let removed = match job.remove_old {
         true => settle::remove_file(&source.path)
@@ -191,15 +176,9 @@ async fn copy(
     source: &Source,
     record: &Record,
 ) -> Result<(), Stop> {
-    record.write(&core.config.state_dir).await.map_err(Stop::Failed)?;
-    let made = tokio::select! {
-        made = volumes::make_new(&job.image, record.id, shown.size_bytes) => made,
-        () = this.cancelled() => return Err(Stop::Cancelled),
-    };
-    made.map_err(Stop::Failed)?;
-    live::give_to(&shown.to, source.owner.0, source.owner.1);
+    make(core, this, shown, job, record, Some(source.owner)).await?;
 
-    let mut convert = Command::new(QEMU_IMG);
+    let mut convert = qemu_img::command();
     // It has just been made, so what is not written is zero.
     convert.args(["convert", "-p", "-n", "--target-is-zero", "-O", &shown.format]);
     if let Some(rate) = job.rate_bytes_per_second {
@@ -217,7 +196,7 @@ async fn copy(
     let flushed = flushed.await.expect("flushing a file does not panic");
     flushed.map_err(|error| failed(error.to_string()))?;
 
-    let mut compare = Command::new(QEMU_IMG);
+    let mut compare = qemu_img::command();
     let file = json!({ "driver": "file", "filename": shown.to });
     let new = format!("json:{}", json!({ "driver": shown.format, "file": file }));
     compare.args(["compare", "-p", &source.unlocked(), &new]);
@@ -246,12 +225,9 @@ async fn follow(
     phase: MoveDiskPhase,
     size_bytes: u64,
 ) -> Result<Result<(), (Option<i32>, String)>, Stop> {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    let mut child = command.spawn().map_err(|error| Stop::Failed(not_started(&error)))?;
+    let not_run = |error: std::io::Error| Stop::Failed(QemuImgError::from(error).to_string());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(not_run)?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let shows = async {
         let mut stdout = stdout.expect("it was asked for");
@@ -278,14 +254,14 @@ async fn follow(
             return Err(Stop::Cancelled);
         }
     };
-    let status = status.map_err(|error| Stop::Failed(not_started(&error)))?;
+    let status = status.map_err(not_run)?;
     if status.success() {
         return Ok(Ok(()));
     }
     let said = if said.trim().is_empty() {
         status.to_string()
     } else {
-        one_line(&said)
+        qemu_img::one_line(&said)
     };
     Ok(Err((status.code(), said)))
 }
@@ -295,18 +271,6 @@ fn percent(bytes: &[u8]) -> Option<f64> {
     let text = std::str::from_utf8(bytes).ok()?;
     let (before, _) = text.rsplit_once("/100%)")?;
     before.rsplit_once('(')?.1.trim().parse().ok()
-}
-
-fn not_started(error: &std::io::Error) -> String {
-    match error.kind() {
-        ErrorKind::NotFound => format!("{QEMU_IMG} is not installed (Debian: qemu-utils), which copies images"),
-        _ => format!("{QEMU_IMG} cannot be run: {error}"),
-    }
-}
-
-fn one_line(text: &str) -> String {
-    let text = text.trim().replace('\n', " ");
-    text.strip_prefix("qemu-img: ").unwrap_or(&text).to_owned()
 }
 
 /// Ends every `qemu-img` that an earlier process has started on an image.
@@ -321,7 +285,9 @@ pub(super) async fn end_tools(image: &Path) {
             continue;
         };
         let arguments = process.arguments().unwrap_or_default();
-        let is_tool = arguments.first().is_some_and(|program| program.ends_with(QEMU_IMG));
+        let is_tool = arguments
+            .first()
+            .is_some_and(|program| program.ends_with(qemu_img::PROGRAM));
         if is_tool
             && arguments.iter().any(names_it)
             && let Err(error) = process.kill(KILL_DEADLINE).await

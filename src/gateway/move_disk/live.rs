@@ -1,28 +1,19 @@
 //! The VM runs: its QEMU copies, and turns the guest to the new image.
 
-use std::path::Path;
 use std::time::Duration;
 
 use super::record::{InQemu, Record};
 use super::settle::{self, Settled};
-use super::{DiskMove, Ended, plan::Job, words};
+use super::{DiskMove, Ended, Stop, make, plan::Job, words};
 use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan};
 use crate::config::Preallocation;
 use crate::gateway::Core;
-use crate::gateway::disks::volumes;
 use crate::hypervisor::qemu::{MirrorError, MirrorJob, MirrorVm, MovableDisk, Target};
 use crate::hypervisor::qmp::Events;
 use crate::proto::page::MigrationId;
 
 /// Between two looks at the job.
 const POLL: Duration = Duration::from_millis(200);
-
-/// Why a copy did not get to its end.
-#[derive(Debug)]
-enum Stop {
-    Cancelled,
-    Failed(String),
-}
 
 impl From<MirrorError> for Stop {
     fn from(error: MirrorError) -> Self {
@@ -101,15 +92,7 @@ async fn copy(
     record: &mut Record,
 ) -> Result<(), Stop> {
     let state_dir = &core.config.state_dir;
-    record.write(state_dir).await.map_err(Stop::Failed)?;
-    let made = tokio::select! {
-        made = volumes::make_new(&job.image, record.id, shown.size_bytes) => made,
-        () = this.cancelled() => return Err(Stop::Cancelled),
-    };
-    made.map_err(Stop::Failed)?;
-    if let Some((user, group)) = vm.user() {
-        give_to(&shown.to, user, group);
-    }
+    make(core, this, shown, job, record, vm.user()).await?;
     let node = record
         .live
         .as_ref()
@@ -169,11 +152,4 @@ async fn failed_operation(events: &mut Events, node: &str) -> String {
         }
     }
     std::future::pending().await
-}
-
-/// The image belongs to whoever opens it. Where that is somebody else and we may not give it away, QEMU says so when it opens it.
-pub(super) fn give_to(image: &Path, user: u32, group: u32) {
-    if let Err(error) = std::os::unix::fs::chown(image, Some(user), Some(group)) {
-        tracing::debug!(image = %image.display(), user, group, "it keeps its owner: {error}");
-    }
 }

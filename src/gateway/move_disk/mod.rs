@@ -22,7 +22,9 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 pub(crate) use self::following::DiskMove;
-use self::plan::{How, Plan};
+use self::plan::{How, Job, Plan};
+use self::record::Record;
+use super::disks::volumes;
 use super::registry::Busy;
 use super::{Core, clock, random};
 use crate::api::{
@@ -41,6 +43,13 @@ struct Ended {
     reason: Option<String>,
     old_removed: bool,
     todo: Vec<String>,
+}
+
+/// Why a copy did not get to its end.
+#[derive(Debug)]
+enum Stop {
+    Cancelled,
+    Failed(String),
 }
 
 /// Holds a VM for a move: it is free for others when this is dropped.
@@ -171,4 +180,28 @@ async fn run(hold: Hold, plan: Plan) {
     // Whoever hears of the end may ask for the next.
     drop(hold);
     this.finish(report);
+}
+
+/// Makes the new image, of which the record is written before. It belongs to whoever opens it, as far as that is known.
+async fn make(
+    core: &Core,
+    this: &DiskMove,
+    shown: &MoveDiskPlan,
+    job: &Job,
+    record: &Record,
+    owner: Option<(u32, u32)>,
+) -> Result<(), Stop> {
+    record.write(&core.config.state_dir).await.map_err(Stop::Failed)?;
+    let made = tokio::select! {
+        made = volumes::make_new(&job.image, record.id, shown.size_bytes) => made,
+        () = this.cancelled() => return Err(Stop::Cancelled),
+    };
+    made.map_err(Stop::Failed)?;
+    if let Some((user, group)) = owner {
+        // Where we may not give it away, QEMU says so when it opens it.
+        if let Err(error) = std::os::unix::fs::chown(&shown.to, Some(user), Some(group)) {
+            tracing::debug!(image = %shown.to.display(), user, group, "it keeps its owner: {error}");
+        }
+    }
+    Ok(())
 }

@@ -9,7 +9,7 @@ use super::plan::MONITOR_DEADLINE;
 use super::record::{InQemu, Record};
 use super::{Hold, cold, words};
 use crate::gateway::Core;
-use crate::gateway::disks::volumes;
+use crate::gateway::disks::{mark, volumes};
 use crate::hypervisor::qemu::{MirrorError, MirrorJob, MirrorVm};
 use crate::hypervisor::qmp::QmpError;
 
@@ -87,9 +87,9 @@ pub(super) async fn settle(
         Settled::Undone => {
             // One that allocates or copies outlives the process that started it, and an image that is removed.
             cold::end_tools(&record.to).await;
-            volumes::discard_one(&record.to, record.id).await;
+            mark::discard_one(&record.to, record.id).await;
         }
-        Settled::Turned { .. } | Settled::InDoubt(_) => volumes::keep_one(&record.to, record.id),
+        Settled::Turned { .. } | Settled::InDoubt(_) => mark::keep_one(&record.to, record.id),
     }
     record.remove(&core.config.state_dir).await;
     settled

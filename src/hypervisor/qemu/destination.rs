@@ -343,20 +343,12 @@ impl DestinationVm {
         Ok(())
     }
 
-    /// Lets it end by itself and waits until it is gone. Its guest, which has not run, is lost; its images are as they were written.
+    /// Lets it end by itself, so that its images are as they were written, and kills it if it does not. Its guest, which has not run, is lost.
     ///
     /// # Errors
-    /// Those of the monitor; [`ProcessError::DidNotEnd`].
+    /// As [`DestinationVm::kill`].
     pub async fn quit(&self, deadline: Duration) -> Result<(), DestinationError> {
-        let asked = self.qmp.execute("quit", json!({})).await;
-        // It may close the connection before it answers.
-        if let Err(error) = asked
-            && error.is_refusal()
-        {
-            return Err(error.into());
-        }
-        self.process.wait_gone(deadline).await?;
-        Ok(())
+        Ok(super::quit(&self.qmp, &self.process, deadline).await?)
     }
 
     /// Ends the process and waits until it is really gone: SIGKILL, through a descriptor that cannot mean another process.
