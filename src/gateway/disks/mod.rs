@@ -17,6 +17,7 @@
 mod compare;
 pub(crate) mod mark;
 pub(crate) mod pull;
+mod records;
 pub(crate) mod rest;
 pub(crate) mod take;
 mod tell;

@@ -13,23 +13,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::compare::{self, Compared, Found, Told, ToldError};
+use super::compare::{self, Compared, Told, ToldError};
+use super::records::Records;
 use crate::api::DiskFigures;
 use crate::gateway::registry::Entry;
 use crate::gateway::{Core, clock, tunnel};
 use crate::hypervisor::nbd::{NbdClient, NbdError};
-use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GRANULARITY, GuestDisk, PREFIX};
+use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX};
 use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, transfers};
 use crate::proto::disk::held::{BlockKey, Part};
-use crate::proto::disk::nbd::{Content, MetaContext, Piece, Reading};
-use crate::proto::disk::stream::Writer;
+use crate::proto::disk::nbd::{MetaContext, Piece, Reading};
 use crate::proto::wire::hello;
 
 /// Time for an export to be opened.
@@ -118,8 +115,7 @@ impl Pull {
                     disks,
                     socket,
                     site,
-                    stream,
-                    writer: Writer::default(),
+                    records: Records::new(stream, Arc::clone(&tell)),
                     tell: Arc::clone(&tell),
                     ordered,
                 };
@@ -194,8 +190,7 @@ struct Rounds {
     disks: Vec<GuestDisk>,
     socket: PathBuf,
     site: String,
-    stream: OwnedWriteHalf,
-    writer: Writer,
+    records: Records,
     /// What the destination says.
     told: Told,
     /// It can.
@@ -269,8 +264,7 @@ impl Rounds {
         self.next_bitmap(None, number).await?;
         self.block.serve(&self.socket).await?;
         if self.asks {
-            let question = self.writer.ask();
-            self.stream.write_all(&question).await?;
+            self.records.ask().await?;
         }
         self.round(None).await?;
         if self.asks {
@@ -293,9 +287,7 @@ impl Rounds {
                 break;
             }
         }
-        let end = std::mem::take(&mut self.writer).end();
-        self.stream.write_all(&end).await?;
-        self.stream.shutdown().await?;
+        self.records.end().await?;
         self.tell.send_modify(|state| state.is_complete = true);
         // The destination closes it once it has everything.
         self.told.end().await?;
@@ -325,9 +317,7 @@ impl Rounds {
         for number in 0..self.disks.len() {
             self.read_disk(number, dirty.map(bitmap)).await?;
         }
-        let end = self.writer.round();
-        self.stream.write_all(&end).await?;
-        self.tell.send_modify(|state| state.figures.rounds += 1);
+        self.records.round().await?;
         Ok(())
     }
 
@@ -462,9 +452,10 @@ impl Rounds {
         open: &mut VecDeque<Open>,
         most: usize,
     ) -> Result<(), PullError> {
+        let id = u16::try_from(number).expect("an offer has few disks");
         while open.len() > most {
             match open.pop_front() {
-                Some(Open::Zeroes { range, are_there }) => self.zeroes(number, range, are_there).await?,
+                Some(Open::Zeroes { range, are_there }) => self.records.zeroes(id, range, are_there).await?,
                 Some(Open::Read {
                     start,
                     has_zeroes,
@@ -472,7 +463,7 @@ impl Rounds {
                 }) => {
                     let pieces = read.await.map_err(std::io::Error::other)?;
                     let pieces = pieces.map_err(|error| self.cannot_read(disk, error))?;
-                    self.pieces(number, start, pieces, has_zeroes).await?;
+                    self.records.pieces(id, start, pieces, has_zeroes).await?;
                 }
                 Some(Open::Compared {
                     start,
@@ -481,100 +472,12 @@ impl Rounds {
                 }) => {
                     let compared = compared.await.map_err(std::io::Error::other)?;
                     let compared = compared.map_err(|error| self.cannot_read(disk, error))?;
-                    self.count(read_bytes);
-                    self.compared(number, start, compared).await?;
+                    self.records.count(read_bytes);
+                    self.records.compared(id, start, compared).await?;
                 }
                 None => {}
             }
         }
-        Ok(())
-    }
-
-    async fn pieces(
-        &mut self,
-        number: usize,
-        start: u64,
-        pieces: Vec<Piece>,
-        has_zeroes: bool,
-    ) -> Result<(), PullError> {
-        let mut offset = start;
-        for piece in pieces {
-            match piece.content {
-                Content::Data(data) => {
-                    self.count(data.len() as u64);
-                    self.data(number, offset, data.clone(), has_zeroes).await?;
-                    offset += data.len() as u64;
-                }
-                Content::Hole(length) => {
-                    self.zeroes(number, offset..offset + length, has_zeroes).await?;
-                    offset += length;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn compared(&mut self, number: usize, start: u64, compared: Vec<Compared>) -> Result<(), PullError> {
-        let mut offset = start;
-        for Compared { length, found } in compared {
-            match found {
-                Found::Same(digests) => {
-                    let record = self.writer.same(id(number), offset, length, &digests);
-                    self.stream.write_all(&record).await?;
-                    self.tell.send_modify(|state| state.figures.same_bytes += length);
-                }
-                Found::Zeroes => self.zeroes(number, offset..offset + length, false).await?,
-                Found::Data(data) => self.put(number, offset, &data).await?,
-            }
-            offset += length;
-        }
-        Ok(())
-    }
-
-    fn count(&self, read_bytes: u64) {
-        self.tell.send_modify(|state| {
-            state.figures.read_bytes += read_bytes;
-            state.figures.last_round_bytes += read_bytes;
-        });
-    }
-
-    /// Runs of zeroes that are as long as a cluster are told, not sent.
-    async fn data(&mut self, number: usize, offset: u64, data: Bytes, has_zeroes: bool) -> Result<(), PullError> {
-        let cluster = usize::try_from(GRANULARITY).expect("a cluster is short");
-        let mut at = 0;
-        while at < data.len() {
-            let is_zero = |at: usize| data[at..data.len().min(at + cluster)].iter().all(|byte| *byte == 0);
-            let zero = is_zero(at);
-            let mut end = data.len().min(at + cluster);
-            while end < data.len() && is_zero(end) == zero {
-                end = data.len().min(end + cluster);
-            }
-            let start = offset + at as u64;
-            if zero {
-                self.zeroes(number, start..offset + end as u64, has_zeroes).await?;
-            } else {
-                self.put(number, start, &data.slice(at..end)).await?;
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
-    async fn put(&mut self, number: usize, offset: u64, data: &Bytes) -> Result<(), PullError> {
-        let header = self.writer.data(id(number), offset, data);
-        self.stream.write_all(&header).await?;
-        self.stream.write_all(data).await?;
-        Ok(())
-    }
-
-    /// Tells of zeroes, where they are not there.
-    async fn zeroes(&mut self, number: usize, range: Range<u64>, are_there: bool) -> Result<(), PullError> {
-        let length = range.end - range.start;
-        if !are_there {
-            let record = self.writer.zeroes(id(number), range.start, length);
-            self.stream.write_all(&record).await?;
-        }
-        self.tell.send_modify(|state| state.figures.zero_bytes += length);
         Ok(())
     }
 
@@ -602,8 +505,4 @@ async fn connect(socket: &Path, export: &str, dirty: Option<String>) -> Result<N
 
 fn bitmap(number: u32) -> String {
     format!("{PREFIX}{number}")
-}
-
-fn id(number: usize) -> u16 {
-    u16::try_from(number).expect("an offer has few disks")
 }

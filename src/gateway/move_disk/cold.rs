@@ -314,6 +314,6 @@ mod tests {
 
     #[test]
     fn words_of_the_tool_become_one_line() {
-        assert_eq!(one_line("qemu-img: a: b\nc\n"), "a: b c");
+        assert_eq!(qemu_img::one_line("qemu-img: a: b\nc\n"), "a: b c");
     }
 }

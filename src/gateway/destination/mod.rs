@@ -1,19 +1,20 @@
 //! Drives one migration at its destination: performs what the ownership machine asks for and feeds it what happens.
 
+mod disks;
+
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::Core;
 use super::channel::Channel;
 use super::contact::{Contact, ContactEvent};
 use super::destination_vmm::{ContinueOutcome, DestinationVmm, LoadState};
-use super::disks::mark::{self, Rest};
-use super::disks::rest;
+use super::disks::mark::Rest;
 use super::disks::take::{self, Taken};
-use super::disks::volumes;
 use super::hooks;
 use super::inbound::{Inbound, Progress, Shelf};
 use super::keeping;
@@ -21,11 +22,9 @@ use super::launches;
 use super::registry::{Entry, ResolveOrder};
 use super::vm_context::VmContext;
 use super::vmm_output::Tail;
-use super::{Core, again};
 use crate::api::{self, Outcome, Phase};
 use crate::metrics::{ActiveMigration, Direction, Look};
 use crate::migrate;
-use crate::proto::disk::held::BlockKey;
 use crate::proto::ownership::{
     AbortReason, Destination, DestinationEvent, DestinationState, Effect, JournalRecord, Message, RecordKind, Role,
     StreamSum, Verdict,
@@ -256,26 +255,7 @@ impl DestinationDriver {
         }
         self.stop_stream();
         self.stop_disks();
-        if let Some(vm) = self.core.config.vm(&self.entry.vm) {
-            match verdict {
-                Verdict::Running => mark::keep(vm, self.entry.migration),
-                Verdict::Aborted(_) | Verdict::Reverted => {
-                    let rest = self.rest_of_disks();
-                    mark::discard(vm, self.entry.migration, rest).await;
-                    if rest == Rest::Stays && mark::is_unfinished(vm, self.entry.migration) {
-                        let Entry {
-                            migration, vm, peer, ..
-                        } = &*self.entry;
-                        tokio::spawn(rest::settle(
-                            Arc::clone(&self.core),
-                            vm.clone(),
-                            peer.clone(),
-                            *migration,
-                        ));
-                    }
-                }
-            }
-        }
+        self.put_disks_away(verdict).await;
         self.core.inbound.remove(self.entry.migration);
         let now = super::clock::now();
         if let Some(active) = self.active.take() {
@@ -388,19 +368,15 @@ impl DestinationDriver {
     }
 
     async fn load(&mut self) -> Result<(), String> {
-        let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
-            return Err("this gateway has no hypervisor for the migration".to_owned());
-        };
+        let missing = || "this gateway has no hypervisor for the migration".to_owned();
+        let vmm = self.vmm.as_mut().ok_or_else(missing)?;
         if !self.disks.is_empty() {
-            let (socket, disks) = (self.core.disk_socket(self.entry.migration), &self.disks);
-            let vm = self.core.config.vm(&self.entry.vm);
-            let are_new = vm.is_some_and(|vm| volumes::are_empty(vm, self.entry.migration));
-            let key = BlockKey::of(self.entry.migration.0);
-            let (end, task) = take::begin(vmm.block_layer().await?, socket, disks, are_new, key).await?;
-            self.take = Some(task);
-            let end = Arc::new(Mutex::new(Some(end)));
-            self.core.disk_ends.insert(self.entry.migration, &self.entry.peer, end);
+            let block = vmm.block_layer().await?;
+            self.take_disks(block).await?;
         }
+        let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
+            return Err(missing());
+        };
         let path = self.core.stream_socket(self.entry.migration);
         let stream = vmm.receive(&path).await?;
         let inbound = Arc::new(Inbound::start(
@@ -464,44 +440,6 @@ impl DestinationDriver {
         self.counted = now;
     }
 
-    /// What becomes of the disks that were to arrive. Another migration may follow on one that was cut short.
-    fn rest_of_disks(&self) -> Rest {
-        let reason = match (self.machine.state(), self.machine.verdict()) {
-            (DestinationState::Killing(reason), _) => *reason,
-            (_, Some(Verdict::Aborted(reason))) => reason,
-            _ => return Rest::Goes,
-        };
-        match reason {
-            // A restarted gateway cancels too.
-            AbortReason::TimedOut | AbortReason::Cancelled => Rest::Stays,
-            reason if again::is_restart(reason) => Rest::Stays,
-            _ => Rest::Goes,
-        }
-    }
-
-    /// Nothing more is written to the disks that arrive.
-    fn stop_disks(&mut self) {
-        self.take = None;
-        self.taken = None;
-        self.core.disk_ends.remove(self.entry.migration);
-    }
-
-    async fn on_taken(&mut self, taken: Taken) {
-        self.take = None;
-        match taken.result {
-            Ok(()) => {
-                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
-                self.feed(&DestinationEvent::BarrierPassed);
-            }
-            Err(reason) => {
-                // The source is told here, and only then sees its stream end.
-                self.taken = Some(taken.stream);
-                self.fail(format!("{} at {}", reason, self.core.config.site)).await;
-                self.feed(&DestinationEvent::LoadFailed);
-            }
-        }
-    }
-
     fn stop_stream(&mut self) {
         self.count();
         // The tail was given to the vmm by now, or must never be.
@@ -548,14 +486,7 @@ impl DestinationDriver {
                 self.progress = progress;
                 self.on_progress().await;
             }
-            taken = taken => match taken {
-                Ok(taken) => self.on_taken(taken).await,
-                Err(error) => {
-                    self.take = None;
-                    self.fail(format!("what writes the disks ended: {error}")).await;
-                    self.feed(&DestinationEvent::LoadFailed);
-                }
-            },
+            taken = taken => self.on_taken(taken).await,
             () = tokio::time::sleep_until(next_look.into()) => {
                 self.look().await;
                 self.count();

@@ -1,0 +1,91 @@
+//! The disks that arrive with a VM at its destination.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::task::JoinError;
+
+use super::DestinationDriver;
+use crate::gateway::again;
+use crate::gateway::disks::mark::{self, Rest};
+use crate::gateway::disks::take::{self, Taken};
+use crate::gateway::disks::{rest, volumes};
+use crate::hypervisor::qemu::BlockLayer;
+use crate::proto::disk::held::BlockKey;
+use crate::proto::ownership::{AbortReason, DestinationEvent, DestinationState, Verdict};
+
+impl DestinationDriver {
+    /// Waits for them, and writes them.
+    pub(super) async fn take_disks(&mut self, block: BlockLayer) -> Result<(), String> {
+        let migration = self.entry.migration;
+        let vm = self.core.config.vm(&self.entry.vm);
+        let are_new = vm.is_some_and(|vm| volumes::are_empty(vm, migration));
+        let socket = self.core.disk_socket(migration);
+        let key = BlockKey::of(migration.0);
+        let (end, task) = take::begin(block, socket, &self.disks, are_new, key).await?;
+        self.take = Some(task);
+        let end = Arc::new(Mutex::new(Some(end)));
+        self.core.disk_ends.insert(migration, &self.entry.peer, end);
+        Ok(())
+    }
+
+    /// Their images stay, or not.
+    pub(super) async fn put_disks_away(&self, verdict: Verdict) {
+        let migration = self.entry.migration;
+        let Some(vm) = self.core.config.vm(&self.entry.vm) else {
+            return;
+        };
+        if verdict == Verdict::Running {
+            return mark::keep(vm, migration);
+        }
+        let rest = self.rest_of_disks();
+        mark::discard(vm, migration, rest).await;
+        if rest == Rest::Stays && mark::is_unfinished(vm, migration) {
+            let (core, peer) = (Arc::clone(&self.core), self.entry.peer.clone());
+            tokio::spawn(rest::settle(core, vm.name.clone(), peer, migration));
+        }
+    }
+
+    /// What becomes of the disks that were to arrive. Another migration may follow on one that was cut short.
+    pub(super) fn rest_of_disks(&self) -> Rest {
+        let reason = match (self.machine.state(), self.machine.verdict()) {
+            (DestinationState::Killing(reason), _) => *reason,
+            (_, Some(Verdict::Aborted(reason))) => reason,
+            _ => return Rest::Goes,
+        };
+        match reason {
+            // A restarted gateway cancels too.
+            AbortReason::TimedOut | AbortReason::Cancelled => Rest::Stays,
+            reason if again::is_restart(reason) => Rest::Stays,
+            _ => Rest::Goes,
+        }
+    }
+
+    /// Nothing more is written to the disks that arrive.
+    pub(super) fn stop_disks(&mut self) {
+        self.take = None;
+        self.taken = None;
+        self.core.disk_ends.remove(self.entry.migration);
+    }
+
+    /// What wrote them has ended.
+    pub(super) async fn on_taken(&mut self, taken: Result<Taken, JoinError>) {
+        self.take = None;
+        let reason = match taken {
+            Ok(Taken { result: Ok(()), .. }) => {
+                tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
+                return self.feed(&DestinationEvent::BarrierPassed);
+            }
+            Ok(Taken {
+                result: Err(reason),
+                stream,
+            }) => {
+                // The source is told here, and only then sees its stream end.
+                self.taken = Some(stream);
+                format!("{} at {}", reason, self.core.config.site)
+            }
+            Err(error) => format!("what writes the disks ended: {error}"),
+        };
+        self.fail(reason).await;
+        self.feed(&DestinationEvent::LoadFailed);
+    }
+}
