@@ -60,3 +60,13 @@ pub(crate) fn one_line(said: &str) -> String {
     let said = said.trim().replace('\n', " ");
     said.strip_prefix("qemu-img: ").unwrap_or(&said).to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_the_tool_become_one_line() {
+        assert_eq!(one_line("qemu-img: a: b\nc\n"), "a: b c");
+    }
+}

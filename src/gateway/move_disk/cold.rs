@@ -311,9 +311,4 @@ mod tests {
         assert_eq!(percent(b"Images are identical.\n"), None);
         assert_eq!(percent(b""), None);
     }
-
-    #[test]
-    fn words_of_the_tool_become_one_line() {
-        assert_eq!(qemu_img::one_line("qemu-img: a: b\nc\n"), "a: b c");
-    }
 }
