@@ -19,7 +19,7 @@ use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, Page
 use longhaul::proto::reduce::{Coder, DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
-use longhaul::proto::wire::message::{Held, KnownImage, OfferedDisk, Reply, TunnelOffer, decode, encode};
+use longhaul::proto::wire::message::{ColdOffer, Held, KnownImage, OfferedDisk, Reply, TunnelOffer, decode, encode};
 use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{
     Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
@@ -50,6 +50,7 @@ impl Goldens {
             include_str!("data/wire-v8.txt"),
             include_str!("data/wire-v9.txt"),
             include_str!("data/wire-v10.txt"),
+            include_str!("data/wire-v11.txt"),
         ];
         let lines = files
             .into_iter()
@@ -130,6 +131,14 @@ fn disk() -> OfferedDisk {
     }
 }
 
+fn cold_offer() -> ColdOffer {
+    ColdOffer {
+        migration: MIGRATION,
+        vm: "db-1".into(),
+        disks: vec![disk()],
+    }
+}
+
 fn permit() -> Permit {
     Permit {
         stream: StreamSum {
@@ -198,6 +207,8 @@ fn requests_have_these_bytes() {
                 dictionary_pages: 1 << 16,
             },
         },
+        Request::CheckCold(cold_offer()),
+        Request::OpenCold(cold_offer()),
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -216,6 +227,8 @@ fn requests_have_these_bytes() {
             Request::CheckWithDisks { .. } => "request/check-with-disks",
             Request::OpenWithDisks { .. } => "request/open-with-disks",
             Request::Disks { .. } => "request/disks",
+            Request::CheckCold(_) => "request/check-cold",
+            Request::OpenCold(_) => "request/open-cold",
         };
         goldens.message(name, request);
     }

@@ -33,6 +33,9 @@ pub struct StartRequest {
     /// Disks are copied, and what the guest writes to them, until it is told to go on; `None`: it goes on by itself.
     #[serde(default)]
     pub warm: Option<Warm>,
+    /// The VM is off, and its images move.
+    #[serde(default)]
+    pub cold: bool,
 }
 
 /// When a migration goes on whose disks are copied.
@@ -110,7 +113,7 @@ impl DryRun {
     /// Whether the migration would start and is expected to converge.
     #[must_use]
     pub fn is_yes(&self) -> bool {
-        self.checks.iter().all(|check| check.ok) && self.forecast.as_ref().is_some_and(|forecast| forecast.converges)
+        self.checks.iter().all(|check| check.ok) && self.forecast.as_ref().is_none_or(|forecast| forecast.converges)
     }
 }
 
@@ -123,6 +126,18 @@ pub struct Check {
     pub ok: bool,
     /// What was found; where it is not ok, what to do.
     pub detail: String,
+}
+
+impl Check {
+    /// What was found, or what speaks against it.
+    #[must_use]
+    pub fn of(name: &str, result: Result<String, String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            ok: result.is_ok(),
+            detail: result.unwrap_or_else(|reason| reason),
+        }
+    }
 }
 
 /// What a migration is expected to cost.

@@ -12,7 +12,7 @@ use crate::api::{ClientError, Outcome, Refusal, Report, StartRequest, Warm};
 use crate::config::units::{parse_duration, parse_name};
 use crate::proto::page::{ByteRate, MigrationId};
 
-/// Moves a running VM to another site.
+/// Moves a VM to another site, while it runs or, with --cold, while it is off.
 ///
 /// The gateway of this site runs the migration; this command shows its progress. Ctrl-C cancels it and the VM stays
 /// here. When the terminal is lost, the migration goes on: `longhaul list` names it, `longhaul attach ID` shows it
@@ -55,6 +55,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME")]
     warm_until: Option<String>,
 
+    /// Move a VM that is off: the images of its [[vm.image]] tables, compared with what the other site has, and nothing is
+    /// started there.
+    #[arg(long, conflicts_with_all = ["warm", "warm_until", "downtime_limit"])]
+    cold: bool,
+
     /// Make every check and forecast time, bytes and downtime; nothing moves.
     #[arg(long, conflicts_with = "detach")]
     dry_run: bool,
@@ -88,6 +93,7 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         deadline_seconds: args.deadline.map(|deadline| deadline.as_secs_f64()),
         weight: Some(args.weight),
         warm: (args.warm || until.is_some()).then_some(Warm { until_unix_ms: until }),
+        cold: args.cold,
     };
     if args.dry_run {
         let answer = client.check(&request).await?;
@@ -146,10 +152,12 @@ Examples:
   longhaul attach $(longhaul migrate db-1 --to tokyo --detach)
   longhaul migrate db-1 --to tokyo --warm-until 02:00 --detach
       the disks cross today, the VM at night
+  longhaul migrate db-1 --to tokyo --cold
+      db-1 is off: its images move, and it is off in tokyo
 
 Exit codes say where the VM is:
-  0  running at the destination (--detach: the migration has started)
-  1  failed or cancelled: running at the source
+  0  at the destination, and running unless it was paused or off (--detach: the migration has started)
+  1  failed or cancelled: at the source, as it was
   2  usage, configuration or a failed pre-check: nothing was touched
   3  unknown or paused: needs a person, and what to do is printed
 With --dry-run: 0 it will work, 2 it will not.";

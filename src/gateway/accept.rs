@@ -179,6 +179,14 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
             Ok(())
         }
+        Request::CheckCold(offer) => {
+            let against = offer::cold::check(core, peer, &offer).await;
+            reply(channel, Reply::Checked(against)).await
+        }
+        Request::OpenCold(offer) => {
+            offer::cold::open(Arc::clone(core), peer.to_owned(), known, offer, channel).await;
+            Ok(())
+        }
         Request::Disks { migration, stream } => {
             tunnel::open_disks(Arc::clone(core), peer.to_owned(), known, migration, stream, channel).await;
             Ok(())

@@ -54,7 +54,8 @@ pub(crate) struct Copying {
     known_pages: u64,
     /// Held until the migration is over, and what it left is kept.
     memory: Option<Reservation>,
-    forecasting: Forecasting,
+    /// None of a VM that is off.
+    forecasting: Option<Forecasting>,
     memory_bytes: u64,
     believes: bool,
     /// The guest must not be stopped yet.
@@ -89,9 +90,10 @@ pub(crate) struct CopyingStart {
     pub(crate) coders: usize,
     /// What it begins with of the page store, and keeps for it.
     pub(crate) prepared: Prepared,
-    /// What this gateway needs for it.
-    pub(crate) memory: Reservation,
-    pub(crate) forecasting: Forecasting,
+    /// What this gateway needs for it, beside its disks.
+    pub(crate) memory: Option<Reservation>,
+    /// None of a VM that is off.
+    pub(crate) forecasting: Option<Forecasting>,
     /// Memory of the guest.
     pub(crate) memory_bytes: u64,
     /// IP bytes of the link before the migration.
@@ -132,7 +134,7 @@ impl Copying {
             coders: start.coders,
             known_pages: start.prepared.known_pages(),
             prepared: start.prepared,
-            memory: Some(start.memory),
+            memory: start.memory,
             forecasting: start.forecasting,
             memory_bytes: start.memory_bytes,
             believes: false,
@@ -348,8 +350,10 @@ impl Copying {
             Some(_) => figures.last_round_bytes,
             None => allocated_bytes.saturating_sub(read_bytes),
         };
-        let eta_seconds = (read > 0.0 && elapsed > 1.0 && waits.is_none())
-            .then(|| remaining_bytes as f64 * elapsed / read + self.forecasting.forecast().total_seconds);
+        let eta_seconds = (read > 0.0 && elapsed > 1.0 && waits.is_none()).then(|| {
+            let of_memory = self.forecast().map_or(0.0, |forecast| forecast.total_seconds);
+            remaining_bytes as f64 * elapsed / read + of_memory
+        });
         let mut look = self.blank(Phase::Disks, entry);
         look.percent = self.percent_before;
         look.elapsed_seconds = now.saturating_duration_since(entry.started).as_secs_f64();
@@ -440,20 +444,23 @@ impl Copying {
 
     /// The sample the hypervisor should be asked about by now, for the forecast.
     pub(crate) fn due_sample(&self, now: Instant) -> Option<DirtyRateSample> {
-        self.forecasting.due(now)
+        self.forecasting.as_ref()?.due(now)
     }
 
     /// What the sample came to.
     pub(crate) fn take_sample(&mut self, sample: DirtySample, entry: &Entry) {
-        self.forecasting.set_sample(sample);
-        let forecast = self.forecasting.forecast();
+        let Some(forecasting) = &mut self.forecasting else {
+            return;
+        };
+        forecasting.set_sample(sample);
+        let forecast = forecasting.forecast();
         if !forecast.converges {
             entry.notice(&forecast.reason);
         }
     }
 
-    pub(crate) fn forecast(&self) -> api::Forecast {
-        self.forecasting.forecast()
+    pub(crate) fn forecast(&self) -> Option<api::Forecast> {
+        self.forecasting.as_ref().map(Forecasting::forecast)
     }
 
     /// The memory that was reserved, for whoever goes on with what it holds.

@@ -1,16 +1,19 @@
-//! The destination's vmm through a whole migration: started or connected to, fed, continued, found again after a restart, killed.
+//! The destination's vmm through a whole migration: started or connected to, fed, continued, found again after a restart, killed. A VM that is off has
+//! none: what arrives is its images.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 
+use super::disks::take::Place;
+use super::disks::volumes;
 use super::vm_context::VmContext;
 use crate::config::Vm;
 use crate::hypervisor::process::Process;
-use crate::hypervisor::qemu::{
-    BlockLayer, DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory,
-};
+use crate::hypervisor::qemu::{DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory};
+use crate::hypervisor::qemu_img;
 use crate::proto::ownership::VmmFact;
 
 /// Time for a hypervisor that was started to answer.
@@ -25,6 +28,9 @@ const KILL_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for it to write what it has of its disks, and to end.
 const QUIT_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Between looks whether an image is closed.
+const CLOSE_LOOK: Duration = Duration::from_millis(10);
+
 /// The vmm, in whichever way it is held at the moment.
 #[derive(Debug)]
 pub(crate) struct DestinationVmm {
@@ -36,6 +42,8 @@ pub(crate) struct DestinationVmm {
     foreign: bool,
     vm: Option<DestinationVm>,
     loaded: Option<Loaded>,
+    /// Of a VM that is off: the source has let it go, and its images are complete.
+    is_complete: bool,
 }
 
 /// What can be seen of the load.
@@ -95,6 +103,7 @@ impl DestinationVmm {
             process: Some(vm.identity().clone()),
             leave_after_success: false,
             settings: None,
+            is_off: false,
             images: Vec::new(),
         };
         let mut vmm = Self {
@@ -104,6 +113,7 @@ impl DestinationVmm {
             foreign: false,
             vm: Some(vm),
             loaded: None,
+            is_complete: false,
         };
         match vmm.look_before().await {
             Ok(()) => Ok(vmm),
@@ -112,6 +122,22 @@ impl DestinationVmm {
                 Err(error.to_string())
             }
         }
+    }
+
+    /// Of a VM that is off.
+    pub(crate) fn off(config: &Vm, log: PathBuf) -> Self {
+        let images = config.images.iter().map(|image| image.path.clone()).collect();
+        Self::of_earlier(VmContext::off(&config.qmp, images), log)
+    }
+
+    /// There is no vmm.
+    pub(crate) fn is_off(&self) -> bool {
+        self.context.is_off
+    }
+
+    /// Everything that is needed is here: of a VM that is off, nothing more is waited for.
+    pub(crate) fn complete(&mut self) {
+        self.is_complete = true;
     }
 
     /// It waits for a migration, and these settings of it will have to be put back.
@@ -125,7 +151,10 @@ impl DestinationVmm {
     /// Finds the vmm of a migration that an earlier gateway began, without touching its guest.
     pub(crate) async fn find(context: VmContext, log: PathBuf) -> (Self, VmmFact) {
         let mut vmm = Self::of_earlier(context, log);
-        let fact = if vmm.is_dead() {
+        let fact = if vmm.is_off() {
+            // What writes its images ends with the gateway that let it.
+            VmmFact::Paused
+        } else if vmm.is_dead() {
             VmmFact::Dead
         } else {
             match vmm.load_state().await {
@@ -147,6 +176,7 @@ impl DestinationVmm {
             foreign: false,
             vm: None,
             loaded: None,
+            is_complete: false,
         }
     }
 
@@ -158,7 +188,7 @@ impl DestinationVmm {
     pub(crate) fn is_dead(&self) -> bool {
         match &self.context.process {
             Some(identity) => matches!(Process::reattach(identity), Ok(None)),
-            None => true,
+            None => !self.is_off(),
         }
     }
 
@@ -171,13 +201,19 @@ impl DestinationVmm {
         vm.inventory().await.map_err(|error| error.to_string())
     }
 
-    /// Its disks.
+    /// Where its disks are written, of which `vm` says where those are that it is off with.
     ///
     /// # Errors
     /// A sentence.
-    pub(crate) async fn block_layer(&mut self) -> Result<BlockLayer, String> {
+    pub(crate) async fn disks(&mut self, site: &str, vm: Option<&Vm>) -> Result<Place, String> {
+        if self.is_off() {
+            return Ok(Place::Off {
+                site: site.to_owned(),
+                images: vm.map(|vm| vm.images.clone()).unwrap_or_default(),
+            });
+        }
         let vm = self.connected().await.map_err(|error| error.to_string())?;
-        Ok(vm.block_layer())
+        Ok(Place::Running(vm.block_layer()))
     }
 
     /// Makes it listen on `socket` for the stream and connects to that.
@@ -199,6 +235,12 @@ impl DestinationVmm {
 
     /// What can be seen of the load now.
     pub(crate) async fn load_state(&mut self) -> LoadState {
+        if self.is_off() {
+            return match self.is_complete {
+                true => LoadState::Loaded,
+                false => LoadState::Loading,
+            };
+        }
         let looked = match self.connected().await {
             Ok(vm) => vm.wait_loaded(Duration::ZERO).await,
             Err(error) => Err(error),
@@ -224,6 +266,10 @@ impl DestinationVmm {
 
     /// Lets the guest run. Only after COMMIT.
     pub(crate) async fn cont(&mut self) -> ContinueOutcome {
+        if self.is_off() {
+            // It is here, and whoever wants it to run starts it.
+            return ContinueOutcome::Running;
+        }
         loop {
             if self.loaded.is_none() {
                 match self.load_state().await {
@@ -256,7 +302,7 @@ impl DestinationVmm {
 
     /// Lets it tell the network so many times where the guest is, if that runs, and puts its migration settings back.
     pub(crate) async fn settle(&mut self, announce_rounds: u32) {
-        if self.is_dead() {
+        if self.is_off() || self.is_dead() {
             return;
         }
         let qmp = self.context.qmp.clone();
@@ -290,7 +336,7 @@ impl DestinationVmm {
 
     /// Asks it to end by itself, so that its disks are as they were written. It may not hear: to be followed by [`Self::kill_confirmed`].
     pub(crate) async fn quit(&mut self) {
-        if !self.launched || self.foreign || self.is_dead() {
+        if self.is_off() || !self.launched || self.foreign || self.is_dead() {
             return;
         }
         let quit = async { self.connected().await?.quit(QUIT_DEADLINE).await };
@@ -304,6 +350,9 @@ impl DestinationVmm {
     pub(crate) async fn kill_confirmed(&mut self) {
         if self.foreign {
             return;
+        }
+        if self.is_off() {
+            return images_closed(&self.context.images).await;
         }
         loop {
             if self.is_dead() {
@@ -340,6 +389,18 @@ impl DestinationVmm {
             self.vm = Some(DestinationVm::reattach(&self.context.qmp, identity, settings, log, DEADLINE).await?);
         }
         Ok(self.vm.as_mut().expect("connected above"))
+    }
+}
+
+/// Waits until nothing of ours writes these images. What does ends once it has written what it has.
+async fn images_closed(images: &[PathBuf]) {
+    for image in images {
+        let is_used = || File::open(image).is_ok_and(|file| volumes::is_used(&file));
+        let end = tokio::time::Instant::now() + QUIT_DEADLINE;
+        while is_used() && tokio::time::Instant::now() < end {
+            tokio::time::sleep(CLOSE_LOOK).await;
+        }
+        qemu_img::end_all_on(image).await;
     }
 }
 

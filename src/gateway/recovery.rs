@@ -133,6 +133,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         peer_journal,
         copying: None,
         disks: Vec::new(),
+        images: None,
         undone_by_restart,
     };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);

@@ -1,8 +1,11 @@
-//! The source's vmm through a whole migration: connected, frozen, thawed, found again after a restart, ended.
+//! The source's vmm through a whole migration: connected, frozen, thawed, found again after a restart, ended. A VM that is off has none: then it is its
+//! images that are held.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::disks::cold_image::{ColdImage, ColdImageError, Hold};
 use super::disks::mark;
 use super::vm_context::VmContext;
 use crate::hypervisor::process::Process;
@@ -22,6 +25,8 @@ pub(crate) struct SourceVmm {
     vm: Option<SourceVm>,
     events: Option<Events>,
     frozen: Option<Frozen>,
+    /// Of a VM that is off.
+    held: Vec<Arc<Hold>>,
 }
 
 /// What the vmm reports by itself.
@@ -68,7 +73,25 @@ impl SourceVmm {
             vm: Some(vm),
             events,
             frozen: None,
+            held: Vec::new(),
         }
+    }
+
+    /// Of a VM that is off, with these images.
+    pub(crate) fn off(context: VmContext, images: &[ColdImage]) -> Self {
+        Self {
+            context,
+            was_running: false,
+            vm: None,
+            events: None,
+            frozen: None,
+            held: images.iter().map(ColdImage::hold).collect(),
+        }
+    }
+
+    /// There is no vmm, and none may be started from its images.
+    pub(crate) fn is_off(&self) -> bool {
+        self.context.is_off
     }
 
     /// Its guest uses the images that are copied, whatever they were before.
@@ -84,13 +107,37 @@ impl SourceVmm {
             vm: None,
             events: None,
             frozen: None,
+            held: Vec::new(),
         };
-        let fact = vmm.look().await;
+        let fact = match vmm.is_off() {
+            true => vmm.hold_again().await,
+            false => vmm.look().await,
+        };
         (vmm, fact)
+    }
+
+    async fn hold_again(&mut self) -> VmmFact {
+        for image in &self.context.images {
+            match Hold::take(image).await {
+                Ok(hold) => self.held.push(Arc::new(hold)),
+                Err(error @ ColdImageError::InUse { .. }) => {
+                    tracing::warn!("the VM was off: {error}");
+                    return VmmFact::Running;
+                }
+                Err(error) => {
+                    tracing::warn!("the VM was off: {error}");
+                    return VmmFact::Unreachable;
+                }
+            }
+        }
+        VmmFact::Paused
     }
 
     /// What can be seen of it now.
     pub(crate) async fn look(&mut self) -> VmmFact {
+        if self.is_off() {
+            return VmmFact::Paused;
+        }
         if self.is_dead() {
             return VmmFact::Dead;
         }
@@ -174,6 +221,9 @@ impl SourceVmm {
     /// Stops the process so that nobody can resume the guest. On failure it has been let go on, and the guest is where the
     /// vmm left it.
     pub(crate) async fn freeze(&mut self) -> FreezeOutcome {
+        if self.is_off() {
+            return FreezeOutcome::Frozen;
+        }
         if let Some(frozen) = &self.frozen
             && frozen.is_still_frozen().unwrap_or(false)
         {
@@ -245,6 +295,9 @@ impl SourceVmm {
 
     /// Tells it to stop migrating. Fine where it does not migrate.
     pub(crate) async fn cancel(&mut self) {
+        if self.is_off() {
+            return;
+        }
         let cancelled = match self.connected().await {
             Ok(vm) => vm.cancel(DEADLINE).await,
             Err(error) => Err(error),
@@ -256,6 +309,9 @@ impl SourceVmm {
 
     /// Brings the guest back to what it was before the migration: running, if it ran. Only where the rules of ownership say so.
     pub(crate) async fn resume(&mut self) -> ResumeOutcome {
+        if self.is_off() {
+            return ResumeOutcome::Running;
+        }
         let undone = match self.connected().await {
             Ok(vm) => vm.undo(DEADLINE).await,
             Err(error) => Err(error),
@@ -274,7 +330,7 @@ impl SourceVmm {
 
     /// Ends what is left of reading its disks.
     pub(crate) async fn clean_up_disks(&mut self) {
-        if self.frozen.is_some() || self.is_dead() {
+        if self.is_off() || self.frozen.is_some() || self.is_dead() {
             return;
         }
         match self.connected().await {
@@ -287,7 +343,7 @@ impl SourceVmm {
 
     /// Puts the migration settings back to what they were.
     pub(crate) async fn restore_settings(&mut self) {
-        if self.frozen.is_some() || self.is_dead() {
+        if self.is_off() || self.frozen.is_some() || self.is_dead() {
             return;
         }
         let restored = match self.connected().await {
@@ -310,6 +366,10 @@ impl SourceVmm {
     /// A sentence: it still exists.
     pub(crate) async fn discard(&mut self, migration: MigrationId) -> Result<(), String> {
         mark::leave(self.context.images.iter().map(PathBuf::as_path), migration);
+        if self.is_off() {
+            self.held.clear();
+            return Ok(());
+        }
         if self.is_dead() {
             return Ok(());
         }

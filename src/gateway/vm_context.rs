@@ -1,6 +1,6 @@
 //! What a journal record says about the vmm of a migration, so that a restarted gateway finds it again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,12 +21,32 @@ pub(crate) struct VmContext {
     /// Migration settings that are changed and have to be put back: at the source where the VM stays, at the destination once it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) settings: Option<RememberedSettings>,
-    /// At the source: files of the disks that are copied.
+    /// The VM is off: there is no process, and what migrates is its images.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(crate) is_off: bool,
+    /// At the source, and of a VM that is off at both ends: files of the disks that are copied.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) images: Vec<PathBuf>,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 impl VmContext {
+    /// Of a VM that is off.
+    pub(crate) fn off(qmp: &Path, images: Vec<PathBuf>) -> Self {
+        Self {
+            qmp: qmp.to_owned(),
+            process: None,
+            leave_after_success: false,
+            settings: None,
+            is_off: true,
+            images,
+        }
+    }
+
     /// The bytes that go into a record.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = serde_json::to_vec(self).expect("a context is plain data");
@@ -78,6 +98,7 @@ mod tests {
                 capabilities: vec![("events".to_owned(), false)],
                 parameters: vec![("tls-creds".to_owned(), ParameterValue::Text(text))],
             }),
+            is_off: false,
             images: vec!["/pool/vm.qcow2".into()],
         };
         let usual = context("creds".to_owned());

@@ -247,6 +247,7 @@ mod tests {
             deadline_seconds: Some(60.0),
             weight: None,
             warm: None,
+            cold: false,
         }
     }
 

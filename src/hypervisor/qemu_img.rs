@@ -1,13 +1,20 @@
 //! `qemu-img` (Debian: qemu-utils), which makes, copies and compares images.
 
 use std::io;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::Command;
 
+use super::image_server;
+use super::process::Process;
+
 /// Its name.
 pub(crate) const PROGRAM: &str = "qemu-img";
+
+/// A process that is killed is gone, unless its storage does not answer.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
 
 /// It did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +59,34 @@ pub(crate) async fn run(mut command: Command, deadline: Duration) -> Result<Vec<
     match ended.status.success() {
         true => Ok(ended.stdout),
         false => Err(QemuImgError::Failed(one_line(&String::from_utf8_lossy(&ended.stderr)))),
+    }
+}
+
+/// Ends every program of QEMU's that an earlier process has started on an image.
+pub(crate) async fn end_all_on(image: &Path) {
+    let image = image.to_string_lossy();
+    // As it is, and within JSON.
+    let escaped = serde_json::json!(image).to_string();
+    let names_it = |argument: &String| *argument == image || argument.contains(&escaped);
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(process) = pid.and_then(|pid| Process::open(pid).ok()) else {
+            continue;
+        };
+        let arguments = process.arguments().unwrap_or_default();
+        let is_ours = arguments
+            .first()
+            .is_some_and(|program| program.ends_with(PROGRAM) || program.ends_with(image_server::PROGRAM));
+        if is_ours
+            && arguments.iter().any(names_it)
+            && let Err(error) = process.kill(KILL_DEADLINE).await
+        {
+            tracing::warn!(
+                pid = process.pid(),
+                image = %image,
+                "a program that works on an image which nobody needs does not end: {error}"
+            );
+        }
     }
 }
 

@@ -212,6 +212,7 @@ fn what_is_asked_for_reaches_the_gateway() {
         deadline_seconds: Some(1800.0),
         weight: std::num::NonZeroU32::new(3),
         warm: None,
+        cold: false,
     };
     assert_eq!(requests.recv_timeout(DEADLINE), Ok(expected));
 }

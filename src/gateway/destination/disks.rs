@@ -6,22 +6,22 @@ use tokio::task::JoinError;
 
 use super::DestinationDriver;
 use crate::gateway::again;
+use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::mark::{self, Rest};
-use crate::gateway::disks::take::{self, Taken};
-use crate::gateway::disks::{rest, volumes};
-use crate::hypervisor::qemu::BlockLayer;
+use crate::gateway::disks::take::{self, Place, Taken};
+use crate::gateway::disks::{rest, sum_of, volumes};
 use crate::proto::disk::held::BlockKey;
 use crate::proto::ownership::{AbortReason, DestinationEvent, DestinationState, Verdict};
 
 impl DestinationDriver {
     /// Waits for them, and writes them.
-    pub(super) async fn take_disks(&mut self, block: BlockLayer) -> Result<(), String> {
+    pub(super) async fn take_disks(&mut self, place: Place) -> Result<(), String> {
         let migration = self.entry.migration;
         let vm = self.core.config.vm(&self.entry.vm);
         let are_new = vm.is_some_and(|vm| volumes::are_empty(vm, migration));
         let socket = self.core.disk_socket(migration);
         let key = BlockKey::of(migration.0);
-        let (end, task) = take::begin(block, socket, &self.disks, are_new, key).await?;
+        let (end, task) = take::begin(place, socket, &self.disks, are_new, key).await?;
         self.take = Some(task);
         let end = Arc::new(Mutex::new(Some(end)));
         self.core.disk_ends.insert(migration, &self.entry.peer, end);
@@ -71,8 +71,12 @@ impl DestinationDriver {
     pub(super) async fn on_taken(&mut self, taken: Result<Taken, JoinError>) {
         self.take = None;
         let reason = match taken {
-            Ok(Taken { result: Ok(()), .. }) => {
+            Ok(Taken { result: Ok(digest), .. }) => {
                 tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
+                if self.vmm.as_ref().is_some_and(DestinationVmm::is_off) {
+                    // There is nothing else.
+                    self.feed(&DestinationEvent::StreamEnded(sum_of(digest)));
+                }
                 return self.feed(&DestinationEvent::BarrierPassed);
             }
             Ok(Taken {

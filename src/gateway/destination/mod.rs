@@ -305,6 +305,9 @@ impl DestinationDriver {
             }
             Effect::ReleaseHeldTail => {
                 self.tail_released_at = Some(super::clock::now());
+                if let Some(vmm) = &mut self.vmm {
+                    vmm.complete();
+                }
                 if let Some(inbound) = &self.inbound {
                     inbound.release_tail();
                 }
@@ -370,9 +373,17 @@ impl DestinationDriver {
     async fn load(&mut self) -> Result<(), String> {
         let missing = || "this gateway has no hypervisor for the migration".to_owned();
         let vmm = self.vmm.as_mut().ok_or_else(missing)?;
+        let is_off = vmm.is_off();
         if !self.disks.is_empty() {
-            let block = vmm.block_layer().await?;
-            self.take_disks(block).await?;
+            let core = &self.core;
+            let place = vmm.disks(&core.config.site, core.config.vm(&self.entry.vm)).await?;
+            self.take_disks(place).await?;
+        }
+        if is_off {
+            self.entry.set_phase(Phase::Disks);
+            let accepted = SessionMessage::Accepted { held: Held::default() };
+            self.contact.send(&accepted).await;
+            return Ok(());
         }
         let (Some(vmm), Some(decoder)) = (&mut self.vmm, self.decoder.take()) else {
             return Err(missing());

@@ -6,6 +6,8 @@
 //!                  compare ◀──────────── what the images hold already ◀──────────────────────────────── tell
 //! ```
 //!
+//! A VM that is off has no hypervisor at either end: there `qemu-nbd` serves its images ([`cold_image`]), which are read once and held meanwhile.
+//!
 //! Before anything is sent the destination says what its images hold ([`held`](crate::proto::disk::held)): what is equal does not cross. So an image
 //! that is old, or that a migration has left unfinished ([`rest`]), is worth having.
 //!
@@ -14,6 +16,7 @@
 //! The last one is read while the guest stands, before its hypervisor sends what is left of memory. COMMIT waits until the destination has flushed.
 //! The source's disks stay what they are until the VM runs at the destination.
 
+pub(crate) mod cold_image;
 mod compare;
 pub(crate) mod mark;
 pub(crate) mod pull;
@@ -25,7 +28,8 @@ pub(crate) mod volumes;
 
 use crate::hypervisor::qemu::GuestDisk;
 use crate::proto::disk::stream::MAX_DISKS;
-use crate::proto::page::MigrationId;
+use crate::proto::ownership::StreamSum;
+use crate::proto::page::{MigrationId, StreamDigest};
 use crate::proto::wire::message::OfferedDisk;
 
 /// Longest name of a disk.
@@ -38,6 +42,14 @@ const MAX_SIZE: u64 = 1 << 60;
 pub(crate) fn stream_of(migration: MigrationId) -> MigrationId {
     let key = blake3::derive_key("longhaul 2026-11 stream of disks", &migration.0);
     MigrationId(key[..16].try_into().expect("a key has more bytes"))
+}
+
+/// What both sites agree on where a VM is off: its disks, of which this is the digest, are all that there is.
+pub(crate) fn sum_of(digest: [u8; 32]) -> StreamSum {
+    StreamSum {
+        digest: StreamDigest(digest),
+        length: 0,
+    }
 }
 
 /// What the destination is told of disks.

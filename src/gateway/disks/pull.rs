@@ -1,4 +1,5 @@
-//! The source's half: the disks are read through exports of the hypervisor that runs the guest, in rounds over dirty bitmaps.
+//! The source's half: the disks are read through exports of the hypervisor that runs the guest, in rounds over dirty bitmaps; or, of a VM that is off,
+//! from their images, once.
 //!
 //! ```text
 //! bitmap 1 begins; round 1 reads everything that is allocated
@@ -17,11 +18,13 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::cold_image::ColdImage;
 use super::compare::{self, Compared, Told, ToldError};
 use super::records::Records;
 use crate::api::DiskFigures;
 use crate::gateway::registry::Entry;
 use crate::gateway::{Core, clock, tunnel};
+use crate::hypervisor::image_server::{self, ImageServer, ImageServerError};
 use crate::hypervisor::nbd::{NbdClient, NbdError};
 use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX};
 use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, transfers};
@@ -47,6 +50,15 @@ const READS_AHEAD: usize = 8;
 /// Bytes of a disk whose blocks are asked about at once.
 const STEP: u64 = 1 << 30;
 
+/// Where disks are read.
+#[derive(Clone, Debug)]
+pub(crate) enum Origin {
+    /// In the hypervisor that runs the guest.
+    Running(BlockLayer),
+    /// In images that nobody writes, one for each disk.
+    Off(Vec<ColdImage>),
+}
+
 /// What the driver is told.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct State {
@@ -54,6 +66,8 @@ pub(crate) struct State {
     pub(crate) is_bulk_done: bool,
     /// The last round has been read.
     pub(crate) is_complete: bool,
+    /// Of a VM that is off: the destination has everything on its disks, and what went there has this digest.
+    pub(crate) digest: Option<[u8; 32]>,
     /// It cannot go on.
     pub(crate) failed: Option<Failure>,
     pub(crate) figures: DiskFigures,
@@ -80,7 +94,7 @@ pub(crate) struct Pull {
 
 impl Pull {
     /// Begins with the first round.
-    pub(crate) fn begin(core: &Arc<Core>, entry: &Arc<Entry>, block: BlockLayer, disks: Vec<GuestDisk>) -> Self {
+    pub(crate) fn begin(core: &Arc<Core>, entry: &Arc<Entry>, origin: Origin, disks: Vec<GuestDisk>) -> Self {
         let (last, ordered) = watch::channel(false);
         let allocated_bytes = disks.iter().map(|disk| disk.allocated_bytes).sum();
         let (tell, state) = watch::channel(State {
@@ -108,7 +122,7 @@ impl Pull {
                 });
                 let rounds = Rounds {
                     entry: Arc::clone(&entry),
-                    block,
+                    origin,
                     key: BlockKey::of(entry.migration.0),
                     told: Told::new(told, &disks),
                     asks,
@@ -170,6 +184,7 @@ impl Pull {
 struct Standing {
     is_bulk_done: bool,
     is_complete: bool,
+    has_digest: bool,
     has_failed: bool,
 }
 
@@ -178,6 +193,7 @@ impl Standing {
         Self {
             is_bulk_done: state.is_bulk_done,
             is_complete: state.is_complete,
+            has_digest: state.digest.is_some(),
             has_failed: state.failed.is_some(),
         }
     }
@@ -186,7 +202,7 @@ impl Standing {
 /// The task's own.
 struct Rounds {
     entry: Arc<Entry>,
-    block: BlockLayer,
+    origin: Origin,
     disks: Vec<GuestDisk>,
     socket: PathBuf,
     site: String,
@@ -221,6 +237,12 @@ enum Open {
     },
 }
 
+/// By what a disk is read in one round.
+enum OpenDisk {
+    Export(String),
+    Served(ImageServer),
+}
+
 /// What is known of bytes at the destination.
 enum Held {
     Nothing,
@@ -236,6 +258,12 @@ enum PullError {
         disk: String,
         site: String,
         error: NbdError,
+    },
+    #[error("the disk {disk} cannot be read at {site}: {error}")]
+    Serve {
+        disk: String,
+        site: String,
+        error: ImageServerError,
     },
     #[error("the disks cannot be read: {0}")]
     Block(#[from] BlockError),
@@ -257,12 +285,34 @@ impl Rounds {
     }
 
     async fn copy(&mut self) -> Result<(), PullError> {
+        match &self.origin {
+            Origin::Running(block) => {
+                let block = block.clone();
+                self.copy_running(&block).await
+            }
+            Origin::Off(_) => self.copy_off().await,
+        }
+    }
+
+    async fn copy_off(&mut self) -> Result<(), PullError> {
+        self.records.ask().await?;
+        self.round(None).await?;
+        // The last part: that has been written.
+        self.told.next().await?;
+        let digest = self.records.end().await?;
+        // The destination closes it once it has everything.
+        self.told.end().await?;
+        self.tell.send_modify(|state| state.digest = Some(digest));
+        Ok(())
+    }
+
+    async fn copy_running(&mut self, block: &BlockLayer) -> Result<(), PullError> {
         // An earlier gateway may have left something.
-        self.block.clean_up().await;
+        block.clean_up().await;
         let mut number = 1;
         // Before the server, which is known as ours by it.
-        self.next_bitmap(None, number).await?;
-        self.block.serve(&self.socket).await?;
+        self.next_bitmap(block, None, number).await?;
+        block.serve(&self.socket).await?;
         if self.asks {
             self.records.ask().await?;
         }
@@ -274,12 +324,12 @@ impl Rounds {
         self.tell.send_modify(|state| state.is_bulk_done = true);
         loop {
             let is_last = self.await_next().await;
-            let dirty = self.block.dirty_bytes(&bitmap(number)).await?;
+            let dirty = block.dirty_bytes(&bitmap(number)).await?;
             if dirty > 0 {
-                self.next_bitmap(Some(number), number + 1).await?;
+                self.next_bitmap(block, Some(number), number + 1).await?;
                 self.round(Some(number)).await?;
                 if !is_last {
-                    self.forget(number).await?;
+                    self.forget(block, number).await?;
                 }
                 number += 1;
             }
@@ -304,10 +354,10 @@ impl Rounds {
         matches!(ordered, Ok(Ok(_)))
     }
 
-    async fn next_bitmap(&self, now: Option<u32>, next: u32) -> Result<(), PullError> {
+    async fn next_bitmap(&self, block: &BlockLayer, now: Option<u32>, next: u32) -> Result<(), PullError> {
         let nodes: Vec<&str> = self.disks.iter().map(|disk| disk.node.as_str()).collect();
         let now = now.map(bitmap);
-        self.block.next_round(&nodes, now.as_deref(), &bitmap(next)).await?;
+        block.next_round(&nodes, now.as_deref(), &bitmap(next)).await?;
         Ok(())
     }
 
@@ -321,20 +371,16 @@ impl Rounds {
         Ok(())
     }
 
-    async fn forget(&self, number: u32) -> Result<(), PullError> {
+    async fn forget(&self, block: &BlockLayer, number: u32) -> Result<(), PullError> {
         for disk in &self.disks {
-            self.block.remove_bitmap(&disk.node, &bitmap(number)).await?;
+            block.remove_bitmap(&disk.node, &bitmap(number)).await?;
         }
         Ok(())
     }
 
     async fn read_disk(&mut self, number: usize, dirty: Option<String>) -> Result<(), PullError> {
         let disk = self.disks[number].clone();
-        let export = format!("{PREFIX}{number}-read");
-        let bitmap = dirty.as_deref();
-        self.block.export(&export, &disk.node, Access::Read { bitmap }).await?;
-        let client = connect(&self.socket, &export, dirty.clone()).await;
-        let client = client.map_err(|error| self.cannot_read(&disk, error))?;
+        let (client, open_disk) = self.open(number, &disk, dirty.as_deref()).await?;
         let now = client.export().size_bytes;
         if now != disk.size_bytes {
             return Err(PullError::Resized {
@@ -364,7 +410,43 @@ impl Rounds {
         }
         self.settle(number, &disk, &mut open, 0).await?;
         drop(client);
-        self.block.end_export(&export).await?;
+        self.close(&disk, open_disk).await
+    }
+
+    async fn open(
+        &self,
+        number: usize,
+        disk: &GuestDisk,
+        dirty: Option<&str>,
+    ) -> Result<(NbdClient, OpenDisk), PullError> {
+        match &self.origin {
+            Origin::Running(block) => {
+                let export = format!("{PREFIX}{number}-read");
+                let access = Access::Read { bitmap: dirty };
+                block.export(&export, &disk.node, access).await?;
+                let client = connect(&self.socket, &export, dirty.map(str::to_owned)).await;
+                let client = client.map_err(|error| self.cannot_read(disk, error))?;
+                Ok((client, OpenDisk::Export(export)))
+            }
+            Origin::Off(images) => {
+                let image = images[number].unlocked();
+                let access = image_server::Access::Read;
+                let served = ImageServer::start(&image, disk.short_name(), access, &self.socket).await;
+                let (server, client) = served.map_err(|error| self.cannot_serve(disk, error))?;
+                Ok((client, OpenDisk::Served(server)))
+            }
+        }
+    }
+
+    async fn close(&self, disk: &GuestDisk, open: OpenDisk) -> Result<(), PullError> {
+        match (open, &self.origin) {
+            (OpenDisk::Export(export), Origin::Running(block)) => block.end_export(&export).await?,
+            (OpenDisk::Served(server), _) => {
+                let ended = server.end().await;
+                ended.map_err(|error| self.cannot_serve(disk, error))?;
+            }
+            (OpenDisk::Export(_), Origin::Off(_)) => {}
+        }
         Ok(())
     }
 
@@ -479,6 +561,14 @@ impl Rounds {
             }
         }
         Ok(())
+    }
+
+    fn cannot_serve(&self, disk: &GuestDisk, error: ImageServerError) -> PullError {
+        PullError::Serve {
+            disk: disk.short_name().to_owned(),
+            site: self.site.clone(),
+            error,
+        }
     }
 
     fn cannot_read(&self, disk: &GuestDisk, error: NbdError) -> PullError {

@@ -45,11 +45,12 @@ impl Records {
         Ok(())
     }
 
-    /// Nothing follows.
-    pub(super) async fn end(&mut self) -> io::Result<()> {
-        let end = std::mem::take(&mut self.writer).end();
+    /// Nothing follows. The digest of everything.
+    pub(super) async fn end(&mut self) -> io::Result<[u8; 32]> {
+        let (end, digest) = std::mem::take(&mut self.writer).end();
         self.stream.write_all(&end).await?;
-        self.stream.shutdown().await
+        self.stream.shutdown().await?;
+        Ok(digest)
     }
 
     /// What was read from `start` on. Where the destination has zeroes already, they are not told.

@@ -1,4 +1,4 @@
-//! The destination's half: records are written through exports of the hypervisor that will own the disks.
+//! The destination's half: records are written through exports of the hypervisor that will own the disks, or, of a VM that is off, to their images.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -13,7 +14,10 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::tell::{Telling, tell};
+use super::volumes;
+use crate::config::{ImageFormat, VmImage};
 use crate::gateway::clock;
+use crate::hypervisor::image_server::{self, ImageServer, ImageServerError};
 use crate::hypervisor::nbd::{NbdClient, NbdError};
 use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX, short_name};
 use crate::proto::disk::held::{self, BlockKey};
@@ -36,6 +40,15 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// Bytes that may be written and not flushed: a disk that takes less than the link brings holds that up.
 const MOST_UNFLUSHED: u64 = 4 * FLUSH_AFTER;
 
+/// Where disks are written.
+#[derive(Clone, Debug)]
+pub(crate) enum Place {
+    /// In the hypervisor that will own them.
+    Running(BlockLayer),
+    /// In images that no hypervisor has open: those of the VM, at this site.
+    Off { site: String, images: Vec<VmImage> },
+}
+
 /// Why disks are not as they should be.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TakeError {
@@ -47,6 +60,8 @@ pub(super) enum TakeError {
         "the stream of disks says of {length} bytes at {offset} of disk {disk} that they are the same, which was not asked"
     )]
     NotTold { disk: u16, offset: u64, length: u64 },
+    #[error("the disk {disk} cannot be written: {error}")]
+    Serve { disk: String, error: ImageServerError },
     #[error("the disks cannot be written: {0}")]
     Block(#[from] BlockError),
     #[error(transparent)]
@@ -60,8 +75,8 @@ pub(super) enum TakeError {
 /// How the writing of disks has ended.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    /// Everything is on disk, and nobody but the hypervisor can write any more; or a sentence.
-    pub(crate) result: Result<(), String>,
+    /// Everything is on disk, and nobody but the hypervisor can write any more: the digest of what was sent. Or a sentence.
+    pub(crate) result: Result<[u8; 32], String>,
     /// Once this is dropped, whoever fills the stream learns that it has ended.
     pub(crate) stream: Stream,
 }
@@ -81,21 +96,16 @@ pub(crate) struct Stream {
 /// # Errors
 /// A sentence.
 pub(crate) async fn begin(
-    block: BlockLayer,
+    place: Place,
     socket: PathBuf,
     offered: &[OfferedDisk],
     are_new: bool,
     key: BlockKey,
 ) -> Result<(UnixStream, AbortOnDropHandle<Taken>), String> {
-    let own = block.disks().await.map_err(|error| error.to_string())?;
-    let disks = offered.iter().map(|disk| counterpart(&own, disk));
-    let disks = disks.collect::<Result<Vec<_>, String>>()?;
-    block.clean_up().await;
-    block.serve(&socket).await.map_err(|error| error.to_string())?;
-    let opened = open(&block, &socket, &disks).await;
-    // Nobody else needs to find it.
-    let _ = std::fs::remove_file(&socket);
-    let targets = opened.map_err(|error| error.to_string())?;
+    let targets = match &place {
+        Place::Running(block) => open_exports(block, &socket, offered).await?,
+        Place::Off { site, images } => open_images(site, images, &socket, offered).await?,
+    };
     let (ours, theirs) = UnixStream::pair().map_err(|error| error.to_string())?;
     let task = tokio::spawn(async move {
         let (read, write) = ours.into_split();
@@ -103,7 +113,7 @@ pub(crate) async fn begin(
             read,
             write: Some(write),
         };
-        let result = take(&block, targets, are_new, &mut stream, key).await;
+        let result = take(&place, targets, are_new, &mut stream, key).await;
         Taken {
             result: result.map_err(|error| error.to_string()),
             stream,
@@ -117,13 +127,19 @@ fn counterpart(own: &[GuestDisk], offered: &OfferedDisk) -> Result<GuestDisk, St
     let name = short_name(&offered.name);
     let found = own.iter().find(|disk| disk.name == offered.name);
     let found = found.ok_or_else(|| format!("the destination's hypervisor has no writable disk {name}"))?;
-    if found.size_bytes != offered.size_bytes {
-        return Err(format!(
-            "the disk {name} has {} bytes at the source and {} at the destination",
-            offered.size_bytes, found.size_bytes
-        ));
-    }
+    check_size(offered, found.size_bytes)?;
     Ok(found.clone())
+}
+
+fn check_size(offered: &OfferedDisk, size_bytes: u64) -> Result<(), String> {
+    if size_bytes == offered.size_bytes {
+        return Ok(());
+    }
+    Err(format!(
+        "the disk {} has {} bytes at the source and {size_bytes} at the destination",
+        short_name(&offered.name),
+        offered.size_bytes
+    ))
 }
 
 /// A disk that is open for writing.
@@ -131,8 +147,14 @@ pub(super) struct Target {
     pub(super) name: String,
     pub(super) size_bytes: u64,
     has_backing: bool,
-    export: String,
+    open: OpenDisk,
     pub(super) client: Arc<NbdClient>,
+}
+
+/// By what a disk is written.
+enum OpenDisk {
+    Export(String),
+    Served(ImageServer),
 }
 
 /// The largest cluster of an image, qcow2's.
@@ -157,6 +179,52 @@ impl Target {
     }
 }
 
+async fn open_exports(block: &BlockLayer, socket: &Path, offered: &[OfferedDisk]) -> Result<Vec<Target>, String> {
+    let own = block.disks().await.map_err(|error| error.to_string())?;
+    let disks = offered.iter().map(|disk| counterpart(&own, disk));
+    let disks = disks.collect::<Result<Vec<_>, String>>()?;
+    block.clean_up().await;
+    block.serve(socket).await.map_err(|error| error.to_string())?;
+    let opened = open(block, socket, &disks).await;
+    // Nobody else needs to find it.
+    let _ = std::fs::remove_file(socket);
+    opened.map_err(|error| error.to_string())
+}
+
+async fn open_images(
+    site: &str,
+    images: &[VmImage],
+    socket: &Path,
+    offered: &[OfferedDisk],
+) -> Result<Vec<Target>, String> {
+    let mut targets = Vec::new();
+    for disk in offered {
+        let image = volumes::image_of(site, images, disk)?;
+        let name = short_name(&disk.name).to_owned();
+        let served =
+            json!({ "driver": image.format.to_string(), "file": { "driver": "file", "filename": image.path } });
+        let access = image_server::Access::Write;
+        let started = ImageServer::start(&format!("json:{served}"), &name, access, socket).await;
+        let (server, client) = started.map_err(|error| {
+            TakeError::Serve {
+                disk: name.clone(),
+                error,
+            }
+            .to_string()
+        })?;
+        let size_bytes = client.export().size_bytes;
+        check_size(disk, size_bytes)?;
+        targets.push(Target {
+            name,
+            size_bytes,
+            has_backing: image.base.is_some() && image.format == ImageFormat::Qcow2,
+            open: OpenDisk::Served(server),
+            client: Arc::new(client),
+        });
+    }
+    Ok(targets)
+}
+
 async fn open(block: &BlockLayer, socket: &Path, disks: &[GuestDisk]) -> Result<Vec<Target>, TakeError> {
     let mut targets = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
@@ -173,7 +241,7 @@ async fn open(block: &BlockLayer, socket: &Path, disks: &[GuestDisk]) -> Result<
             name,
             size_bytes: disk.size_bytes,
             has_backing: disk.has_backing,
-            export,
+            open: OpenDisk::Export(export),
             client: Arc::new(client),
         });
     }
@@ -181,13 +249,14 @@ async fn open(block: &BlockLayer, socket: &Path, disks: &[GuestDisk]) -> Result<
 }
 
 async fn take(
-    block: &BlockLayer,
+    place: &Place,
     targets: Vec<Target>,
     are_new: bool,
     stream: &mut Stream,
     key: BlockKey,
-) -> Result<(), TakeError> {
+) -> Result<[u8; 32], TakeError> {
     let mut is_empty = are_new;
+    let mut digest = [0; 32];
     let targets = Arc::new(targets);
     let mut telling: Option<Telling> = None;
     let mut records = Reader::new(targets.iter().map(|target| target.size_bytes).collect());
@@ -245,7 +314,7 @@ async fn take(
                         None => flushes.begin()?,
                     }
                 }
-                Record::End { .. } => {}
+                Record::End { digest: of_all } => digest = of_all,
             }
             if let (Some((disk, end)), Some(telling)) = (done, &telling) {
                 telling.close(disk, end);
@@ -266,11 +335,32 @@ async fn take(
     }
     settle(&mut open, 0).await?;
     flushes.all().await?;
-    // A guest that is continued while somebody else may write its disk would not be told.
-    for target in &*targets {
-        block.end_export(&target.export).await?;
+    drop(flushes);
+    let targets = Arc::into_inner(targets).ok_or(TakeError::BrokenOff)?;
+    close(place, targets).await?;
+    Ok(digest)
+}
+
+/// Nobody writes through us any more.
+async fn close(place: &Place, targets: Vec<Target>) -> Result<(), TakeError> {
+    for target in targets {
+        drop(target.client);
+        match (target.open, place) {
+            // A guest that is continued while somebody else may write its disk would not be told.
+            (OpenDisk::Export(export), Place::Running(block)) => block.end_export(&export).await?,
+            (OpenDisk::Served(server), _) => {
+                let ended = server.end().await;
+                ended.map_err(|error| TakeError::Serve {
+                    disk: target.name,
+                    error,
+                })?;
+            }
+            (OpenDisk::Export(_), Place::Off { .. }) => {}
+        }
     }
-    block.stop_serving().await?;
+    if let Place::Running(block) = place {
+        block.stop_serving().await?;
+    }
     Ok(())
 }
 

@@ -32,7 +32,7 @@ pub(crate) enum Old {
     Stays,
 }
 
-/// Makes the images of the disks that a VM arrives with. Where one cannot be made, those that were are removed again.
+/// Makes the images of the disks that a VM arrives with, of which no hypervisor waits. Where one cannot be made, those that were are removed again.
 ///
 /// # Errors
 /// A sentence for both operators.
@@ -43,10 +43,6 @@ pub(crate) async fn make(
     disks: &[OfferedDisk],
     old: Old,
 ) -> Result<(), String> {
-    // A hypervisor that waits already has opened its images.
-    if vm.command.is_none() {
-        return Ok(());
-    }
     if listens(&vm.qmp).await {
         return Err(format!(
             "a hypervisor of {} is at {site} already, and listens on {}: end it, or see whether the VM runs in it",
@@ -54,7 +50,7 @@ pub(crate) async fn make(
             vm.qmp.display()
         ));
     }
-    let images = disks.iter().map(|disk| image_of(site, vm, disk));
+    let images = disks.iter().map(|disk| image_of(site, &vm.images, disk));
     let images = images.collect::<Result<Vec<_>, String>>()?;
     for image in &images {
         check_path(site, image)?;
@@ -80,14 +76,16 @@ pub(crate) async fn listens(socket: &Path) -> bool {
     }
 }
 
-fn image_of<'a>(site: &str, vm: &'a Vm, disk: &OfferedDisk) -> Result<&'a VmImage, String> {
+/// Where a disk is put.
+///
+/// # Errors
+/// A sentence.
+pub(super) fn image_of<'a>(site: &str, images: &'a [VmImage], disk: &OfferedDisk) -> Result<&'a VmImage, String> {
     let name = short_name(&disk.name);
     let is_it = |image: &&VmImage| image.disk == name || image.disk == disk.name;
-    vm.images.iter().find(is_it).ok_or_else(|| {
+    images.iter().find(is_it).ok_or_else(|| {
         format!(
-            "{site} does not know where to put the disk {name} of {}: add a [[vm.image]] with disk = {name:?} and the path that the VM's command \
-             opens",
-            vm.name
+            "{site} does not know where to put the disk {name}: add a [[vm.image]] with disk = {name:?} and the path that the VM's command opens"
         )
     })
 }

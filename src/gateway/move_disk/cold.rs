@@ -1,110 +1,24 @@
 //! The VM is off: `qemu-img` copies its image, and compares the two, while nobody can start the VM from it.
 
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
-use super::plan::{Job, refused};
+use super::plan::Job;
 use super::record::Record;
 use super::{DiskMove, Ended, Stop, make, settle, words};
-use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan, Refusal, RefusalKind};
-use crate::config::ImageFormat;
+use crate::api::{MoveDiskOutcome, MoveDiskPhase, MoveDiskPlan};
 use crate::gateway::Core;
+use crate::gateway::disks::cold_image::ColdImage;
 use crate::gateway::disks::{mark, volumes};
-use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu_img::{self, QemuImgError};
-use crate::hypervisor::{file_lock, image_lock};
 use crate::proto::page::MigrationId;
-
-/// Time for looking at an image.
-const LOOK_DEADLINE: Duration = Duration::from_secs(30);
-
-/// A process that is killed is gone, unless its storage does not answer.
-const KILL_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What `qemu-img` says of a failure, at most.
 const SAID_BYTES: u64 = 4096;
-
-/// The present image, held.
-#[derive(Debug)]
-pub(super) struct Source {
-    /// Has a lock on the whole of it, by which every QEMU is refused it.
-    _lock: File,
-    path: PathBuf,
-    format: ImageFormat,
-    is_device: bool,
-    owner: (u32, u32),
-    pub(super) size_bytes: u64,
-    pub(super) allocated_bytes: u64,
-    pub(super) snapshots: usize,
-    pub(super) has_backing: bool,
-    pub(super) is_encrypted: bool,
-}
-
-impl Source {
-    /// Takes hold of an image that nobody uses.
-    pub(super) async fn open(path: &Path, format: ImageFormat) -> Result<Source, Refusal> {
-        let shown = path.display();
-        let unusable = |error: std::io::Error| refused(format!("{shown} cannot be read: {error}"));
-        let file = File::open(path).map_err(unusable)?;
-        let about = file.metadata().map_err(unusable)?;
-        let locked = file_lock::share_whole(&file);
-        if volumes::is_used(&file) {
-            let who = image_lock::who_writes(path).await.unwrap_or_default();
-            let text = format!("{shown} is in use, and its VM cannot be asked to move it. {who}");
-            return Err(Refusal::new(RefusalKind::Conflict, text.trim_end()));
-        }
-        locked.map_err(unusable)?;
-        if mark::is_marked(&file) {
-            return Err(refused(format!(
-                "{shown} is not the disk: its VM has left it for another site, or a migration has begun to write it"
-            )));
-        }
-        let mut source = Source {
-            _lock: file,
-            path: path.to_owned(),
-            format,
-            is_device: about.file_type().is_block_device(),
-            owner: (about.uid(), about.gid()),
-            size_bytes: 0,
-            allocated_bytes: 0,
-            snapshots: 0,
-            has_backing: false,
-            is_encrypted: false,
-        };
-        let mut info = qemu_img::command();
-        info.args(["info", "--output=json", &source.unlocked()]);
-        let said = match qemu_img::run(info, LOOK_DEADLINE).await {
-            Ok(said) => Ok(said),
-            Err(QemuImgError::Failed(error)) => Err(error),
-            Err(error) => return Err(refused(error)),
-        };
-        let about = said.and_then(|said| serde_json::from_slice::<Value>(&said).map_err(|error| error.to_string()));
-        let about =
-            about.map_err(|error| refused(format!("{shown} is no {format} image that can be read: {error}")))?;
-        source.size_bytes = about["virtual-size"].as_u64().unwrap_or(0);
-        // A device has no holes that could be told.
-        let allocated = about["actual-size"].as_u64().unwrap_or(0);
-        source.allocated_bytes = if source.is_device { source.size_bytes } else { allocated };
-        source.snapshots = about["snapshots"].as_array().map_or(0, Vec::len);
-        source.has_backing = about["backing-filename"].is_string();
-        source.is_encrypted = about["encrypted"] == true;
-        Ok(source)
-    }
-
-    /// What `qemu-img` opens: without locks of its own, as ours is in its way too.
-    fn unlocked(&self) -> String {
-        let driver = if self.is_device { "host_device" } else { "file" };
-        let file = json!({ "driver": driver, "filename": self.path, "locking": "off" });
-        format!("json:{}", json!({ "driver": self.format.to_string(), "file": file }))
-    }
-}
 
 /// Moves the disk. The old image is not changed.
 pub(super) async fn run(
@@ -113,7 +27,7 @@ pub(super) async fn run(
     id: MigrationId,
     shown: &MoveDiskPlan,
     job: &Job,
-    source: &Source,
+    source: &ColdImage,
 ) -> Ended {
     let record = Record {
         id,
@@ -173,7 +87,7 @@ async fn copy(
     this: &DiskMove,
     shown: &MoveDiskPlan,
     job: &Job,
-    source: &Source,
+    source: &ColdImage,
     record: &Record,
 ) -> Result<(), Stop> {
     make(core, this, shown, job, record, Some(source.owner)).await?;
@@ -271,33 +185,6 @@ fn percent(bytes: &[u8]) -> Option<f64> {
     let text = std::str::from_utf8(bytes).ok()?;
     let (before, _) = text.rsplit_once("/100%)")?;
     before.rsplit_once('(')?.1.trim().parse().ok()
-}
-
-/// Ends every `qemu-img` that an earlier process has started on an image.
-pub(super) async fn end_tools(image: &Path) {
-    let image = image.to_string_lossy();
-    // As it is, and within JSON.
-    let escaped = json!(image).to_string();
-    let names_it = |argument: &String| *argument == image || argument.contains(&escaped);
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        let Some(process) = pid.and_then(|pid| Process::open(pid).ok()) else {
-            continue;
-        };
-        let arguments = process.arguments().unwrap_or_default();
-        let is_tool = arguments
-            .first()
-            .is_some_and(|program| program.ends_with(qemu_img::PROGRAM));
-        if is_tool
-            && arguments.iter().any(names_it)
-            && let Err(error) = process.kill(KILL_DEADLINE).await
-        {
-            tracing::warn!(
-                pid = process.pid(),
-                "a qemu-img of a move that is undone does not end: {error}"
-            );
-        }
-    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::cold::Source;
 use crate::api::{MoveDiskPlan, MoveDiskRequest, Refusal, RefusalKind};
 use crate::config::{ImageFormat, Preallocation, Vm, VmImage};
 use crate::gateway::Core;
+use crate::gateway::disks::cold_image::{ColdImage, ColdImageError};
 use crate::gateway::disks::volumes;
 use crate::hypervisor::qemu::{MirrorVm, MovableDisk, RunState, short_name};
 
@@ -41,7 +41,7 @@ pub(super) enum How {
     /// The VM runs here.
     Live { vm: Box<MirrorVm>, disk: Box<MovableDisk> },
     /// It is off.
-    Cold(Source),
+    Cold(ColdImage),
 }
 
 /// The present image.
@@ -216,7 +216,16 @@ async fn switched_off(vm: &Vm, request: &MoveDiskRequest, format: Option<ImageFo
             path.display()
         ))
     })?;
-    let source = Source::open(path, format).await?;
+    let source = ColdImage::open(path, format).await.map_err(|error| match error {
+        ColdImageError::InUse { path, who } => {
+            let text = format!(
+                "{} is in use, and its VM cannot be asked to move it. {who}",
+                path.display()
+            );
+            Refusal::new(RefusalKind::Conflict, text.trim_end())
+        }
+        error => refused(error),
+    })?;
     if source.is_encrypted {
         return Err(encrypted(disk));
     }

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use super::plan::MONITOR_DEADLINE;
 use super::record::{InQemu, Record};
-use super::{Hold, cold, words};
+use super::{Hold, words};
 use crate::gateway::Core;
 use crate::gateway::disks::{mark, volumes};
 use crate::hypervisor::qemu::{MirrorError, MirrorJob, MirrorVm};
+use crate::hypervisor::qemu_img;
 use crate::hypervisor::qmp::QmpError;
 
 /// Between two tries to reach a QEMU.
@@ -86,7 +87,7 @@ pub(super) async fn settle(
     match &settled {
         Settled::Undone => {
             // One that allocates or copies outlives the process that started it, and an image that is removed.
-            cold::end_tools(&record.to).await;
+            qemu_img::end_all_on(&record.to).await;
             mark::discard_one(&record.to, record.id).await;
         }
         Settled::Turned { .. } | Settled::InDoubt(_) => mark::keep_one(&record.to, record.id),

@@ -6,7 +6,9 @@ use super::SourceDriver;
 use crate::api::{DiskFigures, Phase};
 use crate::config::{Disks, Vm};
 use crate::gateway::clock;
-use crate::gateway::disks::pull::{Failure, Pull};
+use crate::gateway::disks;
+use crate::gateway::disks::cold_image::ColdImage;
+use crate::gateway::disks::pull::{Failure, Origin, Pull};
 use crate::hypervisor::qemu::{GuestDisk, RunState, SourceError};
 use crate::proto::ownership::{SourceEvent, SourceState};
 
@@ -14,6 +16,8 @@ use crate::proto::ownership::{SourceEvent, SourceState};
 #[derive(Debug, Default)]
 pub(super) struct CopiedDisks {
     disks: Vec<GuestDisk>,
+    /// Of a VM that is off: where each is.
+    images: Option<Vec<ColdImage>>,
     pull: Option<Pull>,
     /// All of them have been read once.
     is_bulk_done: bool,
@@ -30,9 +34,10 @@ pub(super) struct CopiedDisks {
 const WORD_OF_THE_PEER: Duration = Duration::from_secs(2);
 
 impl CopiedDisks {
-    pub(super) fn new(disks: Vec<GuestDisk>) -> Self {
+    pub(super) fn new(disks: Vec<GuestDisk>, images: Option<Vec<ColdImage>>) -> Self {
         Self {
             disks,
+            images,
             ..Self::default()
         }
     }
@@ -88,9 +93,15 @@ impl SourceDriver {
         if self.disks.is_empty() {
             return Ok(false);
         }
-        self.vmm.claim_images();
-        let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
-        let pull = Pull::begin(&self.core, &self.entry, vm.block_layer(), self.disks.disks.clone());
+        let origin = match &self.disks.images {
+            Some(images) => Origin::Off(images.clone()),
+            None => {
+                self.vmm.claim_images();
+                let vm = self.vmm.connected().await.map_err(|error| error.to_string())?;
+                Origin::Running(vm.block_layer())
+            }
+        };
+        let pull = Pull::begin(&self.core, &self.entry, origin, self.disks.disks.clone());
         self.disks.pull = Some(pull);
         self.show(Phase::Disks, None);
         Ok(true)
@@ -116,6 +127,12 @@ impl SourceDriver {
         }
         if !is_copying {
             return;
+        }
+        if let Some(digest) = state.digest {
+            // They are all that there is of a VM that is off.
+            self.feed(&SourceEvent::StreamEnded(disks::sum_of(digest)));
+            self.feed(&SourceEvent::MigrateCompleted);
+            return self.feed(&SourceEvent::PostMigrate);
         }
         if state.is_bulk_done && !self.disks.is_bulk_done {
             self.disks.is_bulk_done = true;

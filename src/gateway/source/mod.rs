@@ -22,6 +22,7 @@ use super::Core;
 use super::clock;
 use super::contact::{Contact, ContactEvent, Search};
 use super::copying::Copying;
+use super::disks::cold_image::ColdImage;
 use super::keeping;
 use super::links::Link;
 use super::outbound::{Outbound, StreamEnd};
@@ -93,6 +94,8 @@ struct Stream {
 #[derive(Debug)]
 pub(crate) struct SourceEnd {
     pub(crate) outcome: Outcome,
+    /// The VM is off, wherever it is.
+    pub(crate) was_off: bool,
     pub(crate) reason: Option<String>,
     pub(crate) cancelled: bool,
     /// The VM is here because a gateway was restarted, and for no other reason.
@@ -115,6 +118,8 @@ pub(crate) struct SourceStart {
     pub(crate) copying: Option<Copying>,
     /// Those that are copied.
     pub(crate) disks: Vec<GuestDisk>,
+    /// Of a VM that is off: where each of them is.
+    pub(crate) images: Option<Vec<ColdImage>>,
     /// By what is known at the start: see [`SourceEnd`].
     pub(crate) undone_by_restart: bool,
 }
@@ -142,7 +147,7 @@ impl SourceDriver {
             stream: None,
             copying: start.copying,
             hold: Hold::Open,
-            disks: CopiedDisks::new(start.disks),
+            disks: CopiedDisks::new(start.disks, start.images),
             lost_contact: None,
             looked: clock::now(),
             silence_told: false,
@@ -206,6 +211,7 @@ impl SourceDriver {
         let wire_bytes = self.wire_bytes();
         SourceEnd {
             outcome,
+            was_off: self.vmm.is_off(),
             reason: self.reason,
             cancelled: self.cancel_seen,
             undone_by_restart: self.undone_by_restart && outcome == Outcome::RunsAtSource && !self.cancel_seen,

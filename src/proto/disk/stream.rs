@@ -121,12 +121,13 @@ impl Writer {
         header
     }
 
-    /// The end of the stream.
+    /// The end of the stream, and the digest that it has.
     #[must_use]
-    pub fn end(self) -> Bytes {
+    pub fn end(self) -> (Bytes, [u8; 32]) {
+        let digest = *self.0.finalize().as_bytes();
         let mut record = BytesMut::from(&header(END, 0, 0, 32)[..]);
-        record.put_slice(self.0.finalize().as_bytes());
-        record.freeze()
+        record.put_slice(&digest);
+        (record.freeze(), digest)
     }
 }
 
@@ -294,7 +295,7 @@ mod tests {
         bytes.extend(&data);
         bytes.extend(&writer.zeroes(0, 0, 1 << 20)[..]);
         bytes.extend(&writer.round()[..]);
-        bytes.extend(&writer.end()[..]);
+        bytes.extend(&writer.end().0[..]);
         bytes
     }
 
@@ -355,7 +356,7 @@ mod tests {
         let mut writer = Writer::default();
         let mut bytes = writer.ask().to_vec();
         bytes.extend(&writer.same(0, 4096, 8192, blocks)[..]);
-        bytes.extend(&writer.end()[..]);
+        bytes.extend(&writer.end().0[..]);
         bytes
     }
 

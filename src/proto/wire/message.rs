@@ -5,7 +5,7 @@
 //!           Request ─────────────────────────────▶             one request opens a channel
 //!           Hello                                   ─▶ Reply::Hello
 //!           Check(Offer)                            ─▶ Reply::Checked
-//!           Open(Offer) | OpenKnowing | OpenWithDisks | Attach ─▶ SessionMessage::Accepted… | Refused, then both ways until closed
+//!           Open(Offer) | Open… | Attach                    ─▶ SessionMessage::Accepted… | Refused, then both ways until closed
 //!           Test                                    ─▶ TestMessage, ten times a second until closed
 //! channel:  destination                              source
 //!           Drives                                  ─▶ Reply::Drives
@@ -93,6 +93,21 @@ pub enum Request {
         /// How it is carried; the tunnel's name is empty.
         stream: TunnelOffer,
     },
+    /// As `Check`, of a VM that is off. Since version 11.
+    CheckCold(ColdOffer),
+    /// As `OpenWithDisks`, of a VM that is off: its disks are all that there is. Since version 11.
+    OpenCold(ColdOffer),
+}
+
+/// The migration of a VM that is off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColdOffer {
+    /// Drawn by the source, never reused.
+    pub migration: MigrationId,
+    /// Name of the VM, the same in both gateways' configuration.
+    pub vm: String,
+    /// As in `OpenWithDisks`; at least one.
+    pub disks: Vec<OfferedDisk>,
 }
 
 /// A disk of a VM that is to be copied.

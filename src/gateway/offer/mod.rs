@@ -1,24 +1,28 @@
 //! A peer offers a VM: checks, the hypervisor that will receive it, and the driver that sees it through.
 
+pub(super) mod cold;
+
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
 use super::Core;
 use super::accept::Known;
-use super::channel::Channel;
-use super::destination::{DestinationDriver, DestinationStart};
-use super::destination_vmm::DestinationVmm;
-use super::disks::check_offer;
-use super::disks::mark::{self, Rest};
-use super::disks::volumes::{self, Old};
-use super::hooks::{self, Facts};
-use super::inbound::Shelf;
-use super::keeping::{self, Found, Slots};
-use super::launches;
-use super::memory::{Need, Reservation};
 use crate::api::{Outcome, Phase, Role};
 use crate::config::{Disks, Hook, Vm};
+use crate::gateway::channel::Channel;
+use crate::gateway::clock;
+use crate::gateway::destination::{DestinationDriver, DestinationStart};
+use crate::gateway::destination_vmm::DestinationVmm;
+use crate::gateway::disks::check_offer;
+use crate::gateway::disks::mark::{self, Rest};
+use crate::gateway::disks::volumes::{self, Old};
+use crate::gateway::hooks::{self, Facts};
+use crate::gateway::inbound::Shelf;
+use crate::gateway::keeping::{self, Found, Slots};
+use crate::gateway::launches;
+use crate::gateway::memory::{Need, Reservation};
+use crate::gateway::registry::{Entry, ResolveOrder};
 use crate::hypervisor::qemu::{Disk, Severity, VmInventory, compare};
 use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
@@ -67,28 +71,10 @@ pub(crate) async fn check(
 
 /// What needs no hypervisor.
 fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), String> {
-    let site = &core.config.site;
-    if core.is_draining() {
-        return Err(format!("the gateway at {site} is being stopped and takes no VMs"));
-    }
-    let vm = core.config.vm(&offer.vm).ok_or_else(|| {
-        format!(
-            "{site} has no [[vm]] section for {}: add one with `qmp` and `command` to its configuration",
-            offer.vm
-        )
-    })?;
+    let vm = look_at_vm(core, &offer.vm)?;
     let inventory: VmInventory = serde_json::from_str(&offer.inventory)
         .map_err(|error| format!("the description of {} cannot be read: {error}", offer.vm))?;
     inventory.check_limits().map_err(|error| error.to_string())?;
-    if let Some(open) = core.registry.open_for_vm(&offer.vm) {
-        return Err(format!(
-            "{site} is busy with migration {} of {}",
-            open.migration, offer.vm
-        ));
-    }
-    if core.registry.disk_move(&offer.vm).is_some() {
-        return Err(format!("{site} is busy with a disk of {} that moves there", offer.vm));
-    }
     let regions = migrate::regions(&inventory);
     if offer.regions > regions {
         return Err(format!(
@@ -97,6 +83,24 @@ fn look<'a>(core: &'a Core, offer: &Offer) -> Result<(&'a Vm, VmInventory), Stri
         ));
     }
     Ok((vm, inventory))
+}
+
+/// A VM that is offered, as this site knows it: it may come now.
+fn look_at_vm<'a>(core: &'a Core, name: &str) -> Result<&'a Vm, String> {
+    let site = &core.config.site;
+    if core.is_draining() {
+        return Err(format!("the gateway at {site} is being stopped and takes no VMs"));
+    }
+    let vm = core.config.vm(name).ok_or_else(|| {
+        format!("{site} has no [[vm]] section for {name}: add one with `qmp` and `command` to its configuration")
+    })?;
+    if let Some(open) = core.registry.open_for_vm(name) {
+        return Err(format!("{site} is busy with migration {} of {name}", open.migration));
+    }
+    if core.registry.disk_move(name).is_some() {
+        return Err(format!("{site} is busy with a disk of {name} that moves there"));
+    }
+    Ok(vm)
 }
 
 /// What speaks against the disks that come with an offer, before any is made.
@@ -141,25 +145,60 @@ impl Offered {
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offered: Offered, mut channel: Channel) {
+pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offered: Offered, channel: Channel) {
     let Offered { offer, images, disks } = offered;
-    let refusal = match accept(&core, &peer, known, &offer, images, disks).await {
-        Ok((driver, vm, _memory)) => {
-            let mut driver = driver;
+    let accepted = accept(&core, &peer, known, &offer, images, disks).await;
+    drive(&core, &peer, offer.migration, &offer.vm, accepted, channel).await;
+}
+
+/// An offer that was taken.
+struct Accepted {
+    driver: DestinationDriver,
+    /// Held for as long as it is driven.
+    _memory: Option<Reservation>,
+}
+
+async fn drive(
+    core: &Arc<Core>,
+    peer: &str,
+    migration: MigrationId,
+    vm: &str,
+    accepted: Result<Accepted, String>,
+    mut channel: Channel,
+) {
+    let refusal = match accepted {
+        Ok(Accepted { mut driver, _memory }) => {
             driver.adopt(channel);
-            tracing::info!(migration = %offer.migration, vm, peer, "receiving");
+            tracing::info!(%migration, vm, peer, "receiving");
             driver.run(Some(DestinationEvent::Begin)).await;
-            launches::remove_silent_logs(&core).await;
+            launches::remove_silent_logs(core).await;
             return;
         }
         Err(reason) => reason,
     };
-    tracing::info!(migration = %offer.migration, vm = offer.vm, peer, "refused: {refusal}");
+    tracing::info!(%migration, vm, peer, "refused: {refusal}");
     let refused = core.metrics.migration(Role::Destination);
-    refused.ended(super::clock::now(), Outcome::Refused);
+    refused.ended(clock::now(), Outcome::Refused);
     let _ = channel.sender.send(&SessionMessage::Refused { reason: refusal }).await;
     channel.sender.finish();
-    launches::remove_silent_logs(&core).await;
+    launches::remove_silent_logs(core).await;
+}
+
+/// A driver that peers find from now on.
+fn begin(
+    core: &Arc<Core>,
+    peer: &str,
+    entry: Arc<Entry>,
+    orders: mpsc::Receiver<ResolveOrder>,
+    start: DestinationStart,
+    memory: Option<Reservation>,
+) -> Accepted {
+    let (attach, attachments) = mpsc::channel(4);
+    core.drivers.insert(entry.migration, peer, attach);
+    Accepted {
+        driver: DestinationDriver::new(Arc::clone(core), entry, orders, attachments, start),
+        _memory: memory,
+    }
 }
 
 async fn accept(
@@ -169,7 +208,7 @@ async fn accept(
     offer: &Offer,
     images: Vec<KnownImage>,
     disks: Vec<OfferedDisk>,
-) -> Result<(DestinationDriver, String, Option<Reservation>), String> {
+) -> Result<Accepted, String> {
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let (vm, source) = look(core, offer)?;
     look_at_disks(core, vm, &disks, &source)?;
@@ -182,7 +221,7 @@ async fn accept(
     let (decoder, image, memory) = dictionary(core, peer, offer, agreed, images).await?;
     let (entry, orders) = core
         .registry
-        .add(offer.migration, &offer.vm, peer, Role::Destination, super::clock::now())
+        .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
         .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
     let started = match hooks::owe(core, offer.migration, Role::Destination) {
         Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Used), &source).await,
@@ -193,7 +232,7 @@ async fn accept(
         Err(reason) => {
             launches::end(core, offer.migration);
             hooks::forget(core, offer.migration, Role::Destination);
-            let now = super::clock::now();
+            let now = clock::now();
             let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
             entry.finish(report, now);
             return Err(reason);
@@ -205,26 +244,18 @@ async fn accept(
         source_journal: known.journal,
         barriers: u32::from(!disks.is_empty()),
     });
-    let (attach, attachments) = mpsc::channel(4);
-    core.drivers.insert(offer.migration, peer, attach);
-    let driver = DestinationDriver::new(
-        Arc::clone(core),
-        entry,
-        orders,
-        attachments,
-        DestinationStart {
-            machine,
-            effects: Vec::new(),
-            vmm: Some(vmm),
-            source_journal: known.journal,
-            decoder: Some(decoder),
-            image,
-            keeps: core.store.is_some() && agreement.version >= hello::IMAGES,
-            window_bytes: agreed.window_bytes,
-            disks,
-        },
-    );
-    Ok((driver, offer.vm.clone(), memory))
+    let start = DestinationStart {
+        machine,
+        effects: Vec::new(),
+        vmm: Some(vmm),
+        source_journal: known.journal,
+        decoder: Some(decoder),
+        image,
+        keeps: core.store.is_some() && agreement.version >= hello::IMAGES,
+        window_bytes: agreed.window_bytes,
+        disks,
+    };
+    Ok(begin(core, peer, entry, orders, start, memory))
 }
 
 /// What a stream is restored with, and the memory of the migration: held with the dictionary for as long as something is restored,
@@ -306,7 +337,10 @@ async fn start_vm(
     let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
     hooks::run(core, Hook::PreCheck, &facts).await?;
     launches::begin(core, offer.migration)?;
-    volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
+    // A hypervisor that waits already has opened its images.
+    if vm.command.is_some() {
+        volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
+    }
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {
         mark::discard(vm, offer.migration, Rest::Untouched).await;

@@ -7,6 +7,8 @@
 //! Until `agree` nothing has been touched and a failure is a refusal. From then on the ownership machine decides where the VM
 //! is, and the report says it.
 
+mod cold;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +20,7 @@ use crate::config::{AfterSuccess, Disks, Hook, Vm};
 use crate::gateway::again::{self, Successor};
 use crate::gateway::channel::{Channel, ChannelError};
 use crate::gateway::copying::{Copying, CopyingStart};
+use crate::gateway::disks::cold_image::ColdImage;
 use crate::gateway::forecasting::{Forecasting, Sample};
 use crate::gateway::hooks::{self, Facts};
 use crate::gateway::keeping::Slots;
@@ -78,6 +81,7 @@ pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Sta
         return Err(draining());
     }
     vm_of(core, &request)?;
+    check_sense(&request)?;
     // One that has just arrived here, or has just been undone.
     core.registry.gives_way(&request.vm, None).await;
     if core.is_draining() {
@@ -103,6 +107,15 @@ pub(crate) async fn start(core: &Arc<Core>, request: StartRequest) -> Result<Sta
     core.wanted.put(migration, wanted.clone()).await;
     spawn(core, entry, orders, wanted);
     Ok(Started { migration })
+}
+
+/// What is asked for can be had together.
+fn check_sense(request: &StartRequest) -> Result<(), Refusal> {
+    if request.cold && (request.warm.is_some() || request.downtime_limit_seconds.is_some()) {
+        let text = "a VM that is off has no switchover that could wait or take long: ask for `cold` alone";
+        return Err(Refusal::new(RefusalKind::Invalid, text));
+    }
+    Ok(())
 }
 
 fn draining() -> Refusal {
@@ -155,7 +168,17 @@ fn cap(core: &Core, request: &StartRequest) -> Option<ByteRate> {
 /// # Errors
 /// The request makes no sense here.
 pub(crate) async fn dry_run(core: &Arc<Core>, request: StartRequest) -> Result<DryRun, Refusal> {
+    check_sense(&request)?;
     let migration = MigrationId(crate::gateway::random::bytes());
+    if request.cold {
+        let (checks, _) = cold::check(core, &request, migration, Thoroughness::AskDestination).await;
+        return Ok(DryRun {
+            vm: request.vm,
+            peer: request.peer,
+            checks,
+            forecast: None,
+        });
+    }
     let (mut checks, checked) = check(core, &request, migration, Thoroughness::AskDestination).await;
     let forecast = match &checked {
         Some(checked) => Some(checked.forecasting(checked.sample().await).forecast()),
@@ -203,6 +226,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 copying,
                 was_running,
                 disks,
+                images,
             } = agreed;
             let terms = SourceTerms {
                 was_running,
@@ -215,6 +239,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 peer_journal: link.peer_journal(),
                 copying: Some(copying),
                 disks,
+                images,
                 undone_by_restart: false,
             };
             let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
@@ -276,6 +301,8 @@ struct Agreed {
     copying: Copying,
     was_running: bool,
     disks: Vec<GuestDisk>,
+    /// Of a VM that is off: where each of them is.
+    images: Option<Vec<ColdImage>>,
 }
 
 async fn agree(
@@ -286,6 +313,9 @@ async fn agree(
 ) -> Result<Agreed, String> {
     entry.set_phase(Phase::Checking);
     metrics.enters(clock::now(), Phase::Checking);
+    if request.cold {
+        return cold::agree(core, entry, request, metrics).await;
+    }
     let (checks, checked) = check(core, request, entry.migration, Thoroughness::OwnSide).await;
     let failed: Vec<String> = checks
         .into_iter()
@@ -393,8 +423,8 @@ async fn agree(
         dictionary: Some(dictionary),
         coders,
         prepared,
-        memory,
-        forecasting,
+        memory: Some(memory),
+        forecasting: Some(forecasting),
         memory_bytes,
         wire_at_start: link.wire_bytes(),
     });
@@ -406,6 +436,7 @@ async fn agree(
         process: Some(vm.identity().clone()),
         leave_after_success: core.config.after_success(&vm_config) == AfterSuccess::Leave,
         settings: vm.changed_settings(),
+        is_off: false,
         images: disks
             .iter()
             .filter_map(|disk| disk.file.clone().map(PathBuf::from))
@@ -420,6 +451,7 @@ async fn agree(
         copying,
         was_running,
         disks,
+        images: None,
     })
 }
 
@@ -483,13 +515,9 @@ async fn check(
 ) -> (Vec<Check>, Option<Checked>) {
     let mut checks = Vec::new();
     let mut note = |name: &str, result: Result<String, String>| {
-        let ok = result.is_ok();
-        let detail = result.unwrap_or_else(|reason| reason);
-        checks.push(Check {
-            name: name.to_owned(),
-            ok,
-            detail,
-        });
+        let check = Check::of(name, result);
+        let ok = check.ok;
+        checks.push(check);
         ok
     };
 
@@ -572,10 +600,7 @@ async fn check(
     let (Some((vm, inventory, disks)), Some(link), Ok(budget)) = (found, link, budget) else {
         return (checks, None);
     };
-    let deadline = request
-        .deadline_seconds
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .or(core.config.migration.deadline);
+    let deadline = deadline_of(core, request);
     let checked = Checked {
         vm,
         vm_config,
@@ -594,13 +619,8 @@ async fn check(
         );
         fine &= note("warm", Err(refusal));
     }
-    if hooks::is_configured(core, Hook::PreCheck) {
-        let facts = Facts::new(migration, &request.vm, &request.peer, api::Role::Source);
-        let passed = hooks::run(core, Hook::PreCheck, &facts).await;
-        fine &= note(
-            "pre_check",
-            passed.map(|()| "the hook has nothing against it".to_owned()),
-        );
+    if let Some(passed) = hook_before(core, request, migration).await {
+        fine &= note("pre_check", passed);
     }
     if fine && how == Thoroughness::AskDestination {
         let offer = checked.offer(migration);
@@ -612,19 +632,39 @@ async fn check(
                 return (checks, None);
             }
         };
-        let answer = Channel::ask::<_, Reply>(checked.link.control(), &question).await;
         fine &= note(
             "destination",
-            match answer {
-                Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{} would take it", request.peer)),
-                Ok(Reply::Checked(against)) => Err(in_one_line(&against)),
-                Ok(Reply::Refused(reason)) => Err(reason),
-                Ok(_) => Err(format!("{} answered something else", request.peer)),
-                Err(error) => Err(error.to_string()),
-            },
+            ask_destination(&checked.link, &question, &request.peer).await,
         );
     }
     (checks, fine.then_some(checked))
+}
+
+/// What the hook before a migration says, where there is one.
+async fn hook_before(core: &Core, request: &StartRequest, migration: MigrationId) -> Option<Result<String, String>> {
+    if !hooks::is_configured(core, Hook::PreCheck) {
+        return None;
+    }
+    let facts = Facts::new(migration, &request.vm, &request.peer, api::Role::Source);
+    let passed = hooks::run(core, Hook::PreCheck, &facts).await;
+    Some(passed.map(|()| "the hook has nothing against it".to_owned()))
+}
+
+async fn ask_destination(link: &Link, question: &Request, peer: &str) -> Result<String, String> {
+    match Channel::ask::<_, Reply>(link.control(), question).await {
+        Ok(Reply::Checked(against)) if against.is_empty() => Ok(format!("{peer} would take it")),
+        Ok(Reply::Checked(against)) => Err(in_one_line(&against)),
+        Ok(Reply::Refused(reason)) => Err(reason),
+        Ok(_) => Err(format!("{peer} answered something else")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn deadline_of(core: &Core, request: &StartRequest) -> Option<Duration> {
+    request
+        .deadline_seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .or(core.config.migration.deadline)
 }
 
 /// What the VM is, and what is going on with it.
@@ -798,6 +838,9 @@ pub(crate) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, mut end: Source
         Outcome::VmmDied => api::Outcome::VmDied,
     };
     let reason = match (outcome, end.reason) {
+        (api::Outcome::Completed, _) if end.was_off => {
+            format!("{} is at {}, off: start it there", entry.vm, entry.peer)
+        }
         (api::Outcome::Completed, _) => format!("{} runs at {}", entry.vm, entry.peer),
         (api::Outcome::VmDied, _) => history::vm_died(&entry.vm),
         (_, Some(reason)) => reason,
@@ -815,7 +858,7 @@ pub(crate) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, mut end: Source
     report.disks = end.disks;
     match end.copying {
         Some(copying) => {
-            report.forecast = Some(copying.forecast());
+            report.forecast = copying.forecast();
             report.rounds = copying.rounds();
             report.vmm_bytes = copying.totals().vmm_bytes;
             report.reduction_ratio = copying.reduction_ratio();

@@ -1,0 +1,111 @@
+//! A peer offers a VM that is off: what arrives are its images, and no hypervisor is needed.
+
+use std::sync::Arc;
+
+use super::{Known, drive, look_at_vm};
+use crate::api::{Outcome, Phase, Role};
+use crate::config::{Disks, Hook, Vm};
+use crate::gateway::channel::Channel;
+use crate::gateway::destination::DestinationStart;
+use crate::gateway::destination_vmm::DestinationVmm;
+use crate::gateway::disks::check_offer;
+use crate::gateway::disks::mark::{self, Rest};
+use crate::gateway::disks::volumes::{self, Old};
+use crate::gateway::hooks::{self, Facts};
+use crate::gateway::{Core, clock, launches};
+use crate::migrate;
+use crate::proto::ownership::{Destination, DestinationTerms};
+use crate::proto::wire::message::ColdOffer;
+
+/// Everything that speaks against an offer: images are made, and removed again.
+pub(crate) async fn check(core: &Core, peer: &str, offer: &ColdOffer) -> Vec<String> {
+    let tried = async {
+        core.registry.gives_way(&offer.vm, None).await;
+        let vm = look(core, offer)?;
+        core.journal.reserve().await.map_err(|error| error.to_string())?;
+        let made = make(core, peer, vm, offer, Old::Stays).await;
+        if made.is_ok() {
+            mark::discard(vm, offer.migration, Rest::Untouched).await;
+        }
+        launches::end(core, offer.migration);
+        made
+    };
+    let found: Result<(), String> = tried.await;
+    found
+        .err()
+        .inspect(|reason| tracing::info!(peer, vm = offer.vm, "a check found: {reason}"))
+        .into_iter()
+        .collect()
+}
+
+/// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
+pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: ColdOffer, channel: Channel) {
+    let accepted = accept(&core, &peer, known, &offer).await;
+    drive(&core, &peer, offer.migration, &offer.vm, accepted, channel).await;
+}
+
+fn look<'a>(core: &'a Core, offer: &ColdOffer) -> Result<&'a Vm, String> {
+    let site = &core.config.site;
+    let vm = look_at_vm(core, &offer.vm)?;
+    check_offer(&offer.disks)?;
+    if offer.disks.is_empty() {
+        return Err(format!("{} is offered without a disk", vm.name));
+    }
+    if vm.disks != Disks::Copied {
+        return Err(format!(
+            "{site} has disks = \"{}\" for {}, whose disks would be copied there: say disks = \"copied\" at both sites",
+            vm.disks, vm.name
+        ));
+    }
+    Ok(vm)
+}
+
+async fn make(core: &Core, peer: &str, vm: &Vm, offer: &ColdOffer, old: Old) -> Result<(), String> {
+    let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
+    hooks::run(core, Hook::PreCheck, &facts).await?;
+    launches::begin(core, offer.migration)?;
+    volumes::make(&core.config.site, vm, offer.migration, &offer.disks, old).await
+}
+
+async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) -> Result<super::Accepted, String> {
+    core.registry.gives_way(&offer.vm, Some(peer)).await;
+    let vm = look(core, offer)?;
+    core.journal.reserve().await.map_err(|error| error.to_string())?;
+    if !core.journal.records_of(offer.migration).await.is_empty() {
+        return Err(format!("migration {} has been here before", offer.migration));
+    }
+    let (entry, orders) = core
+        .registry
+        .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
+        .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
+    let made = match hooks::owe(core, offer.migration, Role::Destination) {
+        Ok(()) => make(core, peer, vm, offer, Old::Used).await,
+        Err(reason) => Err(reason),
+    };
+    if let Err(reason) = made {
+        launches::end(core, offer.migration);
+        hooks::forget(core, offer.migration, Role::Destination);
+        let now = clock::now();
+        let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
+        entry.finish(report, now);
+        return Err(reason);
+    }
+    entry.set_phase(Phase::Preparing);
+    let machine = Destination::new(DestinationTerms {
+        own_journal: core.journal.id(),
+        source_journal: known.journal,
+        barriers: 1,
+    });
+    let start = DestinationStart {
+        machine,
+        effects: Vec::new(),
+        vmm: Some(DestinationVmm::off(vm, core.vmm_log(offer.migration))),
+        source_journal: known.journal,
+        decoder: None,
+        image: None,
+        keeps: false,
+        window_bytes: 0,
+        disks: offer.disks.clone(),
+    };
+    Ok(super::begin(core, peer, entry, orders, start, None))
+}
