@@ -547,6 +547,29 @@ fn images_of_disks_are_read_with_their_mistakes() {
 }
 
 #[test]
+fn an_image_of_one_vm_is_neither_that_of_another_nor_what_it_stands_on() {
+    let vms = |of_y: &str| {
+        let vm = |name: &str, image: &str| {
+            format!(
+                "[[vm]]\nname = \"{name}\"\nqmp = \"/{name}\"\ndisks = \"copied\"\n[[vm.image]]\ndisk = \"vda\"\n{image}\n"
+            )
+        };
+        let x = vm("x", "path = \"/p/x\"\nbase = \"/p/base\"");
+        parse(&format!("site = \"a\"\n{x}{}", vm("y", of_y)))
+    };
+    assert!(vms("path = \"/p/y\"\nbase = \"/p/base\"").is_ok(), "a base is for many");
+    for (of_y, wanted) in [
+        ("path = \"/p/x\"", "/p/x is an image of the VM \"x\" too"),
+        ("path = \"/p/base\"", "/p/base is the base of an image"),
+        ("path = \"/p/y\"\nbase = \"/p/x\"", "/p/x is the base of an image"),
+    ] {
+        let problems = vms(of_y).unwrap_err();
+        let said = problems.iter().any(|problem| problem.to_string().contains(wanted));
+        assert!(said, "{wanted}: {problems:?}");
+    }
+}
+
+#[test]
 fn a_command_is_filled_in_once_and_json_in_it_is_left_alone() {
     let text = "site = \"a\"\n[[vm]]\nname = \"x\"\nqmp = \"/run/x.qmp\"\n\
                 command = [\"q\", \"-qmp\", \"unix:{qmp}\", \"-blockdev\", '{\"driver\":\"null-co\",\"id\":\"{vm}\"}', \"-incoming\", \"defer\", \"-S\"]\n";

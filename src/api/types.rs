@@ -36,6 +36,9 @@ pub struct StartRequest {
     /// The VM is off, and its images move.
     #[serde(default)]
     pub cold: bool,
+    /// Most bytes of disks that are read in a second; `None`: as many as the link takes.
+    #[serde(default)]
+    pub disk_rate_bytes_per_second: Option<u64>,
 }
 
 /// When a migration goes on whose disks are copied.
@@ -313,7 +316,7 @@ impl From<PageCounts> for Pages {
 }
 
 /// What was copied of the disks of a VM, all of them together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DiskFigures {
     /// What the images took at the source when it began.
     pub allocated_bytes: u64,
@@ -330,6 +333,9 @@ pub struct DiskFigures {
     pub rounds: u32,
     /// Read in the last round; where the guest wrote nothing before it was stopped, in the one before.
     pub last_round_bytes: u64,
+    /// Reads waited so long for the rate that was asked for.
+    #[serde(default)]
+    pub held_back_seconds: f64,
 }
 
 /// How a migration ended.

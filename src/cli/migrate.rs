@@ -36,6 +36,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
     rate: Option<ByteRate>,
 
+    /// Most that is read of its disks, such as 400mbit, so that the guest's own reads and writes are not held up.
+    #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
+    disk_rate: Option<ByteRate>,
+
     /// Share of the link beside other migrations to the same site: 3 gets three times what 1 gets.
     #[arg(long, value_name = "N", default_value = "1")]
     weight: NonZeroU32,
@@ -94,6 +98,7 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         weight: Some(args.weight),
         warm: (args.warm || until.is_some()).then_some(Warm { until_unix_ms: until }),
         cold: args.cold,
+        disk_rate_bytes_per_second: args.disk_rate.map(|rate| rate.0),
     };
     if args.dry_run {
         let answer = client.check(&request).await?;

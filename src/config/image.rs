@@ -1,6 +1,6 @@
 //! The tables `[[vm.image]]`: where the disks of a VM are made that arrives with them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::section::Section;
@@ -107,8 +107,8 @@ pub(super) fn read(mut section: Section<'_>) -> VmImage {
     image
 }
 
-/// Mistakes that only show when a VM is seen as a whole.
-pub(super) fn check(vm: &Vm, section: &Section<'_>) {
+/// Mistakes that only show when a VM is seen as a whole, beside those before it.
+pub(super) fn check(vm: &Vm, others: &[Vm], section: &Section<'_>) {
     if !vm.images.is_empty() && vm.disks != Disks::Copied {
         section.mistake("image", "is made for a VM with disks = \"copied\" only");
     }
@@ -124,6 +124,39 @@ pub(super) fn check(vm: &Vm, section: &Section<'_>) {
             section.mistake("image", format!("{} is there twice", image.path.display()));
         }
     }
+    for other in others {
+        if let Some(path) = shared(vm, other) {
+            let text = format!(
+                "{} is an image of the VM {:?} too, and would be written by both",
+                path.display(),
+                other.name
+            );
+            section.mistake("image", text);
+        }
+        // An image that stands on a base is wrong as soon as that changes.
+        if let Some(path) = base_of_other(vm, other).or_else(|| base_of_other(other, vm)) {
+            let text = format!(
+                "{} is the base of an image, and would be written by a VM",
+                path.display()
+            );
+            section.mistake("image", text);
+        }
+    }
+}
+
+/// An image of two VMs.
+fn shared<'a>(vm: &'a Vm, other: &Vm) -> Option<&'a Path> {
+    let paths = vm.images.iter().map(|image| image.path.as_path());
+    let is_theirs = |path: &&Path| other.images.iter().any(|image| image.path == **path);
+    paths.filter(|path| !path.as_os_str().is_empty()).find(is_theirs)
+}
+
+/// An image of one VM on which one of another stands.
+fn base_of_other<'a>(vm: &'a Vm, other: &Vm) -> Option<&'a Path> {
+    let paths = vm.images.iter().map(|image| image.path.as_path());
+    let bases = || other.images.iter().filter_map(|image| image.base.as_ref());
+    let is_base = |path: &&Path| bases().any(|base| base.path == **path);
+    paths.filter(|path| !path.as_os_str().is_empty()).find(is_base)
 }
 
 fn parse_disk(text: &str) -> Result<String, &'static str> {

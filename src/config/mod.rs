@@ -473,7 +473,7 @@ impl Config {
                 tenant: section.value("tenant", parse_name).unwrap_or_default(),
                 images: section.sections("image").into_iter().map(image::read).collect(),
             };
-            image::check(&vm, &section);
+            image::check(&vm, &config.vms, &section);
             if !vm.name.is_empty() && config.vm(&vm.name).is_some() {
                 section.mistake("name", format!("the VM {:?} is there already", vm.name));
             }

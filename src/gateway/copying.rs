@@ -17,8 +17,8 @@ use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::{Round, Totals};
 use crate::proto::precopy::{
-    Backlog, Budget, Decision, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter, Rounds,
-    Sample, usable_ratio,
+    Backlog, Budget, Decision, DiskRound, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter,
+    Rounds, Sample, usable_ratio,
 };
 use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer};
 use crate::proto::wire::hello::{self, Agreement};
@@ -221,6 +221,7 @@ impl Copying {
         now: Instant,
         progress: &MigrationProgress,
         outbound: &Outbound,
+        disks: Option<(DiskRound, DiskFigures)>,
         link: &Link,
         entry: &Entry,
     ) -> Result<Option<Settings>, String> {
@@ -268,6 +269,11 @@ impl Copying {
             goodput,
             reduction_ratio,
             lag: outbound.lag(),
+            disks: disks.map_or(Duration::ZERO, |(round, figures)| {
+                let sent = figures.read_bytes.saturating_sub(figures.same_bytes);
+                let reduced = figures.wire_bytes as f64 / sent.max(1) as f64;
+                round.time_at(goodput, reduced)
+            }),
         };
         let decision = self.policy.decide(&sample);
         let outlook = self
@@ -275,7 +281,7 @@ impl Copying {
             .update(&sample, self.memory_bytes, self.policy.allowed_transfer());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
-        let waiting = goodput.time_for(backlog_bytes).max(sample.lag);
+        let waiting = goodput.time_for(backlog_bytes).max(sample.lag) + sample.disks;
         // The hypervisor may stop the guest any time now, or has: what others have on the way would be before the guest's rest. A
         // guest that a person paused in the middle has more left than that.
         self.share.set_urgent(
@@ -303,8 +309,11 @@ impl Copying {
             backlog_bytes,
             expected_downtime_seconds: expected.as_secs_f64(),
             eta_seconds: outlook.eta.map(|eta| eta.as_secs_f64()),
-            eta_reason: outlook.note,
-            converging: !self.policy.is_stuck(),
+            eta_reason: match self.policy.is_held_by_disks() {
+                true => Some("what the guest writes to its disks leaves nothing of the downtime limit".to_owned()),
+                false => outlook.note,
+            },
+            converging: !self.policy.is_stuck() && !self.policy.is_held_by_disks(),
         };
         entry.publish(look.clone());
         self.last = Some(look);
@@ -351,7 +360,7 @@ impl Copying {
             None => allocated_bytes.saturating_sub(read_bytes),
         };
         let eta_seconds = (read > 0.0 && elapsed > 1.0 && waits.is_none()).then(|| {
-            let of_memory = self.forecast().map_or(0.0, |forecast| forecast.total_seconds);
+            let of_memory = self.forecasting.as_ref().map_or(0.0, Forecasting::seconds_beside_disks);
             remaining_bytes as f64 * elapsed / read + of_memory
         });
         let mut look = self.blank(Phase::Disks, entry);

@@ -58,6 +58,15 @@ impl Forecasting {
         self.sample = sample;
     }
 
+    /// Seconds of that which are not for disks.
+    pub(crate) fn seconds_beside_disks(&self) -> f64 {
+        let known = ForecastInput {
+            disk_bytes: 0,
+            ..self.known
+        };
+        Self::new(known, self.sample).forecast().total_seconds
+    }
+
     /// The forecast from what is known by now.
     pub(crate) fn forecast(&self) -> api::Forecast {
         let sampled = match self.sample {
@@ -69,7 +78,7 @@ impl Forecasting {
             dirty_rate,
             ..self.known
         });
-        let reason = match (forecast.reason, self.sample) {
+        let mut reason = match (forecast.reason, self.sample) {
             (Some(reason), _) => reason,
             (None, Sample::Taken(_)) => format!(
                 "the guest writes {:.1} MB/s and the link carries more",
@@ -82,6 +91,10 @@ impl Forecasting {
                 "what the guest writes could not be sampled, and is taken for nothing here".to_owned()
             }
         };
+        if self.known.disk_bytes > 0 {
+            let disk_mib = self.known.disk_bytes >> 20;
+            reason += &format!("; {disk_mib} MiB of disks are counted as they are, and come before");
+        }
         api::Forecast {
             total_seconds: forecast.total.as_secs_f64(),
             wire_bytes: forecast.wire_bytes,

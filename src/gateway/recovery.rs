@@ -134,6 +134,7 @@ async fn source(core: &Arc<Core>, migration: MigrationId, records: &[JournalReco
         copying: None,
         disks: Vec::new(),
         images: None,
+        disk_rate: None,
         undone_by_restart,
     };
     let mut driver = SourceDriver::new(Arc::clone(core), Arc::clone(&entry), orders, start);

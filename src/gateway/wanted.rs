@@ -248,6 +248,7 @@ mod tests {
             weight: None,
             warm: None,
             cold: false,
+            disk_rate_bytes_per_second: None,
         }
     }
 

@@ -240,6 +240,7 @@ async fn run(core: Arc<Core>, entry: Arc<Entry>, orders: mpsc::Receiver<ResolveO
                 copying: Some(copying),
                 disks,
                 images,
+                disk_rate: request.disk_rate_bytes_per_second.map(ByteRate),
                 undone_by_restart: false,
             };
             let mut driver = SourceDriver::new(Arc::clone(&core), Arc::clone(&entry), orders, start);
@@ -811,6 +812,7 @@ impl Checked {
         let known = ForecastInput {
             used_bytes: memory,
             total_bytes: memory,
+            disk_bytes: self.disks.iter().map(|disk| disk.allocated_bytes).sum(),
             dirty_rate: ByteRate(0),
             goodput: self.cap.map_or(goodput, |cap| cap.min(goodput)),
             rtt: self.link.rtt(),

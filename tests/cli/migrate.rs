@@ -200,6 +200,8 @@ fn what_is_asked_for_reaches_the_gateway() {
         "30m",
         "--weight",
         "3",
+        "--disk-rate",
+        "400mbit",
     ];
     let output = gateway.run(&[&args[..], &["--detach"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -213,6 +215,7 @@ fn what_is_asked_for_reaches_the_gateway() {
         weight: std::num::NonZeroU32::new(3),
         warm: None,
         cold: false,
+        disk_rate_bytes_per_second: Some(50_000_000),
     };
     assert_eq!(requests.recv_timeout(DEADLINE), Ok(expected));
 }

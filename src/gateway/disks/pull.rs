@@ -30,13 +30,22 @@ use crate::hypervisor::qemu::{Access, BlockError, BlockLayer, GuestDisk, PREFIX}
 use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, transfers};
 use crate::proto::disk::held::{BlockKey, Part};
 use crate::proto::disk::nbd::{MetaContext, Piece, Reading};
+use crate::proto::page::ByteRate;
+use crate::proto::precopy::DiskRound;
 use crate::proto::wire::hello;
+use crate::shaper::Shaper;
 
 /// Time for an export to be opened.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Between two rounds while memory is copied: what the guest writes in it is read while the guest stands, where that is when it stops.
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
+
+/// The same where much is written in it.
+const BUSY_ROUND_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes of a round that are much.
+const BUSY: u64 = 1 << 20;
 
 /// The same while nothing else is copied.
 const WARM_ROUND_PAUSE: Duration = Duration::from_secs(5);
@@ -46,6 +55,9 @@ const PIECE: u64 = 512 << 10;
 
 /// Reads that are open at once.
 const READS_AHEAD: usize = 8;
+
+/// Bytes of a disk that are begun at once where a rate is kept.
+const PACED: u64 = 1 << 20;
 
 /// Bytes of a disk whose blocks are asked about at once.
 const STEP: u64 = 1 << 30;
@@ -71,6 +83,8 @@ pub(crate) struct State {
     /// It cannot go on.
     pub(crate) failed: Option<Failure>,
     pub(crate) figures: DiskFigures,
+    /// The last one over what the guest wrote, once it was read.
+    last_round: Option<DiskRound>,
 }
 
 /// Why disks are not copied any more: a sentence.
@@ -94,7 +108,13 @@ pub(crate) struct Pull {
 
 impl Pull {
     /// Begins with the first round.
-    pub(crate) fn begin(core: &Arc<Core>, entry: &Arc<Entry>, origin: Origin, disks: Vec<GuestDisk>) -> Self {
+    pub(crate) fn begin(
+        core: &Arc<Core>,
+        entry: &Arc<Entry>,
+        origin: Origin,
+        disks: Vec<GuestDisk>,
+        most: Option<ByteRate>,
+    ) -> Self {
         let (last, ordered) = watch::channel(false);
         let allocated_bytes = disks.iter().map(|disk| disk.allocated_bytes).sum();
         let (tell, state) = watch::channel(State {
@@ -132,6 +152,7 @@ impl Pull {
                     records: Records::new(stream, Arc::clone(&tell)),
                     tell: Arc::clone(&tell),
                     ordered,
+                    pace: Shaper::new(most),
                 };
                 let carried = async { carried.await.map_err(Failure::OnTheWay) };
                 tokio::try_join!(carried, rounds.run()).map(|_| ())
@@ -160,6 +181,12 @@ impl Pull {
 
     pub(crate) fn figures(&self) -> DiskFigures {
         self.state.borrow().figures
+    }
+
+    /// The last round over what the guest wrote, and what there was of all of them.
+    pub(crate) fn last_round(&self) -> Option<(DiskRound, DiskFigures)> {
+        let state = self.state.borrow();
+        Some((state.last_round?, state.figures))
     }
 
     /// How it stands, taken in: what is told of it is told once.
@@ -214,6 +241,8 @@ struct Rounds {
     key: BlockKey,
     tell: Arc<watch::Sender<State>>,
     ordered: watch::Receiver<bool>,
+    /// Of reads while the guest runs.
+    pace: Shaper,
 }
 
 /// Something to tell, once everything before it has been told.
@@ -325,9 +354,12 @@ impl Rounds {
         loop {
             let is_last = self.await_next().await;
             let dirty = block.dirty_bytes(&bitmap(number)).await?;
+            let began = clock::now();
+            let mut read_bytes = 0;
             if dirty > 0 {
                 self.next_bitmap(block, Some(number), number + 1).await?;
                 self.round(Some(number)).await?;
+                read_bytes = self.tell.borrow().figures.last_round_bytes;
                 if !is_last {
                     self.forget(block, number).await?;
                 }
@@ -336,6 +368,11 @@ impl Rounds {
             if is_last {
                 break;
             }
+            let round = DiskRound {
+                read_bytes,
+                took: clock::now().saturating_duration_since(began),
+            };
+            self.tell.send_modify(|state| state.last_round = Some(round));
         }
         self.records.end().await?;
         self.tell.send_modify(|state| state.is_complete = true);
@@ -346,8 +383,10 @@ impl Rounds {
 
     /// Until the next round is due; whether it is the last.
     async fn await_next(&mut self) -> bool {
+        let last_bytes = self.tell.borrow().last_round.map_or(0, |round| round.read_bytes);
         let pause = match self.entry.waits(clock::unix_ms()) {
             true => WARM_ROUND_PAUSE,
+            false if last_bytes >= BUSY => BUSY_ROUND_PAUSE,
             false => ROUND_PAUSE,
         };
         let ordered = tokio::time::timeout(pause, self.ordered.wait_for(|last| *last)).await;
@@ -402,15 +441,33 @@ impl Rounds {
                 if round.end() <= start {
                     round = self.transfers(&disk, &client, start).await?;
                 }
-                let part = start..end.min(round.end());
+                let limited = self.pace.rate().map_or(u64::MAX, |_| start + PACED);
+                let part = start..end.min(round.end()).min(limited);
                 start = part.end;
-                self.begin(&client, &round.within(part), &held, &mut open);
+                let part = round.within(part);
+                self.keep_pace(&part).await;
+                self.begin(&client, &part, &held, &mut open);
                 self.settle(number, &disk, &mut open, READS_AHEAD).await?;
             }
         }
         self.settle(number, &disk, &mut open, 0).await?;
         drop(client);
         self.close(&disk, open_disk).await
+    }
+
+    /// A guest that stands still does not wait.
+    async fn keep_pace(&mut self, part: &Extents<Transfer>) {
+        let bytes = part.bytes_of(Transfer::Read);
+        if bytes == 0 || self.pace.rate().is_none() {
+            return;
+        }
+        let mut ordered = self.ordered.clone();
+        tokio::select! {
+            () = self.pace.admit(bytes) => {}
+            _ = ordered.wait_for(|last| *last) => self.pace.set_rate(None),
+        }
+        let waited = self.pace.take_waited().as_secs_f64();
+        self.tell.send_modify(|state| state.figures.held_back_seconds += waited);
     }
 
     async fn open(

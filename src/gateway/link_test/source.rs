@@ -300,6 +300,7 @@ fn forecast(core: &Core, request: &LinkTestRequest, memory: u64, goodput: ByteRa
     let known = ForecastInput {
         used_bytes: memory,
         total_bytes: memory,
+        disk_bytes: 0,
         dirty_rate: ByteRate(0),
         goodput: core.config.migration.rate.map_or(goodput, |cap| cap.min(goodput)),
         rtt,

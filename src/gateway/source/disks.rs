@@ -11,6 +11,8 @@ use crate::gateway::disks::cold_image::ColdImage;
 use crate::gateway::disks::pull::{Failure, Origin, Pull};
 use crate::hypervisor::qemu::{GuestDisk, RunState, SourceError};
 use crate::proto::ownership::{SourceEvent, SourceState};
+use crate::proto::page::ByteRate;
+use crate::proto::precopy::DiskRound;
 
 /// Where they are.
 #[derive(Debug, Default)]
@@ -18,6 +20,8 @@ pub(super) struct CopiedDisks {
     disks: Vec<GuestDisk>,
     /// Of a VM that is off: where each is.
     images: Option<Vec<ColdImage>>,
+    /// They are read no faster.
+    most: Option<ByteRate>,
     pull: Option<Pull>,
     /// All of them have been read once.
     is_bulk_done: bool,
@@ -34,10 +38,11 @@ pub(super) struct CopiedDisks {
 const WORD_OF_THE_PEER: Duration = Duration::from_secs(2);
 
 impl CopiedDisks {
-    pub(super) fn new(disks: Vec<GuestDisk>, images: Option<Vec<ColdImage>>) -> Self {
+    pub(super) fn new(disks: Vec<GuestDisk>, images: Option<Vec<ColdImage>>, most: Option<ByteRate>) -> Self {
         Self {
             disks,
             images,
+            most,
             ..Self::default()
         }
     }
@@ -58,6 +63,11 @@ impl CopiedDisks {
     /// What has been read of them, where it was begun.
     pub(super) fn figures(&self) -> Option<DiskFigures> {
         self.pull.as_ref().map(Pull::figures).or(self.figures)
+    }
+
+    /// The last round over what the guest wrote, and what there was of all of them.
+    pub(super) fn last_round(&self) -> Option<(DiskRound, DiskFigures)> {
+        self.pull.as_ref()?.last_round()
     }
 
     /// Nothing more is read.
@@ -101,7 +111,13 @@ impl SourceDriver {
                 Origin::Running(vm.block_layer())
             }
         };
-        let pull = Pull::begin(&self.core, &self.entry, origin, self.disks.disks.clone());
+        let pull = Pull::begin(
+            &self.core,
+            &self.entry,
+            origin,
+            self.disks.disks.clone(),
+            self.disks.most,
+        );
         self.disks.pull = Some(pull);
         self.show(Phase::Disks, None);
         Ok(true)

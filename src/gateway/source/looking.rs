@@ -83,8 +83,9 @@ impl SourceDriver {
         };
         let outbound = Arc::clone(&stream.outbound);
         self.look_at_sample(now).await;
+        let disks = self.disks.last_round();
         let Some(copying) = &mut self.copying else { return };
-        match copying.look(now, &progress, &outbound, &link, &self.entry) {
+        match copying.look(now, &progress, &outbound, disks, &link, &self.entry) {
             Ok(Some(settings)) => {
                 if let Err(error) = self.apply(settings).await {
                     tracing::debug!(migration = %self.entry.migration, "settings were not applied: {error}");

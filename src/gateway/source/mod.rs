@@ -35,7 +35,7 @@ use crate::hypervisor::qemu::{GuestDisk, SourceError, SwitchoverBandwidth};
 use crate::proto::ownership::{
     Doubt, Effect, JournalRecord, Outcome, Permit, RecordKind, Role, Source, SourceEvent, SourceState, StreamSum,
 };
-use crate::proto::page::JournalId;
+use crate::proto::page::{ByteRate, JournalId};
 use crate::proto::precopy::budget::LOOK;
 use crate::proto::reduce::Effort;
 use crate::proto::session::Encoder;
@@ -120,6 +120,8 @@ pub(crate) struct SourceStart {
     pub(crate) disks: Vec<GuestDisk>,
     /// Of a VM that is off: where each of them is.
     pub(crate) images: Option<Vec<ColdImage>>,
+    /// Disks are read no faster.
+    pub(crate) disk_rate: Option<ByteRate>,
     /// By what is known at the start: see [`SourceEnd`].
     pub(crate) undone_by_restart: bool,
 }
@@ -147,7 +149,7 @@ impl SourceDriver {
             stream: None,
             copying: start.copying,
             hold: Hold::Open,
-            disks: CopiedDisks::new(start.disks, start.images),
+            disks: CopiedDisks::new(start.disks, start.images, start.disk_rate),
             lost_contact: None,
             looked: clock::now(),
             silence_told: false,

@@ -6,6 +6,7 @@
 //! widens it, up to the budget, only where rounds stop shrinking.
 
 pub mod budget;
+pub mod disks;
 pub mod estimate;
 pub mod forecast;
 pub mod outlook;
@@ -14,6 +15,7 @@ pub mod restoring;
 pub mod rounds;
 
 pub use budget::{Backlog, Budget, BudgetError, FixedCosts};
+pub use disks::DiskRound;
 pub use estimate::{EncoderMeter, GoodputMeter, PathMeter, RatioMeter, usable_ratio};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};

@@ -3,7 +3,8 @@
 //! Shortest stop first: the policy begins by allowing [`FIRST_TRANSFER`] for the last bytes. While rounds shrink it waits; where
 //! the dirty set has stopped shrinking it doubles the allowance, up to the budget. A guest that writes slowly is thus stopped for
 //! little more than the trip across; one that writes fast still moves, within the operator's limit. While the destination has more to do than it
-//! will have done when new bytes get there, the guest would stand still for that as well: it takes from the allowance.
+//! will have done when new bytes get there, the guest would stand still for that as well: it takes from the allowance. What is left of disks is read
+//! while the guest stands, and takes from the budget; where it leaves nothing, the guest is not stopped.
 
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ pub struct Sample {
     pub reduction_ratio: f64,
     /// How long the destination will be busy with earlier bytes when the next ones get there.
     pub lag: Duration,
+    /// How long the rest of the guest's disks will take while it stands.
+    pub disks: Duration,
 }
 
 /// What to do now.
@@ -100,6 +103,9 @@ pub struct Policy {
     smallest_since: Instant,
     smallest_in_round: u64,
     stalled_rounds: u32,
+    /// Since when the disks have left nothing of the budget.
+    in_the_way: Option<Instant>,
+    is_held_by_disks: bool,
 }
 
 impl Policy {
@@ -115,12 +121,15 @@ impl Policy {
             smallest_since: now,
             smallest_in_round: u64::MAX,
             stalled_rounds: 0,
+            in_the_way: None,
+            is_held_by_disks: false,
         }
     }
 
     /// What to do, given how things stand. Call at every sample and at every new round.
     pub fn decide(&mut self, sample: &Sample) -> Decision {
         self.watch_for_a_stall(sample);
+        self.watch_disks(sample);
         if self.is_late(sample.now) {
             return Decision::GiveUp {
                 reason: self.why_not_in_time(sample),
@@ -133,10 +142,10 @@ impl Policy {
         } else {
             sample.lag.saturating_sub(BACKLOG)
         };
-        // In whole milliseconds, as the vmm is told: it is told again where it changes.
-        let lag = Duration::from_millis(u64::try_from(lag.as_millis()).unwrap_or(u64::MAX));
+        let lag = whole_millis(lag);
+        let room = whole_millis(self.budget.transfer.saturating_sub(sample.disks));
         Decision::Continue(Settings {
-            downtime_limit: settings.downtime_limit.saturating_sub(lag).max(LEAST_LIMIT),
+            downtime_limit: settings.downtime_limit.min(room).saturating_sub(lag).max(LEAST_LIMIT),
             ..settings
         })
     }
@@ -167,10 +176,23 @@ impl Policy {
         self.allowed == self.budget.transfer && self.stalled_rounds >= STALLED_ROUNDS
     }
 
+    /// Whether what the guest writes to its disks has kept it from being stopped for a while.
+    #[must_use]
+    pub fn is_held_by_disks(&self) -> bool {
+        self.is_held_by_disks
+    }
+
     /// What the last bytes are allowed at the moment.
     #[must_use]
     pub fn allowed_transfer(&self) -> Duration {
         self.allowed
+    }
+
+    fn watch_disks(&mut self, sample: &Sample) {
+        let is_in_the_way = sample.disks >= self.budget.transfer;
+        let since = is_in_the_way.then(|| self.in_the_way.unwrap_or(sample.now));
+        self.in_the_way = since;
+        self.is_held_by_disks = since.is_some_and(|since| sample.now.saturating_duration_since(since) >= STALLED_TIME);
     }
 
     fn watch_for_a_stall(&mut self, sample: &Sample) {
@@ -209,7 +231,14 @@ impl Policy {
 
     fn why_not_in_time(&self, sample: &Sample) -> String {
         let rate = vmm_rate(sample.goodput, sample.reduction_ratio);
-        if sample.dirty_rate.0 > rate {
+        if self.is_held_by_disks {
+            format!(
+                "the deadline has passed: {} ms would be needed for what the guest writes to its disks, and {} ms of its downtime limit are left for \
+                 that: let it write less meanwhile, or allow more with --downtime-limit",
+                sample.disks.as_millis(),
+                self.budget.transfer.as_millis()
+            )
+        } else if sample.dirty_rate.0 > rate {
             format!(
                 "the deadline has passed: the guest writes {:.1} MB/s and the link carries {:.1} MB/s of its memory, so the \
                  dirty set does not shrink",
@@ -230,6 +259,11 @@ impl Policy {
 #[must_use]
 pub fn vmm_rate(goodput: ByteRate, reduction_ratio: f64) -> u64 {
     (goodput.0 as f64 * reduction_ratio.max(0.5)) as u64
+}
+
+/// As a vmm is told: it is told again where it changes.
+fn whole_millis(time: Duration) -> Duration {
+    Duration::from_millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn megabytes(bytes: u64) -> f64 {
@@ -259,6 +293,7 @@ mod tests {
             goodput: ByteRate(100_000_000),
             reduction_ratio: 2.0,
             lag: Duration::ZERO,
+            disks: Duration::ZERO,
         }
     }
 
@@ -307,6 +342,29 @@ mod tests {
         assert_eq!(limit(BACKLOG), FIRST_TRANSFER);
         assert_eq!(limit(BACKLOG + MS(5)), FIRST_TRANSFER - MS(5));
         assert_eq!(limit(MS(500)), LEAST_LIMIT);
+    }
+
+    #[test]
+    fn what_disks_leave_of_the_budget_is_for_memory_and_a_guest_for_which_they_leave_nothing_is_not_stopped() {
+        let start = Instant::now();
+        let mut policy = Policy::new(start, budget(), None);
+        let mut at = |seconds, disks| {
+            let sample = Sample {
+                disks,
+                ..sample(start + Duration::from_secs(seconds), 2, 50_000_000)
+            };
+            match policy.decide(&sample) {
+                Decision::Continue(settings) => (settings.downtime_limit, policy.is_held_by_disks()),
+                other => panic!("{other:?}"),
+            }
+        };
+        let transfer = whole_millis(budget().transfer);
+        assert_eq!(at(0, MS(30)), (FIRST_TRANSFER, false));
+        assert_eq!(at(1, transfer - MS(7)), (MS(7), false));
+        assert_eq!(at(2, transfer + MS(7)), (LEAST_LIMIT, false));
+        assert_eq!(at(6, transfer + MS(7)), (LEAST_LIMIT, true));
+        let (limit, is_held) = at(7, MS(1));
+        assert!(limit >= FIRST_TRANSFER && !is_held);
     }
 
     #[test]
