@@ -8,7 +8,7 @@ use super::DestinationDriver;
 use crate::gateway::again;
 use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::mark::{self, Rest};
-use crate::gateway::disks::take::{self, Place, Taken};
+use crate::gateway::disks::take::{self, NotTaken, Place, Taken};
 use crate::gateway::disks::{rest, sum_of, volumes};
 use crate::proto::disk::held::BlockKey;
 use crate::proto::ownership::{AbortReason, DestinationEvent, DestinationState, Verdict};
@@ -55,6 +55,8 @@ impl DestinationDriver {
         match reason {
             // A restarted gateway cancels too.
             AbortReason::TimedOut | AbortReason::Cancelled => Rest::Stays,
+            // That the source's gateway was restarted may be noticed here first.
+            _ if self.disks_are_cut => Rest::Stays,
             reason if again::is_restart(reason) => Rest::Stays,
             _ => Rest::Goes,
         }
@@ -80,9 +82,10 @@ impl DestinationDriver {
                 return self.feed(&DestinationEvent::BarrierPassed);
             }
             Ok(Taken {
-                result: Err(reason),
+                result: Err(NotTaken { reason, is_cut }),
                 stream,
             }) => {
+                self.disks_are_cut |= is_cut;
                 // The source is told here, and only then sees its stream end.
                 self.taken = Some(stream);
                 format!("{} at {}", reason, self.core.config.site)

@@ -85,6 +85,8 @@ pub(crate) struct DestinationDriver {
     disks: Vec<OfferedDisk>,
     /// What writes them.
     take: Option<AbortOnDropHandle<Taken>>,
+    /// What is written of them is as it was read, and more did not come.
+    disks_are_cut: bool,
     /// Where they came from: closed once everything is decided.
     taken: Option<take::Stream>,
     inbound: Option<Arc<Inbound>>,
@@ -163,6 +165,7 @@ impl DestinationDriver {
             waiting_order: None,
             disks: start.disks,
             take: None,
+            disks_are_cut: false,
             taken: None,
             inbound: None,
             progress: None,
