@@ -29,6 +29,7 @@ pub mod network;
 pub mod plan;
 pub mod prober;
 pub mod process;
+mod random;
 pub mod record;
 pub mod recording;
 pub mod report;

@@ -6,6 +6,7 @@ use super::case::{Case, Injection};
 use super::fault::{Fault, Victim};
 use super::moment::{Moment, Place, Step};
 use crate::lab::clock::Jump;
+use crate::lab::random::Random;
 use crate::wan::Directions;
 
 /// Every case; the same seed gives the same. Those that are run unless more is asked for come first: gateways that are killed.
@@ -191,28 +192,6 @@ fn steps() -> Vec<(&'static str, Moment)> {
         ("cancelled-closed", cancelled(Place::A, Step::Closed)),
         ("cancelled-abort", cancelled(Place::B, Step::Abort)),
     ]
-}
-
-/// A small seeded generator (splitmix64, Vigna 2015): the moments of a seed never change.
-struct Random(u64);
-
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-
-    /// In [0, 1).
-    fn unit(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    fn between(&mut self, [shortest, longest]: [Duration; 2]) -> Duration {
-        shortest + (longest - shortest).mul_f64(self.unit())
-    }
 }
 
 /// Moments at which both gateways are killed, too: from the last at which the source may change its mind to the first at which
