@@ -154,6 +154,10 @@ struct VmImage<'a> {
     disk: &'static str,
     path: &'a Path,
     format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base: Option<&'a Path>,
+    #[serde(rename = "base-format", skip_serializing_if = "Option::is_none")]
+    base_format: Option<&'static str>,
 }
 
 impl<'a> VmImage<'a> {
@@ -162,6 +166,8 @@ impl<'a> VmImage<'a> {
             disk: GuestDisk::ID,
             path: &disk.image,
             format: disk.format,
+            base: disk.base.as_deref(),
+            base_format: disk.base.as_ref().map(|_| "raw"),
         }
     }
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::engine::{Engine, hosts};
 use super::error::LabError;
-use super::gateway_file::{LinkSection, words};
+use super::gateway_file::LinkSection;
 use super::interrupt::interrupted;
 use super::process::{Process, run as run_process};
 use super::record::append;
@@ -260,19 +260,13 @@ async fn by_gateways(longhaul: &str, sites: &[Site; 2], link: &Asked, time: Dura
         b.start_gateway(longhaul, a, None, &section).await?,
     ];
     a.pair(longhaul, b).await?;
-    let time = show_duration(time);
-    let arguments = ["link-test", "--to", b.name, "--time", &time, "--output", "json"];
     let watch = Watch::start([a.directory.clone(), b.directory.clone()]);
-    let said = run_process(&words(&a.client(longhaul, &arguments))).await?;
+    let tested = a.test_link(longhaul, b, time).await;
     let usage = watch.stop();
     for gateway in gateways {
         gateway.kill().await;
     }
-    let test: Value = serde_json::from_str(&said).unwrap_or_default();
-    let goodput = test["goodput_bytes_per_second"].as_f64().ok_or(LabError::NoFigures {
-        tool: "longhaul link-test",
-        said,
-    })?;
+    let goodput = tested?;
     Ok(Sent {
         bits_per_second: goodput * 8.0,
         cpu_seconds: Some(usage.cpu_seconds.source + usage.cpu_seconds.destination),

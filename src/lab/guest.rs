@@ -289,6 +289,8 @@ pub struct GuestDisk {
     pub format: &'static str,
     /// Both sites have the same image; otherwise it goes with the guest.
     pub is_shared: bool,
+    /// A raw image that the site has, and where the disk begins that arrives there.
+    pub base: Option<PathBuf>,
 }
 
 impl GuestDisk {
@@ -579,6 +581,7 @@ mod tests {
             image: "/t/a,b.raw".into(),
             format: "raw",
             is_shared: false,
+            base: None,
         });
         let with = launch.command(&files, Start::Boot);
         assert_eq!(with[..without.len()], without);

@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::error::LabError;
 use super::gateway_file::{GatewayFile, LinkSection, client, words};
 use super::guest::{GuestFiles, Launch, Start};
 use super::process::{Process, run};
+use crate::config::units::show_duration;
 
 /// A place where a gateway and at most one QEMU run.
 #[derive(Clone, Debug)]
@@ -103,6 +105,19 @@ impl Site {
         let accept = other.client(longhaul, &["pair", code.trim()]);
         run(&words(&accept)).await?;
         Ok(())
+    }
+
+    /// Bytes of payload a second that a link test to `other` gets across for so long.
+    pub(super) async fn test_link(&self, longhaul: &str, other: &Self, time: Duration) -> Result<f64, LabError> {
+        let time = show_duration(time);
+        let arguments = ["link-test", "--to", other.name, "--time", &time, "--output", "json"];
+        let said = run(&words(&self.client(longhaul, &arguments))).await?;
+        let test: Value = serde_json::from_str(&said).unwrap_or_default();
+        let goodput = test["goodput_bytes_per_second"].as_f64();
+        goodput.ok_or(LabError::NoFigures {
+            tool: "longhaul link-test",
+            said,
+        })
     }
 
     fn configuration(&self, other: &Self, launch: Option<&Launch>, link: &LinkSection) -> Result<String, LabError> {

@@ -156,7 +156,13 @@ fn copy_logs(directory: &Path, logs: &Path) -> std::io::Result<()> {
         }
         let kept = logs.join(site.file_name());
         std::fs::create_dir_all(&kept)?;
-        for name in ["gateway.log", "gateway.toml", "qemu.log", "vm.console"] {
+        for name in [
+            "gateway.log",
+            "gateway-killed.log",
+            "gateway.toml",
+            "qemu.log",
+            "vm.console",
+        ] {
             let file = site.path().join(name);
             if file.exists() {
                 std::fs::copy(file, kept.join(name))?;

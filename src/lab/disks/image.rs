@@ -40,7 +40,7 @@ fn fill(file: &Path, bytes: u64) -> std::io::Result<()> {
 }
 
 /// Whether a guest sees the same in the images of both sites. `-U`: the destination's is open, with a guest that writes nothing.
-pub(super) async fn compare([a, b]: &[Site; 2]) -> Result<Result<(), String>, LabError> {
+pub(in crate::lab) async fn compare([a, b]: &[Site; 2]) -> Result<Result<(), String>, LabError> {
     let (Some(a), Some(b)) = (&a.files.disk, &b.files.disk) else {
         return Ok(Err("there are no two images".to_owned()));
     };

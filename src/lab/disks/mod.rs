@@ -13,7 +13,7 @@
 //! With `--disks both` each turn does the same with a guest whose disk is shared and stays where it is: what copying costs. Whatever
 //! happens, also Ctrl-C, nothing is left behind.
 
-mod image;
+pub(super) mod image;
 mod ledger;
 mod report;
 
@@ -228,6 +228,7 @@ impl Bench<'_> {
             image: site.directory.join(format!("disk.{format}")),
             format,
             is_shared,
+            base: None,
         };
         let at_a = disk(a, "raw");
         image::make(&at_a.image, self.args.disk_mb, self.args.fill_mb).await?;
