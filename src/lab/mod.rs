@@ -6,7 +6,8 @@
 //!
 //! [`guest`] is the VM that proves its own memory and gives signs of life, [`heartbeat`] hears them, [`application`]
 //! is what else it does. [`network`] joins the sites' guests and a client, [`prober`] is that client. [`plan`] measures a matrix of
-//! links, guests and engines, [`demo`] shows one of its cells, [`disks`] moves a database with its disk, [`kill`] kills the gateways that move, [`goodput`] fills
+//! links, guests and engines, [`demo`] shows one of its cells, [`disks`] moves a database with its disk,
+//! [`disk_pass`] measures how a disk is read for the first time, [`kill`] kills the gateways that move, [`goodput`] fills
 //! links without a guest, [`recording`] keeps what a hypervisor sends, [`clock`] is a wall clock that can be set wrong. [`record`] is what one
 //! measured run found, [`report`] shows many of them, [`compare`] two files of them. The link itself is made by `netem-scripts/link`.
 
@@ -14,6 +15,7 @@ pub mod application;
 pub mod clock;
 pub mod compare;
 pub mod demo;
+pub mod disk_pass;
 pub mod disks;
 mod engine;
 mod error;
@@ -44,6 +46,7 @@ use clap::{Args, Subcommand};
 
 pub use self::compare::CompareArgs;
 pub use self::demo::DemoArgs;
+pub use self::disk_pass::DiskPassArgs;
 pub use self::disks::{CommitsArgs, DisksArgs};
 pub use self::goodput::GoodputArgs;
 use self::guest::{Accelerator, GuestDials, GuestFiles, Image, Launch, Start};
@@ -60,6 +63,9 @@ pub enum LabCommand {
     Demo(Box<DemoArgs>),
     /// Moves a guest with PostgreSQL on its disk across an emulated link and back under load, and checks that nothing is lost.
     Disks(Box<DisksArgs>),
+    /// Measures the first pass over a disk that is copied: its rate beside that of the link and of QEMU's mirror, what a base image saves, and what is
+    /// sent twice where a gateway is killed.
+    DiskPass(Box<DiskPassArgs>),
     /// Kills either gateway at every moment of a migration and checks that the VM runs in exactly one place.
     Kill(Box<KillArgs>),
     /// Measures what a plan says: links, guests, engines and seeds, one move after the other.
@@ -87,6 +93,7 @@ impl LabCommand {
         match self {
             Self::Demo(args) => demo::run(*args).await,
             Self::Disks(args) => disks::run(*args).await,
+            Self::DiskPass(args) => disk_pass::run(*args).await,
             Self::Kill(args) => kill::run(*args).await,
             Self::Plan(args) => plan::run(*args).await,
             Self::Goodput(args) => goodput::run(args).await,
