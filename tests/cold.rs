@@ -329,3 +329,42 @@ fn a_file_that_does_not_end_with_a_sector_arrives_whole() {
     arrived.truncate(state.len());
     assert!(arrived == state);
 }
+
+#[test]
+fn a_site_that_knows_of_another_disk_does_not_take_the_vm_without_it() {
+    need!(program("qemu-img"), program("qemu-nbd"));
+    let mut off = off(["raw", "raw"], ["raw", "raw"]);
+    let before = off.contents(0);
+    let third = json!(off.b[0].with_file_name("vdc.raw"));
+    off.rig.b.plan().vm("vm").tables += &format!("[[vm.image]]\ndisk = \"vdc\"\npath = {third}\nformat = \"raw\"\n");
+    kill_and_restart(&mut off.rig.b);
+    let refused = migrate(&off.rig.a, "b");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    let reason = refused.json()["reason"].as_str().unwrap().to_owned();
+    assert!(
+        reason.contains("for the disk vdc of vm, which is not offered"),
+        "{reason}"
+    );
+    off.assert_at(0, &before);
+}
+
+#[test]
+fn an_image_whose_vm_is_here_by_the_journal_is_its_disk_whatever_its_mark_says() {
+    need!(program("qemu-img"), program("qemu-nbd"));
+    let mut off = off(["raw", "raw"], ["raw", "raw"]);
+    let before = off.contents(0);
+    let report = assert_completed(&migrate(&off.rig.a, "b"));
+    // As after a power failure that took what the mark was changed to.
+    let arriving = format!("arriving {}", report["migration"].as_str().unwrap());
+    for file in &off.b {
+        setxattr(
+            file,
+            "user.longhaul.image",
+            arriving.as_bytes(),
+            rustix::fs::XattrFlags::empty(),
+        )
+        .unwrap();
+    }
+    kill_and_restart(&mut off.rig.b);
+    off.assert_at(1, &before);
+}

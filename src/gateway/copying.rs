@@ -17,7 +17,7 @@ use crate::proto::page::ByteRate;
 use crate::proto::precopy::policy::{Settings, vmm_rate};
 use crate::proto::precopy::rounds::{Round, Totals};
 use crate::proto::precopy::{
-    Backlog, Budget, Decision, DiskRound, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter,
+    Backlog, Budget, Decision, DiskRounds, FixedCosts, GoodputMeter, PathMeter, Policy, ProgressTracker, RatioMeter,
     Rounds, Sample, usable_ratio,
 };
 use crate::proto::reduce::{DictionaryLimits, PageCounts, Reducer};
@@ -221,7 +221,7 @@ impl Copying {
         now: Instant,
         progress: &MigrationProgress,
         outbound: &Outbound,
-        disks: Option<(DiskRound, DiskFigures)>,
+        disks: Option<DiskRounds>,
         link: &Link,
         entry: &Entry,
     ) -> Result<Option<Settings>, String> {
@@ -269,11 +269,7 @@ impl Copying {
             goodput,
             reduction_ratio,
             lag: outbound.lag(),
-            disks: disks.map_or(Duration::ZERO, |(round, figures)| {
-                let sent = figures.read_bytes.saturating_sub(figures.same_bytes);
-                let reduced = figures.wire_bytes as f64 / sent.max(1) as f64;
-                round.time_at(goodput, reduced)
-            }),
+            disks: disks.map_or(Some(Duration::ZERO), |disks| disks.one_more(goodput)),
         };
         let decision = self.policy.decide(&sample);
         let outlook = self
@@ -281,7 +277,7 @@ impl Copying {
             .update(&sample, self.memory_bytes, self.policy.allowed_transfer());
         let rate = vmm_rate(goodput, sample.reduction_ratio).max(1);
         let transfer = Duration::from_secs_f64((ram.remaining_bytes as f64 / rate as f64).min(1e6));
-        let waiting = goodput.time_for(backlog_bytes).max(sample.lag) + sample.disks;
+        let waiting = goodput.time_for(backlog_bytes).max(sample.lag) + sample.disks.unwrap_or_default();
         // The hypervisor may stop the guest any time now, or has: what others have on the way would be before the guest's rest. A
         // guest that a person paused in the middle has more left than that.
         self.share.set_urgent(

@@ -11,9 +11,9 @@ use super::disks::take::Place;
 use super::disks::volumes;
 use super::vm_context::VmContext;
 use crate::config::Vm;
+use crate::hypervisor::image_server;
 use crate::hypervisor::process::Process;
 use crate::hypervisor::qemu::{DestinationError, DestinationVm, Launch, LaunchValues, Loaded, RunState, VmInventory};
-use crate::hypervisor::qemu_img;
 use crate::proto::ownership::VmmFact;
 
 /// Time for a hypervisor that was started to answer.
@@ -396,11 +396,10 @@ impl DestinationVmm {
 async fn images_closed(images: &[PathBuf]) {
     for image in images {
         let is_used = || File::open(image).is_ok_and(|file| volumes::is_used(&file));
-        let end = tokio::time::Instant::now() + QUIT_DEADLINE;
+        let end = tokio::time::Instant::now() + image_server::END_DEADLINE;
         while is_used() && tokio::time::Instant::now() < end {
             tokio::time::sleep(CLOSE_LOOK).await;
         }
-        qemu_img::end_all_on(image).await;
     }
 }
 

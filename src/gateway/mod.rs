@@ -81,6 +81,7 @@ use self::tunnel::{Entrances, ListenError};
 use self::wanted::WantedFiles;
 use crate::api::Command;
 use crate::config::Config;
+use crate::hypervisor::image_server;
 use crate::metrics::Metrics;
 use crate::proto::ownership::Role;
 use crate::proto::page::MigrationId;
@@ -211,6 +212,8 @@ pub async fn run(
         draining: drain.clone(),
     });
 
+    // Before any other is started.
+    tokio::spawn(image_server::end_left(image_server::left_in(&core.config.state_dir)));
     launches::end_unrecorded(&core).await;
     launches::remove_silent_logs(&core).await;
     for (role, report) in &ended {

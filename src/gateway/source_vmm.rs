@@ -365,8 +365,13 @@ impl SourceVmm {
     /// # Errors
     /// A sentence: it still exists.
     pub(crate) async fn discard(&mut self, migration: MigrationId) -> Result<(), String> {
+        if self.is_off() && self.held.len() < self.context.images.len() {
+            // Since the gateway was restarted.
+            return Err("somebody uses its images here, which are what it was before".to_owned());
+        }
         mark::leave(self.context.images.iter().map(PathBuf::as_path), migration);
         if self.is_off() {
+            mark::sync(self.context.images.clone()).await;
             self.held.clear();
             return Ok(());
         }

@@ -47,6 +47,17 @@ impl VmContext {
         }
     }
 
+    /// Nothing of it is lost in a record.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub(crate) fn check_fits(&self) -> Result<(), String> {
+        match Self::from_bytes(&self.to_bytes()).as_ref() == Some(self) {
+            true => Ok(()),
+            false => Err("the paths of its images are too long together to be noted: use shorter ones".to_owned()),
+        }
+    }
+
     /// The bytes that go into a record.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = serde_json::to_vec(self).expect("a context is plain data");

@@ -9,6 +9,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::nbd::{NbdClient, NbdError};
+use super::process::Process;
 use super::qemu_img;
 use crate::proto::disk::nbd::MetaContext;
 
@@ -19,7 +20,7 @@ pub(crate) const PROGRAM: &str = "qemu-nbd";
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Time for an image to be closed: what is in the server's hands is written then.
-const END_DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const END_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Between two tries to connect.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
@@ -138,6 +139,37 @@ impl ImageServer {
         match said.trim() {
             "" => format!("{PROGRAM} has ended without a word"),
             said => qemu_img::one_line(said.strip_prefix("qemu-nbd: ").unwrap_or(said)),
+        }
+    }
+}
+
+/// Servers that an earlier process has started, with sockets in `folder`.
+pub(crate) fn left_in(folder: &Path) -> Vec<Process> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_one = |process: &Process| {
+        let arguments = process.arguments().unwrap_or_default();
+        let is_server = arguments.first().is_some_and(|program| program.ends_with(PROGRAM));
+        is_server
+            && arguments
+                .iter()
+                .any(|argument| Path::new(argument).parent() == Some(folder))
+    };
+    pids.filter_map(|pid| Process::open(pid).ok()).filter(is_one).collect()
+}
+
+/// Ends them. One that had a client ends by itself, and writes what it has before that.
+pub(crate) async fn end_left(servers: Vec<Process>) {
+    if servers.is_empty() {
+        return;
+    }
+    sleep(END_DEADLINE).await;
+    for server in servers {
+        if let Err(error) = server.kill(END_DEADLINE).await {
+            tracing::warn!(
+                pid = server.pid(),
+                "a {PROGRAM} that nobody needs does not end: {error}"
+            );
         }
     }
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-use super::image_server;
 use super::process::Process;
 
 /// Its name.
@@ -62,7 +61,7 @@ pub(crate) async fn run(mut command: Command, deadline: Duration) -> Result<Vec<
     }
 }
 
-/// Ends every program of QEMU's that an earlier process has started on an image.
+/// Ends every one that an earlier process has started on an image.
 pub(crate) async fn end_all_on(image: &Path) {
     let image = image.to_string_lossy();
     // As it is, and within JSON.
@@ -74,17 +73,15 @@ pub(crate) async fn end_all_on(image: &Path) {
             continue;
         };
         let arguments = process.arguments().unwrap_or_default();
-        let is_ours = arguments
-            .first()
-            .is_some_and(|program| program.ends_with(PROGRAM) || program.ends_with(image_server::PROGRAM));
-        if is_ours
+        let is_it = arguments.first().is_some_and(|program| program.ends_with(PROGRAM));
+        if is_it
             && arguments.iter().any(names_it)
             && let Err(error) = process.kill(KILL_DEADLINE).await
         {
             tracing::warn!(
                 pid = process.pid(),
                 image = %image,
-                "a program that works on an image which nobody needs does not end: {error}"
+                "a qemu-img of a move that is undone does not end: {error}"
             );
         }
     }

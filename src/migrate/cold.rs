@@ -92,10 +92,9 @@ async fn find(
     };
     let link = link?;
     let cap = cap(core, request);
-    note(
-        "disks",
-        Ok(summary(&vm, &images, link.goodput().into_iter().chain(cap).min())),
-    );
+    let disk_rate = request.disk_rate_bytes_per_second.map(ByteRate);
+    let rate = link.goodput().into_iter().chain(cap).chain(disk_rate).min();
+    note("disks", Ok(summary(&vm, &images, rate)));
     let checked = Checked {
         vm,
         link,
@@ -103,10 +102,20 @@ async fn find(
         cap,
         deadline: deadline_of(core, request),
     };
+    if let (Some(deadline), Some(rate)) = (checked.deadline, rate.filter(|_| how == Thoroughness::AskDestination)) {
+        let (seconds, expected) = (
+            deadline.as_secs_f64(),
+            rate.time_for(checked.allocated_bytes()).as_secs_f64(),
+        );
+        let text = format!("{expected:.0} s are expected at most, {seconds:.0} s are allowed");
+        note("deadline", if expected <= seconds { Ok(text) } else { Err(text) });
+    }
+    let mut is_fine = true;
     if let Some(passed) = hook_before(core, request, migration).await {
+        is_fine = passed.is_ok();
         note("pre_check", passed);
     }
-    if how == Thoroughness::AskDestination {
+    if is_fine && how == Thoroughness::AskDestination {
         let question = Request::CheckCold(checked.offer(migration));
         note(
             "destination",
@@ -167,26 +176,31 @@ fn summary(vm: &Vm, images: &[ColdImage], rate: Option<ByteRate>) -> String {
             rate.0 as f64 * 8e-6
         );
     }
-    for lost in snapshots(images) {
+    for lost in notices(images) {
         text += "; ";
         text += &lost;
     }
     text
 }
 
-/// What does not come along.
-fn snapshots(images: &[ColdImage]) -> impl Iterator<Item = String> {
-    let with = images.iter().filter(|image| image.snapshots > 0);
-    with.map(|image| {
-        format!(
-            "the {} snapshots in {} do not come along",
-            image.snapshots,
-            image.path.display()
-        )
-    })
+/// What does not come along, and what a person has to look after.
+fn notices(images: &[ColdImage]) -> impl Iterator<Item = String> {
+    let snapshots = images.iter().filter(|image| image.snapshots > 0).map(|image| {
+        let (count, path) = (image.snapshots, image.path.display());
+        format!("the {count} snapshots in {path} do not come along")
+    });
+    let unmarked = images.iter().filter(|image| !image.can_be_marked).map(|image| {
+        let path = image.path.display();
+        format!("{path} cannot be marked as left (it takes no extended attributes): see to it that nobody takes it for the disk afterwards")
+    });
+    snapshots.chain(unmarked)
 }
 
 impl Checked {
+    fn allocated_bytes(&self) -> u64 {
+        self.images.iter().map(|image| image.allocated_bytes).sum()
+    }
+
     fn disks(&self) -> Vec<GuestDisk> {
         let disk = |(name, image): (&str, &ColdImage)| GuestDisk {
             name: name.to_owned(),
@@ -226,6 +240,9 @@ pub(super) async fn agree(
         return Err(in_one_line(&failed));
     }
     let checked = checked.ok_or("the checks did not come to an end")?;
+    let paths = checked.images.iter().map(|image| image.path.clone()).collect();
+    let context = VmContext::off(&checked.vm.qmp, paths);
+    context.check_fits()?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
@@ -236,7 +253,7 @@ pub(super) async fn agree(
         opened.map_err(|_| format!("{} did not agree within {} s", entry.peer, deadline.as_secs()))??;
     let disks = checked.disks();
     let Checked {
-        vm,
+        vm: _,
         link,
         images,
         cap,
@@ -262,10 +279,8 @@ pub(super) async fn agree(
         memory_bytes: 0,
         wire_at_start: link.wire_bytes(),
     });
-    let paths = images.iter().map(|image| image.path.clone()).collect();
-    let context = VmContext::off(&vm.qmp, paths);
     hooks::owe(core, entry.migration, api::Role::Source)?;
-    for lost in snapshots(&images) {
+    for lost in notices(&images) {
         entry.notice(&lost);
     }
     copying.show(now, Phase::Preparing, None, entry);

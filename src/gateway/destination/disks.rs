@@ -35,7 +35,11 @@ impl DestinationDriver {
             return;
         };
         if verdict == Verdict::Running {
-            return mark::keep(vm, migration);
+            mark::keep(vm, migration);
+            if self.vmm.as_ref().is_some_and(DestinationVmm::is_off) {
+                mark::sync(vm.images.iter().map(|image| image.path.clone()).collect()).await;
+            }
+            return;
         }
         let rest = self.rest_of_disks();
         mark::discard(vm, migration, rest).await;

@@ -31,11 +31,13 @@ pub(crate) struct ColdImage {
     pub(crate) owner: (u32, u32),
     /// What the guest sees, bytes.
     pub(crate) size_bytes: u64,
-    /// What it takes, bytes.
+    /// What it takes, with the images behind it, bytes.
     pub(crate) allocated_bytes: u64,
     pub(crate) snapshots: usize,
     pub(crate) has_backing: bool,
     pub(crate) is_encrypted: bool,
+    /// That its VM has left it can be told by itself.
+    pub(crate) can_be_marked: bool,
 }
 
 /// It cannot be held.
@@ -50,8 +52,11 @@ pub(crate) enum ColdImageError {
     },
     #[error("{} cannot be read: {error}", path.display())]
     Unreadable { path: PathBuf, error: std::io::Error },
-    #[error("{} is not the disk: its VM has left it for another site, or a migration has begun to write it", .0.display())]
-    NotTheDisk(PathBuf),
+    #[error(
+        "{path} is not the disk: its VM has left it for another site, or a migration has begun to write it. If it is the disk all the same, say so: \
+         setfattr -x user.longhaul.image {path}", path = path.display()
+    )]
+    NotTheDisk { path: PathBuf },
     #[error("{} is no {format} image that can be read: {reason}", path.display())]
     NoImage {
         path: PathBuf,
@@ -97,9 +102,10 @@ impl ColdImage {
             error,
         })?;
         if mark::is_marked(&hold.0) {
-            return Err(ColdImageError::NotTheDisk(path.to_owned()));
+            return Err(ColdImageError::NotTheDisk { path: path.to_owned() });
         }
         let mut image = Self {
+            can_be_marked: mark::can_be_marked(&hold.0),
             hold: Arc::new(hold),
             path: path.to_owned(),
             format,
@@ -112,21 +118,23 @@ impl ColdImage {
             is_encrypted: false,
         };
         let mut info = qemu_img::command();
-        info.args(["info", "--output=json", &image.unlocked()]);
+        info.args(["info", "--output=json", "--backing-chain", &image.unlocked()]);
         let said = match qemu_img::run(info, LOOK_DEADLINE).await {
             Ok(said) => Ok(said),
             Err(QemuImgError::Failed(error)) => Err(error),
             Err(error) => return Err(ColdImageError::Tool(error)),
         };
-        let about = said.and_then(|said| serde_json::from_slice::<Value>(&said).map_err(|error| error.to_string()));
-        let about = about.map_err(|reason| ColdImageError::NoImage {
+        let chain = said.and_then(|said| serde_json::from_slice::<Value>(&said).map_err(|error| error.to_string()));
+        let chain = chain.map_err(|reason| ColdImageError::NoImage {
             path: path.to_owned(),
             format,
             reason,
         })?;
+        let about = &chain[0];
         image.size_bytes = about["virtual-size"].as_u64().unwrap_or(0);
         // A device has no holes that could be told.
-        let allocated = about["actual-size"].as_u64().unwrap_or(0);
+        let each = chain.as_array().into_iter().flatten();
+        let allocated = each.filter_map(|image| image["actual-size"].as_u64()).sum();
         image.allocated_bytes = if image.is_device { image.size_bytes } else { allocated };
         image.snapshots = about["snapshots"].as_array().map_or(0, Vec::len);
         image.has_backing = about["backing-filename"].is_string();

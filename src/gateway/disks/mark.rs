@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
 
@@ -14,6 +14,9 @@ use crate::config::{Vm, VmImage};
 use crate::proto::page::MigrationId;
 
 const ATTRIBUTE: &str = "user.longhaul.image";
+
+/// Set and removed again, to see whether that can be done.
+const PROBE: &str = "user.longhaul.probe";
 
 /// What the attribute says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +155,7 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
     };
     let done = match state {
         Some(state) => Mark { state, migration }.put(&file),
+        None if volumes::is_used(&file) => Err(std::io::Error::other("somebody has opened it")),
         None => tokio::fs::remove_file(path).await,
     };
     if let Err(error) = done {
@@ -195,6 +199,30 @@ pub(crate) fn keep(vm: &Vm, migration: MigrationId) {
     for image in &vm.images {
         keep_one(&image.path, migration);
     }
+}
+
+/// Migrations that have begun to write images of a VM.
+pub(super) fn written_in(vm: &Vm) -> Vec<MigrationId> {
+    let marks = vm.images.iter().filter_map(Mark::of_image);
+    let written = marks.filter(|mark| mark.is_written_in(mark.migration));
+    written.map(|mark| mark.migration).collect()
+}
+
+/// Makes durable what images are marked as: of those of a VM that is off, nothing else says which are its disks.
+pub(crate) async fn sync(images: Vec<PathBuf>) {
+    let synced = tokio::task::spawn_blocking(move || {
+        for path in images {
+            if let Err(error) = File::open(&path).and_then(|file| file.sync_all()) {
+                tracing::warn!(path = %path.display(), "what an image is marked as is not durable: {error}");
+            }
+        }
+    });
+    synced.await.expect("flushing files does not panic");
+}
+
+/// Whether an image can be marked at all: a device cannot, nor a file that is only to be read.
+pub(super) fn can_be_marked(file: &File) -> bool {
+    fsetxattr(file, PROBE, &[], XattrFlags::empty()).is_ok() && fremovexattr(file, PROBE).is_ok()
 }
 
 /// An image that was written in `migration` is the disk of a VM from now on.

@@ -31,7 +31,7 @@ use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, tran
 use crate::proto::disk::held::{BlockKey, Part};
 use crate::proto::disk::nbd::{MetaContext, Piece, Reading};
 use crate::proto::page::ByteRate;
-use crate::proto::precopy::DiskRound;
+use crate::proto::precopy::DiskRounds;
 use crate::proto::wire::hello;
 use crate::shaper::Shaper;
 
@@ -83,8 +83,8 @@ pub(crate) struct State {
     /// It cannot go on.
     pub(crate) failed: Option<Failure>,
     pub(crate) figures: DiskFigures,
-    /// The last one over what the guest wrote, once it was read.
-    last_round: Option<DiskRound>,
+    /// Read in the last one over what the guest wrote.
+    dirty_bytes: Option<u64>,
 }
 
 /// Why disks are not copied any more: a sentence.
@@ -183,10 +183,15 @@ impl Pull {
         self.state.borrow().figures
     }
 
-    /// The last round over what the guest wrote, and what there was of all of them.
-    pub(crate) fn last_round(&self) -> Option<(DiskRound, DiskFigures)> {
+    /// What is known of the rounds over what the guest wrote.
+    pub(crate) fn rounds(&self) -> DiskRounds {
         let state = self.state.borrow();
-        Some((state.last_round?, state.figures))
+        let figures = &state.figures;
+        DiskRounds {
+            last_bytes: state.dirty_bytes,
+            sent_bytes: figures.read_bytes.saturating_sub(figures.same_bytes),
+            frame_bytes: figures.wire_bytes,
+        }
     }
 
     /// How it stands, taken in: what is told of it is told once.
@@ -354,7 +359,6 @@ impl Rounds {
         loop {
             let is_last = self.await_next().await;
             let dirty = block.dirty_bytes(&bitmap(number)).await?;
-            let began = clock::now();
             let mut read_bytes = 0;
             if dirty > 0 {
                 self.next_bitmap(block, Some(number), number + 1).await?;
@@ -368,11 +372,7 @@ impl Rounds {
             if is_last {
                 break;
             }
-            let round = DiskRound {
-                read_bytes,
-                took: clock::now().saturating_duration_since(began),
-            };
-            self.tell.send_modify(|state| state.last_round = Some(round));
+            self.tell.send_modify(|state| state.dirty_bytes = Some(read_bytes));
         }
         self.records.end().await?;
         self.tell.send_modify(|state| state.is_complete = true);
@@ -383,11 +383,13 @@ impl Rounds {
 
     /// Until the next round is due; whether it is the last.
     async fn await_next(&mut self) -> bool {
-        let last_bytes = self.tell.borrow().last_round.map_or(0, |round| round.read_bytes);
-        let pause = match self.entry.waits(clock::unix_ms()) {
-            true => WARM_ROUND_PAUSE,
-            false if last_bytes >= BUSY => BUSY_ROUND_PAUSE,
-            false => ROUND_PAUSE,
+        let last_bytes = self.tell.borrow().dirty_bytes;
+        let pause = match (self.entry.waits(clock::unix_ms()), last_bytes) {
+            (true, _) => WARM_ROUND_PAUSE,
+            // The guest cannot be stopped before it is over.
+            (false, None) => Duration::ZERO,
+            (false, Some(BUSY..)) => BUSY_ROUND_PAUSE,
+            (false, Some(_)) => ROUND_PAUSE,
         };
         let ordered = tokio::time::timeout(pause, self.ordered.wait_for(|last| *last)).await;
         matches!(ordered, Ok(Ok(_)))

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::mark;
+use crate::config::Vm;
 use crate::gateway::channel::Channel;
 use crate::gateway::{Core, clock};
+use crate::proto::ownership::{JournalRecord, RecordKind, Role};
 use crate::proto::page::MigrationId;
 use crate::proto::wire::Request;
 use crate::proto::wire::message::Reply;
@@ -42,6 +44,17 @@ pub(crate) async fn settle(core: Arc<Core>, vm: String, peer: String, migration:
     }
 }
 
+/// An image whose VM is here by the journal is its disk, whatever became of its mark: power may have failed just after that was changed.
+async fn keep_arrived(core: &Core, vm: &Vm) {
+    for migration in mark::written_in(vm) {
+        let records = core.journal.records_of(migration).await;
+        let is_here = |record: &JournalRecord| record.role == Role::Destination && record.kind == RecordKind::Running;
+        if records.iter().any(is_here) {
+            mark::keep(vm, migration);
+        }
+    }
+}
+
 async fn ask(core: &Core, peer: &str, migration: MigrationId) -> Option<Reply> {
     let link = core.links.link(peer).await.ok()?;
     Channel::ask(link.control(), &Request::Drives { migration }).await.ok()
@@ -62,6 +75,7 @@ pub(crate) async fn expire(core: Arc<Core>) {
     loop {
         looks.tick().await;
         for vm in &core.config.vms {
+            keep_arrived(&core, vm).await;
             mark::remove_unfinished(vm, is_old).await;
         }
     }

@@ -76,14 +76,18 @@ pub(crate) async fn listens(socket: &Path) -> bool {
     }
 }
 
+/// Whether a disk is put there.
+pub(crate) fn is_of(image: &VmImage, disk: &OfferedDisk) -> bool {
+    image.disk == short_name(&disk.name) || image.disk == disk.name
+}
+
 /// Where a disk is put.
 ///
 /// # Errors
 /// A sentence.
 pub(super) fn image_of<'a>(site: &str, images: &'a [VmImage], disk: &OfferedDisk) -> Result<&'a VmImage, String> {
-    let name = short_name(&disk.name);
-    let is_it = |image: &&VmImage| image.disk == name || image.disk == disk.name;
-    images.iter().find(is_it).ok_or_else(|| {
+    images.iter().find(|image| is_of(image, disk)).ok_or_else(|| {
+        let name = short_name(&disk.name);
         format!(
             "{site} does not know where to put the disk {name}: add a [[vm.image]] with disk = {name:?} and the path that the VM's command opens"
         )

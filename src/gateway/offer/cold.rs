@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Known, drive, look_at_vm};
 use crate::api::{Outcome, Phase, Role};
-use crate::config::{Disks, Hook, Vm};
+use crate::config::{Disks, Hook, Vm, VmImage};
 use crate::gateway::channel::Channel;
 use crate::gateway::destination::DestinationStart;
 use crate::gateway::destination_vmm::DestinationVmm;
@@ -57,6 +57,14 @@ fn look<'a>(core: &'a Core, offer: &ColdOffer) -> Result<&'a Vm, String> {
             vm.disks, vm.name
         ));
     }
+    // One that was left here is of another time than those that come.
+    let is_offered = |image: &VmImage| offer.disks.iter().any(|disk| volumes::is_of(image, disk));
+    if let Some(image) = vm.images.iter().find(|image| !is_offered(image)) {
+        return Err(format!(
+            "{site} has a [[vm.image]] for the disk {} of {}, which is not offered: say it at both sites, or at none",
+            image.disk, vm.name
+        ));
+    }
     Ok(vm)
 }
 
@@ -74,6 +82,10 @@ async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) 
     if !core.journal.records_of(offer.migration).await.is_empty() {
         return Err(format!("migration {} has been here before", offer.migration));
     }
+    let vmm = DestinationVmm::off(vm, core.vmm_log(offer.migration));
+    vmm.context()
+        .check_fits()
+        .map_err(|reason| format!("{}: {reason}", core.config.site))?;
     let (entry, orders) = core
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
@@ -99,7 +111,7 @@ async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) 
     let start = DestinationStart {
         machine,
         effects: Vec::new(),
-        vmm: Some(DestinationVmm::off(vm, core.vmm_log(offer.migration))),
+        vmm: Some(vmm),
         source_journal: known.journal,
         decoder: None,
         image: None,

@@ -12,7 +12,7 @@ use crate::gateway::disks::pull::{Failure, Origin, Pull};
 use crate::hypervisor::qemu::{GuestDisk, RunState, SourceError};
 use crate::proto::ownership::{SourceEvent, SourceState};
 use crate::proto::page::ByteRate;
-use crate::proto::precopy::DiskRound;
+use crate::proto::precopy::DiskRounds;
 
 /// Where they are.
 #[derive(Debug, Default)]
@@ -65,9 +65,9 @@ impl CopiedDisks {
         self.pull.as_ref().map(Pull::figures).or(self.figures)
     }
 
-    /// The last round over what the guest wrote, and what there was of all of them.
-    pub(super) fn last_round(&self) -> Option<(DiskRound, DiskFigures)> {
-        self.pull.as_ref()?.last_round()
+    /// What is known of their rounds, where they are copied beside memory.
+    pub(super) fn rounds(&self) -> Option<DiskRounds> {
+        self.pull.as_ref().map(Pull::rounds)
     }
 
     /// Nothing more is read.

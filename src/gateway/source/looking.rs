@@ -83,7 +83,7 @@ impl SourceDriver {
         };
         let outbound = Arc::clone(&stream.outbound);
         self.look_at_sample(now).await;
-        let disks = self.disks.last_round();
+        let disks = self.disks.rounds();
         let Some(copying) = &mut self.copying else { return };
         match copying.look(now, &progress, &outbound, disks, &link, &self.entry) {
             Ok(Some(settings)) => {
@@ -188,8 +188,9 @@ impl SourceDriver {
         let silent = |since: Instant| now.saturating_duration_since(since) > SILENCE_TO_TELL;
         if self.lost_contact.is_some_and(silent) && !self.entry.needs_person() {
             let Entry { vm, peer, .. } = &*self.entry;
+            let how = if self.vmm.is_off() { "kept off" } else { "paused" };
             self.entry.advise(&format!(
-                "{vm} is paused: it was handed over to {peer}, which has not been heard of for {} s and may run it. This goes on by \
+                "{vm} is {how}: it was handed over to {peer}, which has not been heard of for {} s and may run it. This goes on by \
                  itself as soon as {peer} is back. If that site is gone for good, make sure that nothing runs there and say: \
                  longhaul resolve {vm} --peer-is-fenced",
                 SILENCE_TO_TELL.as_secs()

@@ -4,21 +4,25 @@ use std::time::Duration;
 
 use crate::proto::page::ByteRate;
 
-/// A round over what the guest has written to its disks. The one that is read while it stands will be like the one before.
+/// Disks that are copied beside memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DiskRound {
-    /// Bytes that were read: of whole clusters.
-    pub read_bytes: u64,
-    /// Until all of it was given to the path, which may hold much of it then.
-    pub took: Duration,
+pub struct DiskRounds {
+    /// Read in the last round over what the guest wrote; `None`: the first of them, over all that it has written since the beginning, is not over.
+    pub last_bytes: Option<u64>,
+    /// Read in all rounds, and not there before.
+    pub sent_bytes: u64,
+    /// Bytes of frames that those became, as far as they have left.
+    pub frame_bytes: u64,
 }
 
-impl DiskRound {
-    /// Time for the same once more on a path that takes `goodput`, where each byte becomes `reduced` bytes of frames.
+impl DiskRounds {
+    /// Time for one more round like the last one, as soon as that is known, which is read while the guest stands, on a path that takes `goodput`. What the last one took says
+    /// less: memory went beside it.
     #[must_use]
-    pub fn time_at(&self, goodput: ByteRate, reduced: f64) -> Duration {
-        let frame_bytes = self.read_bytes as f64 * reduced.clamp(0.0, 1.0);
-        self.took.max(goodput.time_for(frame_bytes as u64))
+    pub fn one_more(&self, goodput: ByteRate) -> Option<Duration> {
+        let last_bytes = self.last_bytes?;
+        let reduced = (self.frame_bytes as f64 / self.sent_bytes.max(1) as f64).min(1.0);
+        Some(goodput.time_for((last_bytes as f64 * reduced) as u64))
     }
 }
 
@@ -27,15 +31,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_round_takes_as_long_as_reading_it_and_as_long_as_the_path_needs() {
-        let round = DiskRound {
-            read_bytes: 10_000_000,
-            took: Duration::from_millis(60),
+    fn one_more_round_takes_what_its_bytes_take_once_they_are_reduced_like_the_others() {
+        let at = |sent_bytes, frame_bytes| {
+            let rounds = DiskRounds {
+                last_bytes: Some(10_000_000),
+                sent_bytes,
+                frame_bytes,
+            };
+            rounds.one_more(ByteRate(100_000_000))
         };
-        let at = |goodput, reduced| round.time_at(ByteRate(goodput), reduced);
-        assert_eq!(at(100_000_000, 1.0), Duration::from_millis(100));
-        assert_eq!(at(100_000_000, 0.1), Duration::from_millis(60));
-        assert_eq!(at(10_000_000, 0.5), Duration::from_millis(500));
-        assert_eq!(DiskRound::default().time_at(ByteRate(1), 1.0), Duration::ZERO);
+        assert_eq!(at(1_000, 250), Some(Duration::from_millis(25)));
+        assert_eq!(at(1_000, 1_100), Some(Duration::from_millis(100)));
+        // Everything was there: nothing is known of how what was not reduces.
+        assert_eq!(at(0, 500), Some(Duration::from_millis(100)));
+        assert_eq!(DiskRounds::default().one_more(ByteRate(1)), None);
     }
 }

@@ -15,7 +15,7 @@ pub mod restoring;
 pub mod rounds;
 
 pub use budget::{Backlog, Budget, BudgetError, FixedCosts};
-pub use disks::DiskRound;
+pub use disks::DiskRounds;
 pub use estimate::{EncoderMeter, GoodputMeter, PathMeter, RatioMeter, usable_ratio};
 pub use forecast::{Forecast, ForecastInput};
 pub use outlook::{Outlook, ProgressTracker};

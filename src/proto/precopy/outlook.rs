@@ -134,7 +134,7 @@ mod tests {
     fn sample(round: u32, remaining_bytes: u64, dirty: u64) -> Sample {
         Sample {
             lag: Duration::ZERO,
-            disks: Duration::ZERO,
+            disks: Some(Duration::ZERO),
             now: Instant::now(),
             round,
             remaining_bytes,

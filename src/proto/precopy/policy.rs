@@ -4,7 +4,7 @@
 //! the dirty set has stopped shrinking it doubles the allowance, up to the budget. A guest that writes slowly is thus stopped for
 //! little more than the trip across; one that writes fast still moves, within the operator's limit. While the destination has more to do than it
 //! will have done when new bytes get there, the guest would stand still for that as well: it takes from the allowance. What is left of disks is read
-//! while the guest stands, and takes from the budget; where it leaves nothing, the guest is not stopped.
+//! while the guest stands, and takes from the budget; where it leaves nothing, the guest is kept running as far as a limit can do that.
 
 use std::time::{Duration, Instant};
 
@@ -38,8 +38,8 @@ pub struct Sample {
     pub reduction_ratio: f64,
     /// How long the destination will be busy with earlier bytes when the next ones get there.
     pub lag: Duration,
-    /// How long the rest of the guest's disks will take while it stands.
-    pub disks: Duration,
+    /// How long the rest of the guest's disks will take while it stands; `None`: that is not known yet.
+    pub disks: Option<Duration>,
 }
 
 /// What to do now.
@@ -143,7 +143,8 @@ impl Policy {
             sample.lag.saturating_sub(BACKLOG)
         };
         let lag = whole_millis(lag);
-        let room = whole_millis(self.budget.transfer.saturating_sub(sample.disks));
+        let disks = sample.disks.unwrap_or(self.budget.transfer);
+        let room = whole_millis(self.budget.transfer.saturating_sub(disks));
         Decision::Continue(Settings {
             downtime_limit: settings.downtime_limit.min(room).saturating_sub(lag).max(LEAST_LIMIT),
             ..settings
@@ -189,7 +190,7 @@ impl Policy {
     }
 
     fn watch_disks(&mut self, sample: &Sample) {
-        let is_in_the_way = sample.disks >= self.budget.transfer;
+        let is_in_the_way = sample.disks.is_none_or(|disks| disks >= self.budget.transfer);
         let since = is_in_the_way.then(|| self.in_the_way.unwrap_or(sample.now));
         self.in_the_way = since;
         self.is_held_by_disks = since.is_some_and(|since| sample.now.saturating_duration_since(since) >= STALLED_TIME);
@@ -235,7 +236,7 @@ impl Policy {
             format!(
                 "the deadline has passed: {} ms would be needed for what the guest writes to its disks, and {} ms of its downtime limit are left for \
                  that: let it write less meanwhile, or allow more with --downtime-limit",
-                sample.disks.as_millis(),
+                sample.disks.unwrap_or_default().as_millis(),
                 self.budget.transfer.as_millis()
             )
         } else if sample.dirty_rate.0 > rate {
@@ -293,7 +294,7 @@ mod tests {
             goodput: ByteRate(100_000_000),
             reduction_ratio: 2.0,
             lag: Duration::ZERO,
-            disks: Duration::ZERO,
+            disks: Some(Duration::ZERO),
         }
     }
 
@@ -359,11 +360,12 @@ mod tests {
             }
         };
         let transfer = whole_millis(budget().transfer);
-        assert_eq!(at(0, MS(30)), (FIRST_TRANSFER, false));
-        assert_eq!(at(1, transfer - MS(7)), (MS(7), false));
-        assert_eq!(at(2, transfer + MS(7)), (LEAST_LIMIT, false));
-        assert_eq!(at(6, transfer + MS(7)), (LEAST_LIMIT, true));
-        let (limit, is_held) = at(7, MS(1));
+        assert_eq!(at(0, Some(MS(30))), (FIRST_TRANSFER, false));
+        assert_eq!(at(1, Some(transfer - MS(7))), (MS(7), false));
+        assert_eq!(at(2, Some(transfer + MS(7))), (LEAST_LIMIT, false));
+        assert_eq!(at(3, None), (LEAST_LIMIT, false));
+        assert_eq!(at(6, Some(transfer + MS(7))), (LEAST_LIMIT, true));
+        let (limit, is_held) = at(7, Some(MS(1)));
         assert!(limit >= FIRST_TRANSFER && !is_held);
     }
 
