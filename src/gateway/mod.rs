@@ -47,7 +47,7 @@ pub(crate) mod registry;
 pub(crate) mod share;
 pub(crate) mod source;
 pub(crate) mod source_vmm;
-mod standing;
+pub(crate) mod standing;
 mod stream_socket;
 mod tunnel;
 pub(crate) mod vm_context;

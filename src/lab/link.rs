@@ -37,6 +37,11 @@ pub(super) struct Carried {
 }
 
 impl Carried {
+    /// IP bytes of site A and of site B after those that were carried before.
+    pub(super) fn since(&self, before: &Self) -> [u64; 2] {
+        [0, 1].map(|way| self.offered[way].saturating_sub(before.offered[way]))
+    }
+
     /// IP bytes of both directions.
     pub(super) fn wire_bytes(&self) -> u64 {
         let [a, b] = self.offered;

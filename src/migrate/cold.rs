@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    AGREE_DEADLINE_WITH_DISKS, Agreed, Thoroughness, ask_destination, cap, deadline_of, hook_before, in_one_line,
-    open_session, vm_of,
+    AGREE_DEADLINE_WITH_DISKS, Agreed, Thoroughness, ask_destination, cap, deadline_of, hold_agreement, hook_before,
+    open_session, passed, vm_of,
 };
 use crate::api::{self, Check, Phase, StartRequest};
 use crate::config::{Disks, Vm};
@@ -231,26 +231,20 @@ pub(super) async fn agree(
     metrics: &Arc<ActiveMigration>,
 ) -> Result<Agreed, String> {
     let (checks, checked) = check(core, request, entry.migration, Thoroughness::OwnSide).await;
-    let failed: Vec<String> = checks
-        .into_iter()
-        .filter(|check| !check.ok)
-        .map(|check| check.detail)
-        .collect();
-    if !failed.is_empty() {
-        return Err(in_one_line(&failed));
-    }
-    let checked = checked.ok_or("the checks did not come to an end")?;
+    let mut checked = passed(checks, checked)?;
     let paths = checked.images.iter().map(|image| image.path.clone()).collect();
     let context = VmContext::off(&checked.vm.qmp, paths);
     context.check_fits()?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
+    let agreement_held = hold_agreement(core, &request.peer, &mut checked.link).await?;
     let question = Request::OpenCold(checked.offer(entry.migration));
     let deadline = AGREE_DEADLINE_WITH_DISKS;
     let opened = tokio::time::timeout(deadline, open_session(&checked.link, question)).await;
     let (channel, _) =
         opened.map_err(|_| format!("{} did not agree within {} s", entry.peer, deadline.as_secs()))??;
+    drop(agreement_held);
     let disks = checked.disks();
     let Checked {
         vm: _,

@@ -29,6 +29,7 @@ use crate::gateway::memory::Need;
 use crate::gateway::registry::{Busy, Entry, ResolveOrder};
 use crate::gateway::source::{SourceDriver, SourceEnd, SourceStart};
 use crate::gateway::source_vmm::SourceVmm;
+use crate::gateway::standing::Held;
 use crate::gateway::vm_context::VmContext;
 use crate::gateway::wanted::Wanted;
 use crate::gateway::{Core, clock, disks, history};
@@ -318,25 +319,11 @@ async fn agree(
         return cold::agree(core, entry, request, metrics).await;
     }
     let (checks, checked) = check(core, request, entry.migration, Thoroughness::OwnSide).await;
-    let failed: Vec<String> = checks
-        .into_iter()
-        .filter(|check| !check.ok)
-        .map(|check| check.detail)
-        .collect();
-    if !failed.is_empty() {
-        return Err(in_one_line(&failed));
-    }
-    let mut checked = checked.ok_or("the checks did not come to an end")?;
+    let mut checked = passed(checks, checked)?;
     core.journal.reserve().await.map_err(|error| error.to_string())?;
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
-    let mut agreement_held = checked.link.hold_agreement().await;
-    if !checked.link.is_alive() {
-        // It was lost since, perhaps while both said hello again.
-        let link = core.links.fresh_link(&request.peer).await;
-        checked.link = link.map_err(|error| error.to_string())?;
-        agreement_held = checked.link.hold_agreement().await;
-    }
+    let agreement_held = hold_agreement(core, &request.peer, &mut checked.link).await?;
     let agreement = checked.link.agreement();
     let window_bytes = agreement.limits.window_bytes;
     let slots = checked.slots();
@@ -454,6 +441,30 @@ async fn agree(
         disks,
         images: None,
     })
+}
+
+/// What the checks found, or everything that speaks against the migration.
+fn passed<T>(checks: Vec<Check>, found: Option<T>) -> Result<T, String> {
+    let failed: Vec<String> = checks
+        .into_iter()
+        .filter(|check| !check.ok)
+        .map(|check| check.detail)
+        .collect();
+    if !failed.is_empty() {
+        return Err(in_one_line(&failed));
+    }
+    found.ok_or_else(|| "the checks did not come to an end".to_owned())
+}
+
+/// Keeps what is agreed on with the peer as it is until a session was opened by it.
+async fn hold_agreement(core: &Core, peer: &str, link: &mut Arc<Link>) -> Result<Held, String> {
+    let held = link.hold_agreement().await;
+    if link.is_alive() {
+        return Ok(held);
+    }
+    // It was lost since, perhaps while both said hello again.
+    *link = core.links.fresh_link(peer).await.map_err(|error| error.to_string())?;
+    Ok(link.hold_agreement().await)
 }
 
 /// The channel of the session, and the image with which both sites begin it.

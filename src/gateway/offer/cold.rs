@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Known, drive, look_at_vm};
-use crate::api::{Outcome, Phase, Role};
+use crate::api::{Phase, Role};
 use crate::config::{Disks, Hook, Vm, VmImage};
 use crate::gateway::channel::Channel;
 use crate::gateway::destination::DestinationStart;
@@ -13,7 +13,6 @@ use crate::gateway::disks::mark::{self, Rest};
 use crate::gateway::disks::volumes::{self, Old};
 use crate::gateway::hooks::{self, Facts};
 use crate::gateway::{Core, clock, launches};
-use crate::migrate;
 use crate::proto::ownership::{Destination, DestinationTerms};
 use crate::proto::wire::message::ColdOffer;
 
@@ -78,10 +77,7 @@ async fn make(core: &Core, peer: &str, vm: &Vm, offer: &ColdOffer, old: Old) -> 
 async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) -> Result<super::Accepted, String> {
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let vm = look(core, offer)?;
-    core.journal.reserve().await.map_err(|error| error.to_string())?;
-    if !core.journal.records_of(offer.migration).await.is_empty() {
-        return Err(format!("migration {} has been here before", offer.migration));
-    }
+    super::expect(core, offer.migration).await?;
     let vmm = DestinationVmm::off(vm, core.vmm_log(offer.migration));
     vmm.context()
         .check_fits()
@@ -90,18 +86,7 @@ async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) 
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
         .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
-    let made = match hooks::owe(core, offer.migration, Role::Destination) {
-        Ok(()) => make(core, peer, vm, offer, Old::Used).await,
-        Err(reason) => Err(reason),
-    };
-    if let Err(reason) = made {
-        launches::end(core, offer.migration);
-        hooks::forget(core, offer.migration, Role::Destination);
-        let now = clock::now();
-        let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
-        entry.finish(report, now);
-        return Err(reason);
-    }
+    super::prepare(core, &entry, make(core, peer, vm, offer, Old::Used)).await?;
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),

@@ -184,6 +184,30 @@ async fn drive(
     launches::remove_silent_logs(core).await;
 }
 
+/// There is room for a migration in the journal, which does not know it.
+async fn expect(core: &Core, migration: MigrationId) -> Result<(), String> {
+    core.journal.reserve().await.map_err(|error| error.to_string())?;
+    match core.journal.records_of(migration).await.is_empty() {
+        true => Ok(()),
+        false => Err(format!("migration {migration} has been here before")),
+    }
+}
+
+/// Does what comes before a driver, or ends the migration as refused.
+async fn prepare<T>(core: &Core, entry: &Entry, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let prepared = match hooks::owe(core, entry.migration, Role::Destination) {
+        Ok(()) => work.await,
+        Err(reason) => Err(reason),
+    };
+    prepared.inspect_err(|reason| {
+        launches::end(core, entry.migration);
+        hooks::forget(core, entry.migration, Role::Destination);
+        let now = clock::now();
+        let report = migrate::empty_report(entry, now, Outcome::Refused, reason.clone());
+        entry.finish(report, now);
+    })
+}
+
 /// A driver that peers find from now on.
 fn begin(
     core: &Arc<Core>,
@@ -212,10 +236,7 @@ async fn accept(
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let (vm, source) = look(core, offer)?;
     look_at_disks(core, vm, &disks, &source)?;
-    core.journal.reserve().await.map_err(|error| error.to_string())?;
-    if !core.journal.records_of(offer.migration).await.is_empty() {
-        return Err(format!("migration {} has been here before", offer.migration));
-    }
+    expect(core, offer.migration).await?;
     let agreement = known.agreement();
     let agreed = agreement.limits;
     let (decoder, image, memory) = dictionary(core, peer, offer, agreed, images).await?;
@@ -223,21 +244,8 @@ async fn accept(
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
         .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
-    let started = match hooks::owe(core, offer.migration, Role::Destination) {
-        Ok(()) => start_vm(core, peer, vm, offer, (&disks, Old::Used), &source).await,
-        Err(reason) => Err(reason),
-    };
-    let vmm = match started {
-        Ok(started) => started,
-        Err(reason) => {
-            launches::end(core, offer.migration);
-            hooks::forget(core, offer.migration, Role::Destination);
-            let now = clock::now();
-            let report = migrate::empty_report(&entry, now, Outcome::Refused, reason.clone());
-            entry.finish(report, now);
-            return Err(reason);
-        }
-    };
+    let starting = start_vm(core, peer, vm, offer, (&disks, Old::Used), &source);
+    let vmm = prepare(core, &entry, starting).await?;
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),

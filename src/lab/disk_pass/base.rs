@@ -30,7 +30,7 @@ pub(super) async fn measure(bench: &Bench<'_>, found: &mut Vec<OnBase>) -> Resul
         let (report, content) = scene.finish(migration).await?;
         let image_bytes = std::fs::metadata(&arrived).map_or(0, |image| image.blocks() * 512);
         let disks = report.disks.unwrap_or_default();
-        let [forward_bytes, backward_bytes] = [0, 1].map(|way| after.offered[way].saturating_sub(before.offered[way]));
+        let [forward_bytes, backward_bytes] = after.since(&before);
         let on_base = OnBase {
             repetition,
             disk_bytes: bench.disk_bytes(),

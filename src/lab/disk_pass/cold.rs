@@ -41,7 +41,7 @@ pub(super) async fn measure(bench: &Bench<'_>, found: &mut Vec<Cold>) -> Result<
         let (report, content) = scene.move_cold().await?;
         let usage = watch.stop();
         let after = scene.carried().await?;
-        let [forward_bytes, backward_bytes] = [0, 1].map(|way| after.offered[way].saturating_sub(before.offered[way]));
+        let [forward_bytes, backward_bytes] = after.since(&before);
         let cold = Cold {
             from,
             to,

@@ -57,7 +57,7 @@ impl Case {
         let waiting = scene.waiting().await?;
         let after = scene.carried().await?;
         let (report, content) = scene.finish(waiting.migration).await?;
-        let [forward_bytes, backward_bytes] = [0, 1].map(|way| after.offered[way].saturating_sub(before.offered[way]));
+        let [forward_bytes, backward_bytes] = after.since(&before);
         Ok(Kill {
             gateway: ["A", "B"][self.place],
             at_seconds: course.seconds(),

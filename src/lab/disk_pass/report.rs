@@ -161,7 +161,7 @@ impl Pass {
         usage: &Usage,
         content: Result<(), String>,
     ) -> Self {
-        let [forward_bytes, backward_bytes] = [0, 1].map(|way| after.offered[way].saturating_sub(before.offered[way]));
+        let [forward_bytes, backward_bytes] = after.since(before);
         Self {
             by,
             repetition,
