@@ -333,6 +333,7 @@ fn a_hook_that_a_crash_has_ended_runs_again_after_the_restart() {
         hooks.until_told("began", "after_activation", role);
         let site = if role == "source" { &mut rig.a } else { &mut rig.b };
         site.gateway().signal(Signal::KILL);
+        until("the gateway is dead", || site.gateway().has_ended());
         hooks.until_none_runs();
         std::fs::remove_file(hooks.waiting("after_activation", role)).unwrap();
         site.start();
