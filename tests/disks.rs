@@ -95,13 +95,17 @@ fn a_disk_goes_with_its_guest_there_and_back_and_becomes_another_format() {
     );
     assert_eq!(mark(&at_b), None);
     let migration = report["migration"].as_str().unwrap();
-    assert_eq!(mark(&at_a), Some(format!("left {migration}")));
+    let left = mark(&at_a);
+    assert!(
+        left.as_ref().unwrap().starts_with(&format!("left {migration} ")),
+        "{left:?}"
+    );
     rig.assert_only(&[(&rig.b, "vm")]);
 
     // What it has left at A is old: it is not touched by a question, and only what is otherwise comes back.
     let checked = rig.b.run(&["migrate", "vm", "--to", "a", "--dry-run"]);
     assert_eq!(checked.code, Some(0), "{checked:?}");
-    assert_eq!(mark(&at_a), Some(format!("left {migration}")));
+    assert_eq!(mark(&at_a), left);
     let report = assert_completed(&migrate(&rig.b, "a"));
     disk_guest::assert_checks(&at_a);
     let same_bytes = report["disks"]["same_bytes"].as_u64().unwrap();
@@ -151,8 +155,17 @@ fn an_image_that_was_left_and_is_used_again_is_not_replaced() {
     let still = std::fs::metadata(&at_a).unwrap();
     assert_eq!(still.ino(), used.ino());
     disk_guest::assert_checks(&at_b);
+
+    // Nor once it is off again, where it was written: that may be wanted.
     other.kill().unwrap();
     other.wait().unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&at_a).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1], UNTOUCHED).unwrap();
+    let refused = migrate(&rig.b, "a");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    let reason = refused.json()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("was written after its VM had left it"), "{reason}");
+    assert_eq!(std::fs::metadata(&at_a).unwrap().ino(), used.ino());
     rig.assert_only(&[(&rig.b, "vm")]);
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
@@ -24,6 +25,19 @@ pub(super) struct Mark {
     state: State,
     /// That made it so.
     migration: MigrationId,
+    /// Of an image that was left, when it was written last before that. Marks of earlier releases do not say.
+    written: Option<Written>,
+}
+
+/// When a file was written last: seconds and nanoseconds of the Unix epoch, by its file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written(i64, i64);
+
+impl Written {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let about = file.metadata()?;
+        Ok(Self(about.mtime(), about.mtime_nsec()))
+    }
 }
 
 /// What an image is that no VM lives on.
@@ -59,10 +73,30 @@ impl State {
 impl Mark {
     /// Of an image that is made for the migration.
     pub(super) fn arriving(migration: MigrationId) -> Self {
+        Self::new(State::Arriving, migration)
+    }
+
+    /// Of an image as its VM has left it.
+    fn left(file: &File, migration: MigrationId) -> std::io::Result<Self> {
+        let written = Some(Written::of(file)?);
+        Ok(Self {
+            written,
+            ..Self::new(State::Left, migration)
+        })
+    }
+
+    fn new(state: State, migration: MigrationId) -> Self {
         Self {
-            state: State::Arriving,
+            state,
             migration,
+            written: None,
         }
+    }
+
+    /// Somebody has used it since its VM has left it: what is in it may be wanted.
+    pub(super) fn was_used_since(self, file: &File) -> bool {
+        let is_other = |written| Written::of(file).map_or(true, |now| now != written);
+        self.written.is_some_and(is_other)
     }
 
     /// Of an image with this mark while a further migration writes it.
@@ -71,7 +105,7 @@ impl Mark {
             State::Arriving | State::Resumed | State::Unfinished => State::Resumed,
             State::Refreshed | State::Left => State::Refreshed,
         };
-        Self { state, migration }
+        Self::new(state, migration)
     }
 
     /// Of an image that is there.
@@ -80,13 +114,18 @@ impl Mark {
     }
 
     pub(super) fn of(file: &File) -> Option<Self> {
-        let mut value = [0; 64];
+        let mut value = [0; 128];
         let length = fgetxattr(file, ATTRIBUTE, &mut value).ok()?;
-        let (word, migration) = std::str::from_utf8(value.get(..length)?).ok()?.split_once(' ')?;
+        let mut words = std::str::from_utf8(value.get(..length)?).ok()?.split(' ');
+        let word = words.next()?;
         let (state, _) = State::ALL.iter().find(|(_, known)| *known == word)?;
+        let migration = words.next()?.parse().ok()?;
+        let written = words.next().and_then(|time| time.split_once('.'));
+        let written = written.and_then(|(seconds, nanos)| Some(Written(seconds.parse().ok()?, nanos.parse().ok()?)));
         Some(Self {
             state: *state,
-            migration: migration.parse().ok()?,
+            migration,
+            written,
         })
     }
 
@@ -103,7 +142,11 @@ impl Mark {
 
 impl fmt::Display for Mark {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "{} {}", self.state.word(), self.migration)
+        write!(out, "{} {}", self.state.word(), self.migration)?;
+        match self.written {
+            Some(Written(seconds, nanos)) => write!(out, " {seconds}.{nanos:09}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -154,7 +197,8 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
         (_, Rest::Goes | Rest::Untouched) => None,
     };
     let done = match state {
-        Some(state) => Mark { state, migration }.put(&file),
+        Some(State::Left) => Mark::left(&file, migration).and_then(|mark| mark.put(&file)),
+        Some(state) => Mark::new(state, migration).put(&file),
         None if volumes::is_used(&file) => Err(std::io::Error::other("somebody has opened it")),
         None => tokio::fs::remove_file(path).await,
     };
@@ -165,10 +209,7 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
 
 /// Whether something of a migration that was cut short is there, and none has gone on with it.
 pub(crate) fn is_unfinished(vm: &Vm, migration: MigrationId) -> bool {
-    let unfinished = Mark {
-        state: State::Unfinished,
-        migration,
-    };
+    let unfinished = Mark::new(State::Unfinished, migration);
     vm.images.iter().any(|image| Mark::of_image(image) == Some(unfinished))
 }
 
@@ -250,11 +291,7 @@ pub(crate) fn claim<'a>(images: impl IntoIterator<Item = &'a Path>) {
 /// The VM has left: its images may be replaced when it comes back.
 pub(crate) fn leave<'a>(images: impl IntoIterator<Item = &'a Path>, migration: MigrationId) {
     for path in images {
-        let mark = Mark {
-            state: State::Left,
-            migration,
-        };
-        let marked = File::open(path).and_then(|file| mark.put(&file));
+        let marked = File::open(path).and_then(|file| Mark::left(&file, migration)?.put(&file));
         if let Err(error) = marked {
             tracing::warn!(path = %path.display(), "an image that its VM has left is not marked, and will not be replaced: {error}");
         }

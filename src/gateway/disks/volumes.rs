@@ -101,6 +101,9 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
         Ok(file) if is_used(&file) => Err(format!(
             "{path} at {site} is in use, by a QEMU that holds its lock: if that is the VM itself, it runs at {site} already"
         )),
+        Ok(file) if Mark::of(&file).is_some_and(|mark| mark.was_used_since(&file)) => {
+            Err(format!("{site}: {}", used_since(image)))
+        }
         Ok(file) if Mark::of(&file).is_some() => Ok(()),
         Ok(_) => Err(format!(
             "{path} is at {site} already, and is not what a VM has left there: move it away, or say another path in [[vm.image]]"
@@ -108,6 +111,14 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(format!("{path} at {site} cannot be looked at: {error}")),
     }
+}
+
+/// Somebody may have started the VM from it, and may want what it did.
+fn used_since(image: &VmImage) -> String {
+    format!(
+        "{} was written after its VM had left it: move it away, or remove it where nobody wants what is in it",
+        image.path.display()
+    )
 }
 
 /// Whether a QEMU holds a lock of it: on bytes 100 to 164 for what it does with it, on 200 to 264 for what others must not (`block/file-posix.c`).
@@ -155,6 +166,7 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
     let held = mark::MARKS.lock().await;
     if let Ok(file) = File::open(&image.path) {
         match Mark::of(&file) {
+            Some(mark) if mark.was_used_since(&file) => return Err(used_since(image)),
             Some(mark) if fits => {
                 let mark = mark.written_again(migration);
                 tracing::info!(%path, %mark, "an image is written again");
