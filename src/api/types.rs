@@ -333,9 +333,15 @@ pub struct DiskFigures {
     pub rounds: u32,
     /// Read in the last round; where the guest wrote nothing before it was stopped, in the one before.
     pub last_round_bytes: u64,
-    /// Reads waited so long for the rate that was asked for.
+    /// Reads waited so long, for the rate that was asked for and for the guest.
     #[serde(default)]
     pub held_back_seconds: f64,
+    /// A request of the guest to these disks took so long on average while everything was read; `None` where it had too few.
+    #[serde(default)]
+    pub guest_io_seconds: Option<f64>,
+    /// The same requests would have taken so long before.
+    #[serde(default)]
+    pub guest_io_usual_seconds: Option<f64>,
 }
 
 /// How a migration ended.

@@ -46,6 +46,15 @@ pub(super) fn text(report: &Report) -> String {
             bytes(disks.zero_bytes),
             bytes(disks.wire_bytes)
         );
+        if let (Some(seen), Some(usual)) = (disks.guest_io_seconds, disks.guest_io_usual_seconds) {
+            let _ = writeln!(
+                text,
+                "  the guest's requests to them took {:.1} ms each meanwhile, {:.1} ms before; reading waited {} for that and --disk-rate",
+                seen * 1e3,
+                usual * 1e3,
+                seconds(disks.held_back_seconds)
+            );
+        }
     }
     if let Some(forecast) = &report.forecast {
         let _ = writeln!(

@@ -136,6 +136,18 @@ impl ByteRate {
         u64::try_from(u128::from(self.0) * duration.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
     }
 
+    /// The rate at which `bytes` pass in `duration`; zero where that is no time.
+    #[must_use]
+    pub fn over(bytes: u64, duration: std::time::Duration) -> Self {
+        let nanos = duration.as_nanos().max(1);
+        let rate = u128::from(bytes) * 1_000_000_000 / nanos;
+        Self(if duration.is_zero() {
+            0
+        } else {
+            u64::try_from(rate).unwrap_or(u64::MAX)
+        })
+    }
+
     /// How long `bytes` take at this rate. A rate of zero never gets there: `Duration::MAX`.
     #[must_use]
     pub fn time_for(self, bytes: u64) -> std::time::Duration {

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::cold_image::ColdImage;
@@ -31,7 +32,7 @@ use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, tran
 use crate::proto::disk::held::{BlockKey, Part};
 use crate::proto::disk::nbd::{MetaContext, Piece, Reading};
 use crate::proto::page::ByteRate;
-use crate::proto::precopy::DiskRounds;
+use crate::proto::precopy::{DiskRounds, ReadPace, guest_io};
 use crate::proto::wire::hello;
 use crate::shaper::Shaper;
 
@@ -56,7 +57,7 @@ const PIECE: u64 = 512 << 10;
 /// Reads that are open at once.
 const READS_AHEAD: usize = 8;
 
-/// Bytes of a disk that are begun at once where a rate is kept.
+/// Bytes of a disk that are begun at once: the rate may change any time.
 const PACED: u64 = 1 << 20;
 
 /// Bytes of a disk whose blocks are asked about at once.
@@ -152,7 +153,8 @@ impl Pull {
                     records: Records::new(stream, Arc::clone(&tell)),
                     tell: Arc::clone(&tell),
                     ordered,
-                    pace: Shaper::new(most),
+                    pace: Arc::new(Shaper::new(most)),
+                    most,
                 };
                 let carried = async { carried.await.map_err(Failure::OnTheWay) };
                 tokio::try_join!(carried, rounds.run()).map(|_| ())
@@ -247,7 +249,9 @@ struct Rounds {
     tell: Arc<watch::Sender<State>>,
     ordered: watch::Receiver<bool>,
     /// Of reads while the guest runs.
-    pace: Shaper,
+    pace: Arc<Shaper>,
+    /// It is no faster, whatever the guest bears.
+    most: Option<ByteRate>,
 }
 
 /// Something to tell, once everything before it has been told.
@@ -350,7 +354,10 @@ impl Rounds {
         if self.asks {
             self.records.ask().await?;
         }
+        let watched = self.watch_guest(block).await;
         self.round(None).await?;
+        drop(watched);
+        self.pace.set_rate(self.most);
         if self.asks {
             // The last part: the guest must not stand until that has been written.
             self.told.next().await?;
@@ -379,6 +386,44 @@ impl Rounds {
         // The destination closes it once it has everything.
         self.told.end().await?;
         Ok(())
+    }
+
+    /// Reads slower from now on where the guest suffers, until that is dropped. A hypervisor that does not say is read as fast as it goes.
+    async fn watch_guest(&self, block: &BlockLayer) -> Option<AbortOnDropHandle<()>> {
+        let before = block.guest_io(&self.disks).await;
+        let before = before.inspect_err(|error| tracing::warn!("how the guest fares is not known: {error}"));
+        let mut kept = ReadPace::new(before.ok()?, self.most);
+        let (block, disks) = (block.clone(), self.disks.clone());
+        let (pace, tell) = (Arc::clone(&self.pace), Arc::clone(&self.tell));
+        let read_bytes = move || tell.borrow().figures.read_bytes;
+        let tell = Arc::clone(&self.tell);
+        let (migration, vm) = (self.entry.migration, self.entry.vm.clone());
+        Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut looks = tokio::time::interval(guest_io::LOOK);
+            looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            looks.tick().await;
+            let mut last = (clock::now(), read_bytes());
+            loop {
+                looks.tick().await;
+                let Ok(io) = block.guest_io(&disks).await else { continue };
+                let now = (clock::now(), read_bytes());
+                let rate = ByteRate::over(now.1 - last.1, now.0.saturating_duration_since(last.0));
+                last = now;
+                let rate = kept.look(io, rate);
+                if rate != pace.rate() {
+                    tracing::debug!(%migration, vm, ?rate, "disks are read no faster, for the guest's sake");
+                }
+                pace.set_rate(rate);
+                let seen = kept.seen();
+                if seen.requests > 0 {
+                    let each = |nanos: f64| Some(nanos / seen.requests as f64 * 1e-9);
+                    tell.send_modify(|state| {
+                        state.figures.guest_io_seconds = each(seen.nanos);
+                        state.figures.guest_io_usual_seconds = each(seen.usual_nanos);
+                    });
+                }
+            }
+        })))
     }
 
     /// Until the next round is due; whether it is the last.
@@ -443,8 +488,13 @@ impl Rounds {
                 if round.end() <= start {
                     round = self.transfers(&disk, &client, start).await?;
                 }
-                let limited = self.pace.rate().map_or(u64::MAX, |_| start + PACED);
-                let part = start..end.min(round.end()).min(limited);
+                let most = match (&held, round.at(start)) {
+                    // What is told of a region is compared as one.
+                    (Held::Blocks(_), _) => end,
+                    (_, Some(run)) if run.state != Transfer::Read => run.end,
+                    _ => start + PACED,
+                };
+                let part = start..end.min(round.end()).min(most);
                 start = part.end;
                 let part = round.within(part);
                 self.keep_pace(&part).await;

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use super::inventory::{disk_name, text};
 use super::{condition, socket_path};
 use crate::hypervisor::qmp::{QmpClient, QmpError};
+use crate::proto::precopy::{GuestIo, Served};
 
 /// Begins the name of every bitmap and export of ours.
 pub const PREFIX: &str = "longhaul-";
@@ -223,6 +224,17 @@ impl BlockLayer {
             .sum())
     }
 
+    /// What the guest has asked disks for, those with these nodes together.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn guest_io(&self, disks: &[GuestDisk]) -> Result<GuestIo, BlockError> {
+        let list = self.qmp.execute("query-blockstats", json!({})).await?;
+        let is_asked = |entry: &&Value| disks.iter().any(|disk| entry["node-name"] == disk.node);
+        let entries = list.as_array().into_iter().flatten().filter(is_asked);
+        Ok(io_of(entries))
+    }
+
     /// Ends what is ours: exports, then the server, then the bitmaps, by which a server without exports is known as ours. Whatever cannot be ended is
     /// logged, and the next migration tries again.
     pub async fn clean_up(&self) {
@@ -263,6 +275,26 @@ impl BlockLayer {
     }
 }
 
+/// The sum of entries of `query-blockstats`.
+fn io_of<'a>(entries: impl Iterator<Item = &'a Value>) -> GuestIo {
+    let mut io = GuestIo::default();
+    for entry in entries {
+        let stats = &entry["stats"];
+        for (kind, of) in [
+            ("rd", &mut io.reads),
+            ("wr", &mut io.writes),
+            ("flush", &mut io.flushes),
+        ] {
+            let number = |name: &str| stats[format!("{kind}_{name}")].as_u64().unwrap_or(0);
+            *of = Served {
+                requests: of.requests.saturating_add(number("operations")),
+                nanos: of.nanos.saturating_add(number("total_time_ns")),
+            };
+        }
+    }
+    io
+}
+
 /// Node and bitmap, for each bitmap of an entry of `query-block`.
 fn bitmaps_of(entry: &Value) -> Vec<(String, Value)> {
     let inserted = &entry["inserted"];
@@ -281,6 +313,23 @@ const POLL_INTERVAL: Duration = Duration::from_millis(1);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_guest_asked_its_disks_for_is_added_up() {
+        let entry = json!({ "node-name": "a", "stats": {
+            "rd_operations": 10, "rd_total_time_ns": 500, "wr_operations": 3, "wr_total_time_ns": 40,
+            "flush_operations": 2, "flush_total_time_ns": 7, "unmap_operations": 1 } });
+        let io = io_of([&entry, &entry].into_iter());
+        let served = |requests, nanos| Served { requests, nanos };
+        assert_eq!(
+            io,
+            GuestIo {
+                reads: served(20, 1_000),
+                writes: served(6, 80),
+                flushes: served(4, 14)
+            }
+        );
+    }
 
     #[test]
     fn a_disk_is_called_as_people_call_it() {

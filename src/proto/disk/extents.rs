@@ -195,6 +195,16 @@ impl<S: Copy + PartialEq> Extents<S> {
         })
     }
 
+    /// From `byte` to the end of its run; `None` where nothing is said of it.
+    pub fn at(&self, byte: u64) -> Option<Extent<S>> {
+        let run = self.runs.get(self.runs.partition_point(|run| run.end <= byte))?;
+        (byte >= self.start).then_some(Extent {
+            start: byte,
+            end: run.end,
+            state: run.state,
+        })
+    }
+
     /// What is said of the bytes in `range`, as far as it is covered.
     #[must_use]
     pub fn within(&self, range: Range<u64>) -> Self {
@@ -323,6 +333,12 @@ mod tests {
             prop_assert_eq!(bytes(&extents).len() as u64, extents.end() - extents.start());
             let by_state: u64 = (0..3).map(|state| extents.bytes_of(state)).sum();
             prop_assert_eq!(by_state, extents.end() - extents.start());
+        }
+
+        #[test]
+        fn a_byte_is_found_with_what_follows_of_its_run(extents in any_extents(), byte in 0_u64..300) {
+            let whole = extents.iter().find(|extent| (extent.start..extent.end).contains(&byte));
+            prop_assert_eq!(extents.at(byte), whole.map(|extent| Extent { start: byte, ..extent }));
         }
 
         #[test]
