@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 
+use super::disks::cold_image::Hold;
 use super::disks::take::Place;
 use super::disks::volumes;
 use super::vm_context::VmContext;
@@ -44,6 +45,8 @@ pub(crate) struct DestinationVmm {
     loaded: Option<Loaded>,
     /// Of a VM that is off: the source has let it go, and its images are complete.
     is_complete: bool,
+    /// Its images, once they are written and until the VM is here: it must not be started from them.
+    held: Vec<Hold>,
 }
 
 /// What can be seen of the load.
@@ -114,6 +117,7 @@ impl DestinationVmm {
             vm: Some(vm),
             loaded: None,
             is_complete: false,
+            held: Vec::new(),
         };
         match vmm.look_before().await {
             Ok(()) => Ok(vmm),
@@ -133,6 +137,23 @@ impl DestinationVmm {
     /// There is no vmm.
     pub(crate) fn is_off(&self) -> bool {
         self.context.is_off
+    }
+
+    /// Keeps others from the images of a VM that is off, now that nothing writes them any more.
+    ///
+    /// # Errors
+    /// A sentence: somebody was faster.
+    pub(crate) async fn hold_images(&mut self) -> Result<(), String> {
+        for image in &self.context.images {
+            let held = Hold::take(image).await;
+            self.held.push(held.map_err(|error| error.to_string())?);
+        }
+        Ok(())
+    }
+
+    /// The VM is here: who wants it to run may start it.
+    pub(crate) fn let_go_of_images(&mut self) {
+        self.held.clear();
     }
 
     /// Everything that is needed is here: of a VM that is off, nothing more is waited for.
@@ -177,6 +198,7 @@ impl DestinationVmm {
             vm: None,
             loaded: None,
             is_complete: false,
+            held: Vec::new(),
         }
     }
 
@@ -352,6 +374,7 @@ impl DestinationVmm {
             return;
         }
         if self.is_off() {
+            self.let_go_of_images();
             return images_closed(&self.context.images).await;
         }
         loop {

@@ -6,7 +6,6 @@ use tokio::task::JoinError;
 
 use super::DestinationDriver;
 use crate::gateway::again;
-use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::mark::{self, Rest};
 use crate::gateway::disks::take::{self, NotTaken, Place, Taken};
 use crate::gateway::disks::{rest, sum_of, volumes};
@@ -29,15 +28,16 @@ impl DestinationDriver {
     }
 
     /// Their images stay, or not.
-    pub(super) async fn put_disks_away(&self, verdict: Verdict) {
+    pub(super) async fn put_disks_away(&mut self, verdict: Verdict) {
         let migration = self.entry.migration;
         let Some(vm) = self.core.config.vm(&self.entry.vm) else {
             return;
         };
         if verdict == Verdict::Running {
             mark::keep(vm, migration);
-            if self.vmm.as_ref().is_some_and(DestinationVmm::is_off) {
+            if let Some(vmm) = self.vmm.as_mut().filter(|vmm| vmm.is_off()) {
                 mark::sync(vm.images.iter().map(|image| image.path.clone()).collect()).await;
+                vmm.let_go_of_images();
             }
             return;
         }
@@ -77,13 +77,25 @@ impl DestinationDriver {
     pub(super) async fn on_taken(&mut self, taken: Result<Taken, JoinError>) {
         self.take = None;
         let reason = match taken {
-            Ok(Taken { result: Ok(digest), .. }) => {
+            Ok(Taken {
+                result: Ok(digest),
+                stream,
+            }) => {
                 tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
-                if self.vmm.as_ref().is_some_and(DestinationVmm::is_off) {
+                match self.vmm.as_mut().filter(|vmm| vmm.is_off()) {
+                    None => return self.feed(&DestinationEvent::BarrierPassed),
                     // There is nothing else.
-                    self.feed(&DestinationEvent::StreamEnded(sum_of(digest)));
+                    Some(vmm) => match vmm.hold_images().await {
+                        Ok(()) => {
+                            self.feed(&DestinationEvent::StreamEnded(sum_of(digest)));
+                            return self.feed(&DestinationEvent::BarrierPassed);
+                        }
+                        Err(reason) => {
+                            self.taken = Some(stream);
+                            format!("{reason} at {}", self.core.config.site)
+                        }
+                    },
                 }
-                return self.feed(&DestinationEvent::BarrierPassed);
             }
             Ok(Taken {
                 result: Err(NotTaken { reason, is_cut }),
