@@ -34,7 +34,7 @@ pub(super) async fn make(image: &Path, bytes: u64, seed: u64) -> Result<(), LabE
 }
 
 /// Makes a raw image that is `times` as large as what of it is in use: bytes that nothing compresses, in pieces all over it.
-pub(super) async fn make_sparse(image: &Path, used_bytes: u64, times: u64, seed: u64) -> Result<(), LabError> {
+pub(in crate::lab) async fn make_sparse(image: &Path, used_bytes: u64, times: u64, seed: u64) -> Result<(), LabError> {
     let file = image.to_owned();
     blocking(image, move || {
         let mut noise = Noise::of(seed);

@@ -89,7 +89,7 @@ async fn copy(bench: &Bench<'_>, sites: &[Site; 2], repetition: u32) -> Result<P
     source.kill().await;
     at_b.execute("quit", json!({})).await?;
     destination.wait().await?;
-    let content = image::compare(sites).await?;
+    let content = image::compare_sites(sites).await?;
     Ok(Pass::of(
         By::Mirror,
         repetition,

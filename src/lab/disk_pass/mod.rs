@@ -13,7 +13,7 @@
 
 mod base;
 mod cold;
-mod content;
+pub(super) mod content;
 mod course;
 mod kill;
 mod mirror;

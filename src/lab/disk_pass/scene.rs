@@ -227,7 +227,7 @@ impl<'a> Scene<'a> {
                 if report.outcome != Outcome::Completed {
                     return Err(not_moved(report.reason));
                 }
-                return Ok((report, image::compare(&self.sites).await?));
+                return Ok((report, image::compare_sites(&self.sites).await?));
             }
             tokio::time::sleep(LOOK).await;
         }

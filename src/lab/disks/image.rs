@@ -4,6 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 
 use crate::lab::error::LabError;
+use crate::lab::guest::GuestDisk;
 use crate::lab::process::{ProcessError, output, run};
 use crate::lab::site::Site;
 
@@ -39,11 +40,16 @@ fn fill(file: &Path, bytes: u64) -> std::io::Result<()> {
     file.flush()
 }
 
-/// Whether a guest sees the same in the images of both sites. `-U`: the destination's is open, with a guest that writes nothing.
-pub(in crate::lab) async fn compare([a, b]: &[Site; 2]) -> Result<Result<(), String>, LabError> {
-    let (Some(a), Some(b)) = (&a.files.disk, &b.files.disk) else {
-        return Ok(Err("there are no two images".to_owned()));
-    };
+/// Whether a guest sees the same in the images of both sites.
+pub(in crate::lab) async fn compare_sites([a, b]: &[Site; 2]) -> Result<Result<(), String>, LabError> {
+    match (&a.files.disk, &b.files.disk) {
+        (Some(a), Some(b)) => compare(a, b).await,
+        _ => Ok(Err("there are no two images".to_owned())),
+    }
+}
+
+/// Whether a guest sees the same in two images. `-U`: one may be open, with a guest that writes nothing.
+pub(in crate::lab) async fn compare(a: &GuestDisk, b: &GuestDisk) -> Result<Result<(), String>, LabError> {
     let files = [a, b].map(|disk| disk.image.display().to_string());
     let compared = output(&[
         "qemu-img", "compare", "-U", "-f", a.format, "-F", b.format, &files[0], &files[1],

@@ -279,7 +279,8 @@ impl Bench<'_> {
             pair.look_on(Outside::default());
             for _ in 0..2 {
                 self.leg(pair, false, turn).await?;
-                turn.comparisons.push(Comparison::of(image::compare(sites).await?));
+                turn.comparisons
+                    .push(Comparison::of(image::compare_sites(sites).await?));
             }
         }
         say("the guest is told to wake, and everything is read");

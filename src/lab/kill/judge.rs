@@ -180,6 +180,7 @@ impl Judgement {
             self.problems
                 .push(format!("left behind: {}", found.leftovers.join(", ")));
         }
+        self.problems.extend_from_slice(&found.disk_problems);
         // A person takes part only where that is what the fault does, and then the journal says so.
         if found.advice.is_some() && case.fault() != Some(Fault::KillQemu(Place::B)) {
             self.problems.push("a person had to decide".to_owned());
@@ -319,6 +320,7 @@ mod tests {
             settings_kept: None,
             restless: None,
             leftovers: vec![],
+            disk_problems: vec![],
         }
     }
 

@@ -12,6 +12,7 @@
 //! cases in [`matrix`].
 
 mod case;
+mod copied;
 mod disk;
 mod fault;
 mod judge;
@@ -38,6 +39,7 @@ use std::time::Duration;
 use clap::Args;
 
 use self::case::Case;
+use self::copied::Pristine;
 use self::fault::{Fault, Means};
 use self::judge::judge;
 use self::matrix::Matrix;
@@ -76,6 +78,9 @@ pub struct KillArgs {
     /// Cases at the same time, 1 to 9. Their guests share the host's processors: with more than there are, moments are missed.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=MOST_LINKS as u64))]
     pub jobs: u64,
+    /// The guest has a disk that goes with it.
+    #[arg(long)]
+    pub disk: bool,
     /// Cap of each migration, so that pre-copy lasts long enough to be hit.
     #[arg(long, value_name = "RATE", default_value = "150mbit")]
     pub rate: String,
@@ -272,8 +277,11 @@ async fn prepare(args: &KillArgs, plan: &Plan) -> Result<(Vec<Tools>, World), La
         world.clean(say).await;
     }
     let links = if args.has_link() { args.jobs as usize } else { 0 };
-    let world = World::of(std::process::id(), &link_script, section, links);
+    let mut world = World::of(std::process::id(), &link_script, section, links);
     world.make()?;
+    if args.disk {
+        world.disk = Some(Pristine::make(&world.directory, args.seed).await?);
+    }
     Ok((tools, world))
 }
 
@@ -306,7 +314,8 @@ async fn perform(
     }
     for (number, tools) in tools.iter().enumerate() {
         let first = number * plan.cases.len();
-        let saved = saved::save(&tools.launch, &world.directory.join(format!("guest-{number}"))).await?;
+        let directory = world.directory.join(format!("guest-{number}"));
+        let saved = saved::save(&tools.launch, &directory, world.disk.as_ref()).await?;
         let mut series = Series {
             args,
             tools,

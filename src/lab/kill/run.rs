@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::Tools;
 use super::case::{Case, Injection};
+use super::copied::Pristine;
 use super::disk::Disk;
 use super::fault::Fault;
 use super::moment::{Moment, Place, Step};
@@ -60,6 +61,8 @@ pub(super) struct Finding {
     pub(super) restless: Option<String>,
     /// Processes and files that a migration has left behind.
     pub(super) leftovers: Vec<String>,
+    /// What is wrong with a disk that went with the guest.
+    pub(super) disk_problems: Vec<String>,
 }
 
 /// A gateway's answer to `longhaul status`.
@@ -76,6 +79,8 @@ pub(super) struct Ground {
     /// Directory of this case alone. Its path is in the command line of every process of the case.
     pub(super) directory: PathBuf,
     pub(super) sites: [Site; 2],
+    /// What the guest's disk holds, where it has one.
+    pub(super) disk: Option<Pristine>,
     pub(super) link: LinkSection,
     /// `--rate` of the migration.
     pub(super) rate: Option<String>,
@@ -343,6 +348,17 @@ impl Stage {
             Some(Fault::MoveClock(place, jump)) => ground.sites[place.index()].clock_has_jumped(jump),
             _ => true,
         });
+        let journals = journals_of(ground);
+        let place = match (running, case.fault()) {
+            ([true, false], _) => Some(Place::A),
+            ([false, true], _) => Some(Place::B),
+            (_, Some(Fault::KillQemu(place))) if is_lost(case, &journals) => Some(place),
+            _ => None,
+        };
+        let disk_problems = match (&ground.disk, place) {
+            (Some(disk), Some(place)) => disk.problems(&ground.sites, place).await?,
+            _ => Vec::new(),
+        };
         Ok(Finding {
             command_seconds: ended.map(|ended| ended.seconds_since(begun)),
             exit_code,
@@ -351,7 +367,7 @@ impl Stage {
             mended,
             advice,
             victims_journal,
-            journals: journals_of(ground),
+            journals,
             seen: [self.observers[0].seen(), self.observers[1].seen()],
             heard: [
                 Some(self.beats_a.heard()),
@@ -363,6 +379,7 @@ impl Stage {
             settings_kept,
             restless,
             leftovers: self.leftovers(ground, running),
+            disk_problems,
         })
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::copied::Pristine;
 use super::moment::Place;
 use super::run::processes_of;
 use super::site::Site;
@@ -16,11 +17,14 @@ use crate::lab::guest::Launch;
 use crate::lab::heartbeat::Heartbeat;
 use crate::lab::monitor::Monitor;
 
-/// Boots the guest in `directory`, which is made, and returns the file in which it is saved.
-pub(super) async fn save(launch: &Launch, directory: &Path) -> Result<PathBuf, LabError> {
+/// Boots the guest in `directory`, which is made, and returns the file in which it is saved. `disk`: what it has.
+pub(super) async fn save(launch: &Launch, directory: &Path, disk: Option<&Pristine>) -> Result<PathBuf, LabError> {
     std::fs::create_dir(directory).map_err(|source| LabError::file(directory, source))?;
     // It has no gateway.
-    let site = Site::new(directory, Place::A, None, ([127, 0, 0, 1], 0).into())?;
+    let mut site = Site::new(directory, Place::A, None, ([127, 0, 0, 1], 0).into())?;
+    if let Some(disk) = disk {
+        disk.lay(&mut site)?;
+    }
     let mut qemu = site.boot(launch, None)?;
     let mut beats = Heartbeat::connect(&site.files.heartbeat, BOOT).await?;
     let settled = launch.dials.pages_per_second / 2;

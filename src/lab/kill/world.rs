@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::copied::Pristine;
 use super::disk::unmount_below;
 use super::moment::Place;
 use super::run::{Ground, processes_of};
@@ -22,6 +23,8 @@ pub(super) struct World {
     /// One for each case at the same time; none: the cases run on the loopback device.
     links: Vec<Link>,
     section: LinkSection,
+    /// What goes with each guest.
+    pub(super) disk: Option<Pristine>,
 }
 
 impl World {
@@ -34,6 +37,7 @@ impl World {
             directory: PathBuf::from(format!("{DIRECTORY}{process}")),
             links: (0..links).map(link).collect(),
             section,
+            disk: None,
         }
     }
 
@@ -70,7 +74,7 @@ impl World {
         std::fs::create_dir(&directory).map_err(|source| LabError::file(&directory, source))?;
         let site = |place, namespace, listen| Site::new(&directory, place, namespace, listen);
         let link = self.links.get(number);
-        let sites = match link {
+        let mut sites = match link {
             None => {
                 let [at_a, at_b] = free_addresses(number)?;
                 [site(Place::A, None, at_a)?, site(Place::B, None, at_b)?]
@@ -80,8 +84,14 @@ impl World {
                 site(Place::B, Some(link.namespace_b()), (ADDRESS_B, PORT).into())?,
             ],
         };
+        if let Some(disk) = &self.disk {
+            for site in &mut sites {
+                disk.lay(site)?;
+            }
+        }
         Ok(Ground {
             directory,
+            disk: self.disk.clone(),
             sites,
             link: self.section.clone(),
             rate: Some(rate.to_owned()),
