@@ -356,7 +356,11 @@ impl Rounds {
         }
         let watched = self.watch_guest(block).await;
         self.round(None).await?;
-        drop(watched);
+        if let Some(watched) = watched {
+            watched.abort();
+            // Gone before the rate is set for good.
+            let _ = watched.await;
+        }
         self.pace.set_rate(self.most);
         if self.asks {
             // The last part: the guest must not stand until that has been written.
@@ -393,7 +397,7 @@ impl Rounds {
         let before = block.guest_io(&self.disks).await;
         let before = before.inspect_err(|error| tracing::warn!("how the guest fares is not known: {error}"));
         let mut kept = ReadPace::new(before.ok()?, self.most);
-        let (block, disks) = (block.clone(), self.disks.clone());
+        let (block, disks, most) = (block.clone(), self.disks.clone(), self.most);
         let (pace, tell) = (Arc::clone(&self.pace), Arc::clone(&self.tell));
         let read_bytes = move || tell.borrow().figures.read_bytes;
         let tell = Arc::clone(&self.tell);
@@ -405,7 +409,10 @@ impl Rounds {
             let mut last = (clock::now(), read_bytes());
             loop {
                 looks.tick().await;
-                let Ok(io) = block.guest_io(&disks).await else { continue };
+                let Ok(io) = block.guest_io(&disks).await else {
+                    pace.set_rate(most);
+                    continue;
+                };
                 let now = (clock::now(), read_bytes());
                 let rate = ByteRate::over(now.1 - last.1, now.0.saturating_duration_since(last.0));
                 last = now;

@@ -25,11 +25,17 @@ const NOTICED_NANOS: f64 = 1e6;
 /// Disks are read no slower for the guest's sake: a migration has to end.
 const LOWEST: f64 = 4e6;
 
-/// Looks at the lowest rate after which reading is not the cause.
+/// What is hardly faster than the lowest rate.
+const NEAR_LOWEST: f64 = LOWEST * 2.0;
+
+/// Looks at which the guest is slow at the lowest rate, or near it, after which reading is not the cause.
 const PATIENCE: u32 = 5;
 
-/// What a look that finds nothing adds.
-const GROWTH: f64 = 1.25;
+/// So slow a read is not the cause either.
+const NOTHING: f64 = LOWEST / 4.0;
+
+/// What a look that finds nothing adds: three of them more than make up for one that halves.
+const GROWTH: f64 = 1.3;
 
 /// Requests that have ended, and the time that they took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -128,7 +134,7 @@ impl ReadPace {
             self.seen.requests += judged.requests;
             self.seen.nanos += judged.nanos;
             self.seen.usual_nanos += judged.usual_nanos;
-            match judged.requests >= FEW && judged.is_slow() {
+            match judged.requests >= FEW && judged.is_slow() && read.0 as f64 > NOTHING {
                 true => self.slow_down(read, &since),
                 false => self.speed_up(read),
             }
@@ -161,7 +167,7 @@ impl ReadPace {
     fn slow_down(&mut self, read: ByteRate, since: &[Served; 3]) {
         let now = self.limit.map_or(read.0 as f64, |limit| limit.min(read.0 as f64));
         self.limit = Some((now / 2.0).max(LOWEST));
-        self.looks_at_lowest += u32::from(now <= LOWEST);
+        self.looks_at_lowest += u32::from(now <= NEAR_LOWEST);
         if self.looks_at_lowest < PATIENCE {
             return;
         }
@@ -172,10 +178,13 @@ impl ReadPace {
     }
 
     fn speed_up(&mut self, read: ByteRate) {
-        self.looks_at_lowest = 0;
         let grown = self.limit.map(|limit| limit * GROWTH);
         // Something else is what keeps it from being faster.
         self.limit = grown.filter(|limit| read.0 == 0 || *limit <= read.0 as f64 * 2.0);
+        // A guest that is slow now and then must not keep it at the lowest for ever.
+        if self.limit.is_none_or(|limit| limit > NEAR_LOWEST) {
+            self.looks_at_lowest = 0;
+        }
     }
 }
 
@@ -247,8 +256,31 @@ mod tests {
             rate = limit.unwrap_or(LINK).min(LINK);
             lowest += u32::from(rate.0 == LOWEST as u64);
         }
-        assert!((PATIENCE..PATIENCE + 3).contains(&lowest), "{lowest}");
+        assert!(lowest <= PATIENCE, "{lowest}");
         assert_eq!(rate, LINK);
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_now_and_then_by_itself_does_not_keep_it_slow() {
+        let mut guest = Guest::new();
+        let mut pace = ReadPace::new(guest.0, None);
+        let mut rate = LINK;
+        let mut after_a_while = 0;
+        for second in 0..240 {
+            let micros = if second % 2 == 0 { 30_000 } else { 500 };
+            let limit = pace.look(guest.second(50, micros), rate);
+            rate = limit.unwrap_or(LINK).min(LINK);
+            after_a_while += if second >= 120 { rate.0 } else { 0 };
+        }
+        assert!(after_a_while > 120 * LINK.0 * 9 / 10, "{after_a_while}");
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_while_hardly_anything_is_read_is_not_slowed_down_by_that() {
+        let mut guest = Guest::new();
+        let mut pace = ReadPace::new(guest.0, None);
+        assert_eq!(pace.look(guest.second(100, 50_000), ByteRate(0)), None);
+        assert_eq!(pace.look(guest.second(100, 50_000), ByteRate(500_000)), None);
     }
 
     #[test]
