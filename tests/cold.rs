@@ -343,6 +343,99 @@ fn an_image_that_was_left_and_used_again_since_is_not_written_over() {
 }
 
 #[test]
+fn a_disk_is_put_where_the_command_says_and_is_found_there_again() {
+    need!(program("qemu-img"), program("qemu-nbd"));
+    let mut off = off(["raw", "raw"], ["vmdk", "vmdk"]);
+    let pool = off.b[0].with_file_name("fast");
+    std::fs::create_dir(&pool).unwrap();
+    off.rig.b.plan().settings += &format!("[[pool]]\nname = \"fast\"\npath = {}\n", json!(pool));
+    kill_and_restart(&mut off.rig.b);
+    let before = off.contents(0);
+    let placed = pool.join("disk.vmdk");
+    let to_pool = [
+        "migrate",
+        "vm",
+        "--to",
+        "b",
+        "--cold",
+        "--disk",
+        "vda=fast/disk.vmdk",
+        "--output",
+        "json",
+    ];
+    until("it is refused for two disks at one place", || {
+        let twice = off
+            .rig
+            .a
+            .run(&[&to_pool[..], &["--disk", "vdb=fast/disk.vmdk"]].concat());
+        assert_eq!(twice.code, Some(2), "{twice:?}");
+        twice.stdout.contains("is there twice")
+    });
+    let both = off
+        .rig
+        .a
+        .run(&[&to_pool[..], &["--disk", "vdb=fast/b.vmdk", "--dry-run"]].concat());
+    assert_eq!(both.code, Some(0), "{both:?}");
+    assert_eq!(std::fs::read_dir(&pool).unwrap().count(), 0);
+    assert_completed(&off.rig.a.run(&to_pool));
+    assert_eq!(std::fs::read_link(&off.b[0]).unwrap(), placed);
+    off.assert_at(1, &before);
+    kill_and_restart(&mut off.rig.b);
+    assert_completed(&migrate(&off.rig.b, "a"));
+    off.assert_at(0, &before);
+    assert!(mark(&placed).is_some());
+}
+
+#[test]
+fn a_vm_does_not_arrive_without_an_image_that_was_removed_while_it_came() {
+    need!(program("qemu-img"), program("qemu-nbd"));
+    let off = off(["raw", "raw"], ["qcow2", "raw"]);
+    let before = off.contents(0);
+    let client = off.rig.a.begin(&[
+        "migrate", "vm", "--to", "b", "--cold", "--rate", "40mbit", "--output", "json",
+    ]);
+    until("a part is there", || taken(&off.b[0]) > 1 << 20);
+    std::fs::remove_file(&off.b[0]).unwrap();
+    let failed = client.wait();
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    assert!(failed.stdout.contains("is not what was written any more"), "{failed:?}");
+    until("nothing is left at B", || off.b.iter().all(|file| !file.exists()));
+    off.assert_at(0, &before);
+}
+
+/// Makes the cluster of a qcow2 image in which this byte is one that QEMU cannot read: it would not lie where clusters do (docs/interop/qcow2.txt).
+fn break_cluster(image: &Path, byte: u64) {
+    let mut bytes = std::fs::read(image).unwrap();
+    let number = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let cluster = 1_u64 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
+    let in_table = cluster / 8;
+    let table = |entry: u64| (entry & 0x00ff_ffff_ffff_fe00) as usize;
+    let first = table(number(&bytes, 40)) + (byte / cluster / in_table) as usize * 8;
+    let second = table(number(&bytes, first)) + (byte / cluster % in_table) as usize * 8;
+    let entry = number(&bytes, second);
+    assert_ne!(entry, 0, "it is allocated");
+    bytes[second..second + 8].copy_from_slice(&(entry | 0x200).to_be_bytes());
+    std::fs::write(image, bytes).unwrap();
+}
+
+#[test]
+fn an_image_that_cannot_be_read_fails_the_migration_and_stays_what_it_is() {
+    need!(program("qemu-img"), program("qemu-nbd"));
+    let off = off(["raw", "qcow2"], ["qcow2", "raw"]);
+    break_cluster(&off.a[1], 102 << 20);
+    let before = off.a.each_ref().map(|file| std::fs::read(file).unwrap());
+    let failed = migrate(&off.rig.a, "b");
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    let reason = failed.json()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("the disk vdb cannot be read at a"), "{reason}");
+    until("nothing is left at B", || off.b.iter().all(|file| !file.exists()));
+    assert!(off.a.iter().all(|file| mark(file).is_none()));
+    assert!(off.a.each_ref().map(|file| std::fs::read(file).unwrap()) == before);
+    off.rig.assert_only(&[]);
+    until("nothing serves an image", || servers(&off.rig).is_empty());
+}
+
+#[test]
 fn a_file_that_does_not_end_with_a_sector_arrives_whole() {
     need!(program("qemu-img"), program("qemu-nbd"));
     let off = off(["raw", "raw"], ["raw", "raw"]);

@@ -66,7 +66,7 @@ fn the_reference_file_documents_every_key_that_is_read() {
     let mut read = BTreeSet::new();
     let entry = "days = \"mon\"\nhours = \"08:00-18:00\"\nrate = \"1mbit\"\nno_such = 1\n";
     let probe = "no_such = 1\nsite = \"x\"\n[link]\nrate = \"1gbit\"\nno_such = 1\n[[link.calendar]]\nENTRY[metrics]\nno_such = 1\n[store]\nno_such = 1\n[migration]\nno_such = 1\n[hooks]\nno_such = 1\n[log]\nno_such = 1\n\
-                 [[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\ndisks = \"copied\"\nno_such = 1\n\
+                 [[pool]]\nname = \"f\"\npath = \"/f\"\nno_such = 1\n[[peer]]\nname = \"p\"\nno_such = 1\n[[peer.calendar]]\nENTRY[[vm]]\nname = \"v\"\nqmp = \"/q\"\ndisks = \"copied\"\nno_such = 1\n\
                  [[vm.image]]\ndisk = \"d\"\npath = \"/i\"\nno_such = 1\n\
                  [[tunnel]]\nname = \"t\"\nconnect = \"/c\"\nno_such = 1\n";
     for problem in parse(&probe.replace("ENTRY", entry)).unwrap_err() {

@@ -399,6 +399,193 @@ fn a_cut_while_disks_are_copied_is_waited_for_and_nothing_is_lost() {
     rig.assert_only(&[(&rig.b, "vm")]);
 }
 
+/// The VM `vm` with its disk at A; where it will be at B, and a pool there where it may be put.
+fn rig_with_pool() -> (Rig, [PathBuf; 2], PathBuf) {
+    let mut pool = PathBuf::new();
+    let (rig, files) = changed_rig(["raw", "qcow2"], |_, b| {
+        let folder = b.folder.clone();
+        pool = folder.join("fast");
+        std::fs::create_dir_all(pool.join("web")).unwrap();
+        std::os::unix::fs::symlink("/tmp", pool.join("out")).unwrap();
+        b.settings += &format!("[[pool]]\nname = \"fast\"\npath = {}\n", json!(pool));
+    });
+    (rig, files, pool)
+}
+
+#[test]
+fn a_disk_is_put_where_the_command_says_and_is_found_there_again() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    let placed = pool.join("web/vm.qcow2");
+    let to = |place: &'static str| ["migrate", "vm", "--to", "b", "--disk", place, "--output", "json"];
+    std::fs::write(pool.join("taken.qcow2"), "somebody's").unwrap();
+    for (place, says) in [
+        ("vdb=fast/vm.qcow2", "no disk called"),
+        ("vda=fast/taken.qcow2", "is at b already"),
+        ("vda=fast/out/vm.qcow2", "is not in the pool fast"),
+    ] {
+        for more in [&["--dry-run"][..], &[]] {
+            let refused = rig.a.run(&[&to(place)[..], more].concat());
+            assert_eq!(refused.code, Some(2), "{refused:?}");
+            assert!(refused.stdout.contains(says), "{says}: {refused:?}");
+        }
+    }
+    let to_pool = to("vda=fast/web/vm.qcow2");
+    let checked = rig.a.run(&[&to_pool[..], &["--dry-run"]].concat());
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    assert!(!placed.exists() && !at_b.exists());
+
+    assert_completed(&rig.a.run(&to_pool));
+    disk_guest::assert_checks(&at_b);
+    assert_eq!(std::fs::read_link(&at_b).unwrap(), placed);
+    assert_eq!(mark(&placed), None);
+    rig.assert_only(&[(&rig.b, "vm")]);
+
+    // It leaves from there, and comes back to there, where its image is that it has left.
+    assert_completed(&migrate(&rig.b, "a"));
+    disk_guest::assert_checks(&at_a);
+    assert!(mark(&placed).is_some());
+    kill_and_restart(&mut rig.b);
+    let report = assert_completed(&migrate(&rig.a, "b"));
+    disk_guest::assert_checks(&at_b);
+    assert!(report["disks"]["same_bytes"].as_u64().unwrap() >= 8 << 20, "{report}");
+    assert_eq!(mark(&placed), None);
+    rig.assert_only(&[(&rig.b, "vm")]);
+
+    // Elsewhere again: what it has left makes way for the link.
+    assert_completed(&migrate(&rig.b, "a"));
+    assert_completed(&rig.a.run(&to("vda=fast/vm.qcow2")));
+    disk_guest::assert_checks(&at_b);
+    assert_eq!(std::fs::read_link(&at_b).unwrap(), pool.join("vm.qcow2"));
+    assert!(!placed.exists());
+}
+
+#[test]
+fn a_disk_is_put_nowhere_where_an_image_is_that_is_not_to_be_replaced() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    std::fs::write(&at_b, "somebody's").unwrap();
+    let placed = pool.join("vm.qcow2");
+    let refused = rig.a.run(&[
+        "migrate",
+        "vm",
+        "--to",
+        "b",
+        "--disk",
+        "vda=fast/vm.qcow2",
+        "--output",
+        "json",
+    ]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(refused.stdout.contains("move it away"), "{refused:?}");
+    assert_eq!(std::fs::read(&at_b).unwrap(), b"somebody's");
+    assert!(!placed.exists());
+    disk_guest::assert_checks(&at_a);
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn a_cancelled_migration_leaves_nothing_of_a_disks_place() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    let placed = pool.join("vm.qcow2");
+    let client = rig.a.begin(&[
+        "migrate",
+        "vm",
+        "--to",
+        "b",
+        "--disk",
+        "vda=fast/vm.qcow2",
+        "--rate",
+        "20mbit",
+    ]);
+    until_on_its_way(&rig.a, &placed);
+    client.signal(Signal::INT);
+    assert_eq!(client.wait().code, Some(1));
+    until("the image is gone", || !placed.exists());
+    until("so is the link", || std::fs::symlink_metadata(&at_b).is_err());
+    assert_eq!(std::fs::read_dir(&pool).unwrap().count(), 2, "what was there before");
+    disk_guest::assert_checks(&at_a);
+    assert_completed(&migrate(&rig.a, "b"));
+    disk_guest::assert_checks(&at_b);
+    assert!(std::fs::symlink_metadata(&at_b).unwrap().is_file());
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_link_to_what_is_not_there_is_not_followed() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    let unmounted = pool.join("web/vm.qcow2");
+    std::os::unix::fs::symlink(&unmounted, &at_b).unwrap();
+    for more in [&[][..], &["--disk", "vda=fast/vm.qcow2"]] {
+        let refused = rig
+            .a
+            .run(&[&["migrate", "vm", "--to", "b", "--output", "json"][..], more].concat());
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stdout.contains("is its file system mounted?"), "{refused:?}");
+    }
+    assert!(!unmounted.exists() && !pool.join("vm.qcow2").exists());
+    assert_eq!(std::fs::read_link(&at_b).unwrap(), unmounted);
+    disk_guest::assert_checks(&at_a);
+    rig.assert_only(&[(&rig.a, "vm")]);
+}
+
+#[test]
+fn a_killed_gateway_goes_on_where_the_disk_was_put() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [_, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    let placed = pool.join("vm.qcow2");
+    let client = rig.a.begin(&[
+        "migrate",
+        "vm",
+        "--to",
+        "b",
+        "--disk",
+        "vda=fast/vm.qcow2",
+        "--rate",
+        "6mbit",
+        "--output",
+        "json",
+    ]);
+    until_there_are(&placed, 3 << 20);
+    kill_and_restart(&mut rig.b);
+    until_there_are(&placed, 4 << 20);
+    kill_and_restart(&mut rig.a);
+    let report = assert_completed(&client.wait());
+    disk_guest::assert_checks(&at_b);
+    assert_eq!(mark(&placed), None);
+    assert_eq!(std::fs::read_link(&at_b).unwrap(), placed);
+    assert!(report["disks"]["same_bytes"].as_u64().unwrap() > 2 << 20, "{report}");
+    rig.assert_only(&[(&rig.b, "vm")]);
+}
+
+#[test]
+fn a_guest_that_has_to_wait_for_its_disk_is_read_slower_for_its_sake() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [at_a, _]) = changed_rig(["raw", "raw"], |a, _| {
+        let folder = a.folder.clone();
+        let file = folder.join("vm.raw");
+        let machine = disk_guest::slow_machine(&file, "raw", 8_000_000);
+        disk_guest::plan_with(a.vm("vm"), &folder, &file, "raw", machine);
+    });
+    disk_guest::write_at(&at_a, UNTOUCHED + (8 << 20), &noise(40 << 20, 2));
+    rig.a.boot("vm");
+    disk_guest::assert_checks(&at_a);
+    let report = assert_completed(&migrate(&rig.a, "b"));
+    let figure = |name: &str| report["disks"][name].as_f64().unwrap();
+    assert!(figure("held_back_seconds") > 0.0, "{report}");
+    assert!(
+        figure("guest_io_seconds") > 2.0 * figure("guest_io_usual_seconds"),
+        "{report}"
+    );
+}
+
 /// A migration between sites of which one has a disk that fails. The reason.
 fn fails(failing_is_source: bool, failure: &Value) -> String {
     let (mut rig, [at_a, at_b]) = changed_rig(["raw", "raw"], |a, b| {

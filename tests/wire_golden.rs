@@ -19,7 +19,9 @@ use longhaul::proto::page::{ImageDigest, JournalId, MigrationId, PAGE_SIZE, Page
 use longhaul::proto::reduce::{Coder, DictionaryLimits, Effort, PageShelf, Reducer, Restorer, ShelfError, batches};
 use longhaul::proto::session::tail::{Protection, TailRun, repair_frame};
 use longhaul::proto::vmm_stream::{PageKind, PageRecord, Record, write_page_header};
-use longhaul::proto::wire::message::{ColdOffer, Held, KnownImage, OfferedDisk, Reply, TunnelOffer, decode, encode};
+use longhaul::proto::wire::message::{
+    ColdOffer, DiskPlace, Held, KnownImage, OfferedDisk, Placeable, Reply, TunnelOffer, decode, encode,
+};
 use longhaul::proto::wire::repair::RepairHead;
 use longhaul::proto::wire::{
     Frame, FrameHeader, FrameKind, Hello, Limits, Offer, Request, SessionMessage, TestMessage,
@@ -51,6 +53,7 @@ impl Goldens {
             include_str!("data/wire-v9.txt"),
             include_str!("data/wire-v10.txt"),
             include_str!("data/wire-v11.txt"),
+            include_str!("data/wire-v12.txt"),
         ];
         let lines = files
             .into_iter()
@@ -139,6 +142,14 @@ fn cold_offer() -> ColdOffer {
     }
 }
 
+fn placed(request: Placeable) -> Request {
+    let places = vec![DiskPlace {
+        disk: "vda".into(),
+        place: "fast/db-1.qcow2".into(),
+    }];
+    Request::Placed { request, places }
+}
+
 fn permit() -> Permit {
     Permit {
         stream: StreamSum {
@@ -209,6 +220,17 @@ fn requests_have_these_bytes() {
         },
         Request::CheckCold(cold_offer()),
         Request::OpenCold(cold_offer()),
+        placed(Placeable::Check {
+            offer: offer(),
+            disks: vec![disk()],
+        }),
+        placed(Placeable::Open {
+            offer: offer(),
+            images: Vec::new(),
+            disks: vec![disk()],
+        }),
+        placed(Placeable::CheckCold(cold_offer())),
+        placed(Placeable::OpenCold(cold_offer())),
     ];
     for request in &requests {
         // A variant that is added must be given a name here, and so a golden.
@@ -229,6 +251,12 @@ fn requests_have_these_bytes() {
             Request::Disks { .. } => "request/disks",
             Request::CheckCold(_) => "request/check-cold",
             Request::OpenCold(_) => "request/open-cold",
+            Request::Placed { request, .. } => match request {
+                Placeable::Check { .. } => "request/placed-check",
+                Placeable::Open { .. } => "request/placed-open",
+                Placeable::CheckCold(_) => "request/placed-check-cold",
+                Placeable::OpenCold(_) => "request/placed-open-cold",
+            },
         };
         goldens.message(name, request);
     }

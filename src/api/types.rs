@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::proto::page::{MigrationId, hex, unhex};
 use crate::proto::reduce::PageCounts;
+use crate::proto::wire::message::DiskPlace;
 use crate::store::trust::{Fingerprint, PairedBy};
 
 /// Starts a migration, or asks what it would do.
@@ -39,6 +40,9 @@ pub struct StartRequest {
     /// Most bytes of disks that are read in a second; `None`: as many as the link takes.
     #[serde(default)]
     pub disk_rate_bytes_per_second: Option<u64>,
+    /// Where disks are put that do not go where the destination's configuration says.
+    #[serde(default)]
+    pub disk_places: Vec<DiskPlace>,
 }
 
 /// When a migration goes on whose disks are copied.

@@ -11,6 +11,7 @@ use super::{Failure, NO, YES, dry_run, moment};
 use crate::api::{ClientError, Outcome, Refusal, Report, StartRequest, Warm};
 use crate::config::units::{parse_duration, parse_name};
 use crate::proto::page::{ByteRate, MigrationId};
+use crate::proto::wire::message::DiskPlace;
 
 /// Moves a VM to another site, while it runs or, with --cold, while it is off.
 ///
@@ -39,6 +40,11 @@ pub(super) struct Args {
     /// Most that is read of its disks, such as 400mbit, so that the guest's own reads and writes are not held up.
     #[arg(long, value_name = "RATE", value_parser = ByteRate::from_str)]
     disk_rate: Option<ByteRate>,
+
+    /// Where a disk that is copied is put at the destination: a [[pool]] of its configuration and a new file in it. The path
+    /// of its [[vm.image]] becomes a link to that. May be given for each disk [default: what that path is or leads to]
+    #[arg(long = "disk", value_name = "DISK=POOL/FILE", value_parser = parse_disk_place)]
+    disk: Vec<DiskPlace>,
 
     /// Share of the link beside other migrations to the same site: 3 gets three times what 1 gets.
     #[arg(long, value_name = "N", default_value = "1")]
@@ -99,6 +105,7 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         warm: (args.warm || until.is_some()).then_some(Warm { until_unix_ms: until }),
         cold: args.cold,
         disk_rate_bytes_per_second: args.disk_rate.map(|rate| rate.0),
+        disk_places: args.disk,
     };
     if args.dry_run {
         let answer = client.check(&request).await?;
@@ -132,6 +139,16 @@ pub(super) async fn run(args: Args) -> Result<u8, Failure> {
         args.output,
     )
     .await
+}
+
+fn parse_disk_place(text: &str) -> Result<DiskPlace, &'static str> {
+    match text.split_once('=') {
+        Some((disk, place)) if !disk.is_empty() && place.contains('/') => Ok(DiskPlace {
+            disk: disk.to_owned(),
+            place: place.to_owned(),
+        }),
+        _ => Err("write the disk, = and its place, for example vda=fast/web-1.qcow2"),
+    }
 }
 
 /// Scripts that read JSON get the object that says so, too: a report but for the id, since there is no migration.

@@ -29,6 +29,7 @@ macro_rules! words {
 mod calendar;
 mod hooks;
 mod image;
+mod pool;
 mod section;
 mod tunnel;
 pub mod units;
@@ -44,6 +45,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::hooks::{Hook, Hooks};
 pub use self::image::{ImageFormat, Preallocation, VmImage};
+pub use self::pool::Pool;
 pub use self::section::{Overrides, Problem};
 use self::section::{Section, Source};
 pub use self::tunnel::{Entrance, Exit, Place};
@@ -88,6 +90,8 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// VMs that may leave or arrive here, in the order of the file.
     pub vms: Vec<Vm>,
+    /// Folders into which disks that arrive may be put.
+    pub pools: Vec<Pool>,
     /// Tunnels that begin here, in the order of the file.
     pub entrances: Vec<Entrance>,
     /// Tunnels that end here, in the order of the file.
@@ -279,6 +283,7 @@ impl Config {
             hooks: Hooks::default(),
             peers: Vec::new(),
             vms: Vec::new(),
+            pools: Vec::new(),
             entrances: Vec::new(),
             exits: Vec::new(),
             log: Log {
@@ -461,6 +466,10 @@ impl Config {
             }
             section.finish();
             config.peers.push(peer);
+        }
+
+        for section in top.sections("pool") {
+            pool::read(section, &mut config);
         }
 
         for mut section in top.sections("vm") {

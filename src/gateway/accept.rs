@@ -16,7 +16,7 @@ use super::{offer, recovery, tunnel};
 use crate::proto::page::{JournalId, MigrationId};
 use crate::proto::wire::Request;
 use crate::proto::wire::hello::{self, Agreement, Hello};
-use crate::proto::wire::message::Reply;
+use crate::proto::wire::message::{DiskPlace, Placeable, Reply};
 use crate::transport::{Bundle, CloseCode, PeerConnection};
 
 /// How long a peer may take to say what it opened a channel for.
@@ -148,11 +148,15 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             reply(channel, answer).await
         }
         Request::Check(offered) => {
-            let against = offer::check(core, peer, known.agreement().limits, &offered, &[]).await;
+            let against = offer::check(core, peer, known.agreement().limits, &Offered::bare(offered)).await;
             reply(channel, Reply::Checked(against)).await
         }
         Request::CheckWithDisks { offer, disks } => {
-            let against = offer::check(core, peer, known.agreement().limits, &offer, &disks).await;
+            let offered = Offered {
+                disks,
+                ..Offered::bare(offer)
+            };
+            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
             reply(channel, Reply::Checked(against)).await
         }
         Request::Open(offered) => {
@@ -175,18 +179,23 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             Ok(())
         }
         Request::OpenWithDisks { offer, images, disks } => {
-            let offered = Offered { offer, images, disks };
+            let offered = Offered {
+                images,
+                disks,
+                ..Offered::bare(offer)
+            };
             offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
             Ok(())
         }
         Request::CheckCold(offer) => {
-            let against = offer::cold::check(core, peer, &offer).await;
+            let against = offer::cold::check(core, peer, &offer, &[]).await;
             reply(channel, Reply::Checked(against)).await
         }
         Request::OpenCold(offer) => {
-            offer::cold::open(Arc::clone(core), peer.to_owned(), known, offer, channel).await;
+            offer::cold::open(Arc::clone(core), peer.to_owned(), known, (offer, vec![]), channel).await;
             Ok(())
         }
+        Request::Placed { request, places } => placed(core, peer, known, request, places, channel).await,
         Request::Disks { migration, stream } => {
             tunnel::open_disks(Arc::clone(core), peer.to_owned(), known, migration, stream, channel).await;
             Ok(())
@@ -215,6 +224,45 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             Ok(())
         }
     }
+}
+
+/// What comes with disks that are to be put somewhere.
+async fn placed(
+    core: &Arc<Core>,
+    peer: &str,
+    known: &Known,
+    request: Placeable,
+    places: Vec<DiskPlace>,
+    channel: Channel,
+) -> Result<(), ChannelError> {
+    match request {
+        Placeable::Check { offer, disks } => {
+            let offered = Offered {
+                disks,
+                places,
+                ..Offered::bare(offer)
+            };
+            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
+            return reply(channel, Reply::Checked(against)).await;
+        }
+        Placeable::CheckCold(offer) => {
+            let against = offer::cold::check(core, peer, &offer, &places).await;
+            return reply(channel, Reply::Checked(against)).await;
+        }
+        Placeable::Open { offer, images, disks } => {
+            let offered = Offered {
+                offer,
+                images,
+                disks,
+                places,
+            };
+            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+        }
+        Placeable::OpenCold(offer) => {
+            offer::cold::open(Arc::clone(core), peer.to_owned(), known, (offer, places), channel).await;
+        }
+    }
+    Ok(())
 }
 
 async fn reply(mut channel: Channel, reply: Reply) -> Result<(), ChannelError> {

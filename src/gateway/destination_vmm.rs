@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use super::disks::cold_image::Hold;
+use super::disks::cold_image::{ColdImageError, Hold};
 use super::disks::take::Place;
 use super::disks::volumes;
 use super::vm_context::VmContext;
@@ -145,8 +145,13 @@ impl DestinationVmm {
     /// A sentence: somebody was faster.
     pub(crate) async fn hold_images(&mut self) -> Result<(), String> {
         for image in &self.context.images {
-            let held = Hold::take(image).await;
-            self.held.push(held.map_err(|error| error.to_string())?);
+            match Hold::take(image).await {
+                Ok(held) => self.held.push(held),
+                Err(error @ ColdImageError::InUse { .. }) => return Err(error.to_string()),
+                Err(error) if !image.exists() => return Err(error.to_string()),
+                // A file system without locks: QEMU has none there either.
+                Err(error) => tracing::warn!("the image of a VM that arrives is not held: {error}"),
+            }
         }
         Ok(())
     }

@@ -249,6 +249,7 @@ mod tests {
             warm: None,
             cold: false,
             disk_rate_bytes_per_second: None,
+            disk_places: Vec::new(),
         }
     }
 

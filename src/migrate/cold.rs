@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    AGREE_DEADLINE_WITH_DISKS, Agreed, Thoroughness, ask_destination, cap, deadline_of, hold_agreement, hook_before,
-    open_session, passed, vm_of,
+    AGREE_DEADLINE_WITH_DISKS, Agreed, Thoroughness, ask_destination, cap, check_places, deadline_of, hold_agreement,
+    hook_before, open_session, passed, vm_of,
 };
 use crate::api::{self, Check, Phase, StartRequest};
 use crate::config::{Disks, Vm};
@@ -111,12 +111,16 @@ async fn find(
         note("deadline", if expected <= seconds { Ok(text) } else { Err(text) });
     }
     let mut is_fine = true;
+    if let Err(reason) = check_places(request, &checked.link, true) {
+        is_fine = false;
+        note("places", Err(reason));
+    }
     if let Some(passed) = hook_before(core, request, migration).await {
-        is_fine = passed.is_ok();
+        is_fine &= passed.is_ok();
         note("pre_check", passed);
     }
     if is_fine && how == Thoroughness::AskDestination {
-        let question = Request::CheckCold(checked.offer(migration));
+        let question = Request::CheckCold(checked.offer(migration)).with_places(request.disk_places.clone());
         note(
             "destination",
             ask_destination(&checked.link, &question, &request.peer).await,
@@ -239,7 +243,7 @@ pub(super) async fn agree(
     entry.set_phase(Phase::Preparing);
     metrics.enters(clock::now(), Phase::Preparing);
     let agreement_held = hold_agreement(core, &request.peer, &mut checked.link).await?;
-    let question = Request::OpenCold(checked.offer(entry.migration));
+    let question = Request::OpenCold(checked.offer(entry.migration)).with_places(request.disk_places.clone());
     let deadline = AGREE_DEADLINE_WITH_DISKS;
     let opened = tokio::time::timeout(deadline, open_session(&checked.link, question)).await;
     let (channel, _) =

@@ -41,7 +41,7 @@ use crate::proto::page::{ByteRate, MigrationId, PAGE_SIZE, hex};
 use crate::proto::precopy::{Budget, FixedCosts, ForecastInput};
 use crate::proto::rate::Weight;
 use crate::proto::reduce::DictionaryLimits;
-use crate::proto::wire::message::{KnownImage, Offer, OfferedDisk, Reply};
+use crate::proto::wire::message::{KnownImage, Offer, OfferedDisk, Placeable, Reply};
 use crate::proto::wire::{Request, SessionMessage, hello};
 use crate::store::pages::Image;
 use crate::transport::tuning::UNSENT;
@@ -365,8 +365,10 @@ async fn agree(
             true => AGREE_DEADLINE,
             false => AGREE_DEADLINE_WITH_DISKS,
         };
-        let request = checked.opening(offer, offered_images)?;
-        let agreed = tokio::time::timeout(deadline, open_session(&checked.link, request)).await;
+        let opening = checked
+            .opening(offer, offered_images)?
+            .with_places(request.disk_places.clone());
+        let agreed = tokio::time::timeout(deadline, open_session(&checked.link, opening)).await;
         agreed.map_err(|_| format!("{} did not agree within {} s", entry.peer, deadline.as_secs()))?
     };
     let sample = checked.begin_sample().await;
@@ -470,9 +472,12 @@ async fn hold_agreement(core: &Core, peer: &str, link: &mut Arc<Link>) -> Result
 /// The channel of the session, and the image with which both sites begin it.
 async fn open_session(link: &Link, request: Request) -> Result<(Channel, Option<MigrationId>), String> {
     let named: Vec<MigrationId> = match &request {
-        Request::OpenKnowing { images, .. } | Request::OpenWithDisks { images, .. } => {
-            images.iter().map(|image| image.id).collect()
-        }
+        Request::OpenKnowing { images, .. }
+        | Request::OpenWithDisks { images, .. }
+        | Request::Placed {
+            request: Placeable::Open { images, .. },
+            ..
+        } => images.iter().map(|image| image.id).collect(),
         _ => Vec::new(),
     };
     let opened = async {
@@ -631,6 +636,9 @@ async fn check(
         );
         fine &= note("warm", Err(refusal));
     }
+    if let Err(reason) = check_places(request, &checked.link, !checked.disks.is_empty()) {
+        fine &= note("places", Err(reason));
+    }
     if let Some(passed) = hook_before(core, request, migration).await {
         fine &= note("pre_check", passed);
     }
@@ -644,12 +652,30 @@ async fn check(
                 return (checks, None);
             }
         };
+        let question = question.with_places(request.disk_places.clone());
         fine &= note(
             "destination",
             ask_destination(&checked.link, &question, &request.peer).await,
         );
     }
     (checks, fine.then_some(checked))
+}
+
+/// Whether the destination can be told where disks go. Whether they can go there is its own to say.
+fn check_places(request: &StartRequest, link: &Link, has_disks: bool) -> Result<(), String> {
+    if request.disk_places.is_empty() {
+        return Ok(());
+    }
+    if !has_disks {
+        return Err(format!(
+            "no disk of {} is copied (disks = \"copied\"), so none can be put anywhere: leave --disk away",
+            request.vm
+        ));
+    }
+    if link.agreement().version < hello::PLACES {
+        return Err("the peer has an older release, which puts disks where its configuration says: upgrade it, or leave --disk away".to_owned());
+    }
+    Ok(())
 }
 
 /// What the hook before a migration says, where there is one.

@@ -36,7 +36,7 @@ pub(crate) fn remove_file(path: &Path) -> std::io::Result<()> {
 }
 
 /// Makes what was done to the name `path` durable.
-pub(super) fn sync_directory(path: &Path) -> std::io::Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> std::io::Result<()> {
     let directory = path
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())

@@ -6,6 +6,7 @@ use longhaul::api::{
     Cancellation, Check, Command, DryRun, Event, MigrationStatus, MigrationSummary, Outcome, Phase, Refusal,
     RefusalKind, Report, Role, StartRequest, Started,
 };
+use longhaul::proto::wire::message::DiskPlace;
 use rustix::process::Signal;
 
 use super::gateway::{DEADLINE, Gateway, ID, forecast, longhaul, progress, report, text};
@@ -202,6 +203,10 @@ fn what_is_asked_for_reaches_the_gateway() {
         "3",
         "--disk-rate",
         "400mbit",
+        "--disk",
+        "vda=fast/db-1.qcow2",
+        "--disk",
+        "vdb=slow/db-1/data.raw",
     ];
     let output = gateway.run(&[&args[..], &["--detach"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -216,6 +221,12 @@ fn what_is_asked_for_reaches_the_gateway() {
         warm: None,
         cold: false,
         disk_rate_bytes_per_second: Some(50_000_000),
+        disk_places: [("vda", "fast/db-1.qcow2"), ("vdb", "slow/db-1/data.raw")]
+            .map(|(disk, place)| DiskPlace {
+                disk: disk.into(),
+                place: place.into(),
+            })
+            .to_vec(),
     };
     assert_eq!(requests.recv_timeout(DEADLINE), Ok(expected));
 }

@@ -64,6 +64,20 @@ pub(crate) fn failing_machine(file: &Path, format: &str, failure: &Value) -> Mac
     machine_on(file, format, &node)
 }
 
+/// The same, where the file takes so many bytes a second, of whoever reads or writes it.
+pub(crate) fn slow_machine(file: &Path, format: &str, bytes_per_second: u64) -> Machine {
+    let node =
+        json!({ "driver": "throttle", "throttle-group": "slow", "file": { "driver": "file", "filename": file } });
+    let group = format!("throttle-group,id=slow,x-bps-total={bytes_per_second}");
+    // Before whoever is in the group.
+    let Machine { more, .. } = machine_on(file, format, &node);
+    let words: Vec<&str> = ["-object", group.as_str()]
+        .into_iter()
+        .chain(more.iter().map(String::as_str))
+        .collect();
+    Machine::firmware().with(&words)
+}
+
 fn machine_on(file: &Path, format: &str, protocol: &Value) -> Machine {
     let says = file.with_extension("says");
     let node = json!({ "driver": format, "node-name": "disk", "discard": "unmap", "file": protocol });

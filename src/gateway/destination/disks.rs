@@ -1,11 +1,14 @@
 //! The disks that arrive with a VM at its destination.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use tokio::task::JoinError;
 
 use super::DestinationDriver;
+use crate::config::VmImage;
 use crate::gateway::again;
+use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::mark::{self, Rest};
 use crate::gateway::disks::take::{self, NotTaken, Place, Taken};
 use crate::gateway::disks::{rest, sum_of, volumes};
@@ -73,6 +76,20 @@ impl DestinationDriver {
         self.core.disk_ends.remove(self.entry.migration);
     }
 
+    /// The path of an image of ours at which there is something else now: it would be taken for what was written.
+    fn replaced_image(&self) -> Option<PathBuf> {
+        let vm = self.core.config.vm(&self.entry.vm)?;
+        let is_off = self.vmm.as_ref().is_some_and(DestinationVmm::is_off);
+        // A hypervisor that waited has made its images itself.
+        if !is_off && vm.command.is_none() {
+            return None;
+        }
+        let is_offered = |image: &&VmImage| self.disks.iter().any(|disk| volumes::is_of(image, disk));
+        let mut images = vm.images.iter().filter(is_offered);
+        let replaced = images.find(|image| !mark::is_written(image, self.entry.migration));
+        replaced.map(|image| image.path.clone())
+    }
+
     /// What wrote them has ended.
     pub(super) async fn on_taken(&mut self, taken: Result<Taken, JoinError>) {
         self.take = None;
@@ -82,7 +99,18 @@ impl DestinationDriver {
                 stream,
             }) => {
                 tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
+                let missing = self.replaced_image();
+                let is_missing = missing.is_some();
                 match self.vmm.as_mut().filter(|vmm| vmm.is_off()) {
+                    _ if is_missing => {
+                        self.taken = Some(stream);
+                        let path = missing.unwrap_or_default();
+                        format!(
+                            "{} is not what was written any more: somebody has removed or replaced it, at {}",
+                            path.display(),
+                            self.core.config.site
+                        )
+                    }
                     None => return self.feed(&DestinationEvent::BarrierPassed),
                     // There is nothing else.
                     Some(vmm) => match vmm.hold_images().await {

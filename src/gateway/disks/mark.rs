@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
 
-use super::volumes;
+use super::{place, volumes};
 use crate::config::{Vm, VmImage};
 use crate::proto::page::MigrationId;
 
@@ -200,7 +200,7 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
         Some(State::Left) => Mark::left(&file, migration).and_then(|mark| mark.put(&file)),
         Some(state) => Mark::new(state, migration).put(&file),
         None if volumes::is_used(&file) => Err(std::io::Error::other("somebody has opened it")),
-        None => tokio::fs::remove_file(path).await,
+        None => place::remove(path).await,
     };
     if let Err(error) = done {
         tracing::warn!(path = %path.display(), "an image that nobody needs stays: {error}");
@@ -211,6 +211,19 @@ async fn put_away(path: &Path, migration: MigrationId, rest: Rest) {
 pub(crate) fn is_unfinished(vm: &Vm, migration: MigrationId) -> bool {
     let unfinished = Mark::new(State::Unfinished, migration);
     vm.images.iter().any(|image| Mark::of_image(image) == Some(unfinished))
+}
+
+/// Whether a file is what a migration has begun to write, and nobody has open.
+pub(super) fn is_begun(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| {
+        let mark = Mark::of(&file);
+        mark.is_some_and(|mark| !matches!(mark.state, State::Left | State::Refreshed)) && !volumes::is_used(&file)
+    })
+}
+
+/// Whether the image at its path is the one that is written in `migration`.
+pub(crate) fn is_written(image: &VmImage, migration: MigrationId) -> bool {
+    Mark::of_image(image).is_some_and(|mark| mark.is_written_in(migration))
 }
 
 /// Removes images that a migration has begun to write and nobody goes on with, of which this is so. `is_over`: the migration is, and was put away.
@@ -228,7 +241,7 @@ pub(crate) async fn remove_unfinished(vm: &Vm, is_useless: impl Fn(MigrationId, 
         };
         if Mark::of(&file).is_some_and(is_useless)
             && !volumes::is_used(&file)
-            && tokio::fs::remove_file(&image.path).await.is_ok()
+            && place::remove(&image.path).await.is_ok()
         {
             tracing::info!(path = %image.path.display(), "an image that no migration goes on with is removed");
         }
@@ -291,7 +304,12 @@ pub(crate) fn claim<'a>(images: impl IntoIterator<Item = &'a Path>) {
 /// The VM has left: its images may be replaced when it comes back.
 pub(crate) fn leave<'a>(images: impl IntoIterator<Item = &'a Path>, migration: MigrationId) {
     for path in images {
-        let marked = File::open(path).and_then(|file| Mark::left(&file, migration)?.put(&file));
+        // Said again after a restart: what was done to it meanwhile must still show.
+        let is_told = |mark: Mark| (mark.state, mark.migration) == (State::Left, migration) && mark.written.is_some();
+        let marked = File::open(path).and_then(|file| match Mark::of(&file).is_some_and(is_told) {
+            true => Ok(()),
+            false => Mark::left(&file, migration)?.put(&file),
+        });
         if let Err(error) = marked {
             tracing::warn!(path = %path.display(), "an image that its VM has left is not marked, and will not be replaced: {error}");
         }

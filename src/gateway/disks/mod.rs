@@ -19,6 +19,7 @@
 pub(crate) mod cold_image;
 mod compare;
 pub(crate) mod mark;
+pub(crate) mod place;
 pub(crate) mod pull;
 mod records;
 pub(crate) mod rest;

@@ -6,14 +6,15 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::statvfs;
 use tokio::net::UnixStream;
 
 use super::mark::{self, Mark, Rest};
-use crate::config::{ImageFormat, Preallocation, Vm, VmImage};
+use super::place;
+use crate::config::{Config, ImageFormat, Preallocation, Vm, VmImage};
 use crate::hypervisor::file_lock;
 use crate::hypervisor::qemu::short_name;
 use crate::hypervisor::qemu_img::{self, QemuImgError};
@@ -37,12 +38,13 @@ pub(crate) enum Old {
 /// # Errors
 /// A sentence for both operators.
 pub(crate) async fn make(
-    site: &str,
+    config: &Config,
     vm: &Vm,
     migration: MigrationId,
-    disks: &[OfferedDisk],
+    (disks, places): (&[OfferedDisk], &[Option<PathBuf>]),
     old: Old,
 ) -> Result<(), String> {
+    let site = &config.site;
     if listens(&vm.qmp).await {
         return Err(format!(
             "a hypervisor of {} is at {site} already, and listens on {}: end it, or see whether the VM runs in it",
@@ -52,15 +54,26 @@ pub(crate) async fn make(
     }
     let images = disks.iter().map(|disk| image_of(site, &vm.images, disk));
     let images = images.collect::<Result<Vec<_>, String>>()?;
-    for image in &images {
+    let mut locations = Vec::new();
+    for (image, place) in images.iter().zip(places) {
         check_path(site, image)?;
-    }
-    check_room(site, &images, disks)?;
-    for (image, disk) in images.iter().zip(disks) {
-        if old == Old::Stays && image.path.exists() {
-            continue;
+        if let Some(target) = place {
+            place::check_target(config, image, target)?;
         }
-        if let Err(reason) = make_one(image, migration, disk.size_bytes).await {
+        locations.push(place.clone().unwrap_or_else(|| place::location(&image.path)));
+    }
+    check_room(site, &images, &locations, disks)?;
+    for ((image, place), disk) in images.iter().zip(places).zip(disks) {
+        let target = place
+            .as_deref()
+            .filter(|target| **target != place::location(&image.path));
+        let made = match (old, target) {
+            (Old::Stays, Some(target)) if image.path.exists() => try_out(target, migration),
+            (Old::Stays, None) if image.path.exists() => Ok(()),
+            (_, Some(target)) => make_at(config, image, target, migration, disk.size_bytes).await,
+            (_, None) => make_one(image, migration, disk.size_bytes).await,
+        };
+        if let Err(reason) = made {
             mark::discard(vm, migration, Rest::Untouched).await;
             return Err(format!("{site}: {reason}"));
         }
@@ -108,6 +121,10 @@ fn check_path(site: &str, image: &VmImage) -> Result<(), String> {
         Ok(_) => Err(format!(
             "{path} is at {site} already, and is not what a VM has left there: move it away, or say another path in [[vm.image]]"
         )),
+        Err(error) if error.kind() == ErrorKind::NotFound && place::is_dangling(&image.path) => Err(format!(
+            "{path} at {site} is a link to {}, which is not there: is its file system mounted? If nothing is wanted of it, remove the link",
+            place::location(&image.path).display()
+        )),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(format!("{path} at {site} cannot be looked at: {error}")),
     }
@@ -127,13 +144,14 @@ pub(crate) fn is_used(file: &File) -> bool {
 }
 
 /// Each file system has room for what its images take at the source, beside what is replaced there.
-fn check_room(site: &str, images: &[&VmImage], disks: &[OfferedDisk]) -> Result<(), String> {
+fn check_room(site: &str, images: &[&VmImage], locations: &[PathBuf], disks: &[OfferedDisk]) -> Result<(), String> {
     let mut wanted: HashMap<u64, (&Path, u64)> = HashMap::new();
-    for (image, disk) in images.iter().zip(disks) {
-        let folder = image.path.parent().unwrap_or(Path::new("/"));
+    for ((image, location), disk) in images.iter().zip(locations).zip(disks) {
+        let folder = location.parent().unwrap_or(Path::new("/"));
         let unusable = |error| format!("{} at {site} cannot be used: {error}", folder.display());
         let device = std::fs::metadata(folder).map_err(unusable)?.dev();
-        let replaced = std::fs::metadata(&image.path).map_or(0, |old| old.blocks() * 512);
+        let old = std::fs::metadata(&image.path).ok().filter(|old| old.dev() == device);
+        let replaced = old.map_or(0, |old| old.blocks() * 512);
         let whole = matches!(image.preallocation, Preallocation::Falloc | Preallocation::Full);
         let needed = if whole { disk.size_bytes } else { disk.allocated_bytes };
         // How much of a base image is kept shows when the disk is compared with it.
@@ -164,9 +182,10 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
     let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
     let fits = image.path.exists() && fits(image, size_bytes).await;
     let held = mark::MARKS.lock().await;
-    if let Ok(file) = File::open(&image.path) {
-        match Mark::of(&file) {
+    match File::open(&image.path) {
+        Ok(file) => match Mark::of(&file) {
             Some(mark) if mark.was_used_since(&file) => return Err(used_since(image)),
+            Some(_) if is_used(&file) => return Err(format!("{path} is in use since this moment")),
             Some(mark) if fits => {
                 let mark = mark.written_again(migration);
                 tracing::info!(%path, %mark, "an image is written again");
@@ -175,10 +194,12 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
             Some(_) => {}
             // Since it was looked at.
             None => return Err(format!("{path} was put there this moment, by somebody else")),
-        }
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(unusable(error)),
     }
     // A large file is not gone at once.
-    match tokio::fs::remove_file(&image.path).await {
+    match tokio::fs::remove_file(place::location(&image.path)).await {
         Ok(()) => tracing::info!(%path, "an image is replaced"),
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(unusable(error)),
@@ -188,24 +209,95 @@ async fn make_one(image: &VmImage, migration: MigrationId, size_bytes: u64) -> R
     make_new(image, migration, size_bytes).await
 }
 
+/// Makes an image where a person wants it, and only then the path a link to it, so that whatever is at the path is lost no sooner.
+async fn make_at(
+    config: &Config,
+    image: &VmImage,
+    target: &Path,
+    migration: MigrationId,
+    size_bytes: u64,
+) -> Result<(), String> {
+    let shown = target.display();
+    let unusable = |error: std::io::Error| format!("{shown} cannot be made: {error}");
+    let is_ours = || File::open(target).is_ok_and(|file| Mark::of(&file) == Some(Mark::arriving(migration)));
+    {
+        let _held = mark::MARKS.lock().await;
+        // Whoever else wants to go there comes before this, or finds it there.
+        place::check_target(config, image, target)?;
+        if target.exists() {
+            // A gateway has begun to make it and was killed.
+            tokio::fs::remove_file(target).await.map_err(unusable)?;
+        }
+        create(target, migration)?;
+    }
+    let made = async {
+        fill(image, target, size_bytes).await?;
+        let _held = mark::MARKS.lock().await;
+        let old = place::location(&image.path);
+        let had_old = match File::open(&old) {
+            Ok(file) => match Mark::of(&file) {
+                Some(mark) if mark.was_used_since(&file) => return Err(used_since(image)),
+                Some(_) if !is_used(&file) => true,
+                _ => return Err(format!("{} is in use since this moment", image.path.display())),
+            },
+            Err(error) if error.kind() == ErrorKind::NotFound => false,
+            Err(error) => return Err(unusable(error)),
+        };
+        place::check_target(config, image, target)?;
+        if !is_ours() {
+            return Err(format!("{shown} was taken this moment, by another migration"));
+        }
+        let (path, leads_to) = (image.path.clone(), target.to_owned());
+        let linked = tokio::task::spawn_blocking(move || place::link(&path, &leads_to)).await;
+        linked.expect("making a link does not panic").map_err(unusable)?;
+        tracing::info!(path = %image.path.display(), target = %shown, "an image is put elsewhere");
+        // A file at the path itself went with the link that took its place.
+        if had_old && old.exists() {
+            let _ = tokio::fs::remove_file(&old).await;
+        }
+        Ok(())
+    };
+    let made = made.await;
+    if made.is_err() && place::location(&image.path) != target && is_ours() {
+        let _ = tokio::fs::remove_file(target).await;
+    }
+    made
+}
+
+/// Whether an image can be made there, without making one.
+fn try_out(target: &Path, migration: MigrationId) -> Result<(), String> {
+    create(target, migration)?;
+    std::fs::remove_file(target).map_err(|error| format!("{} stays: {error}", target.display()))
+}
+
 /// Makes an image where nothing is, marked as one that arrives in `migration`. Where it fails, what was begun may be left, marked so.
 ///
 /// # Errors
 /// A sentence.
 pub(crate) async fn make_new(image: &VmImage, migration: MigrationId, size_bytes: u64) -> Result<(), String> {
-    let path = image.path.display();
-    let unusable = |error: std::io::Error| format!("{path} cannot be made: {error}");
+    create(&place::location(&image.path), migration)?;
+    fill(image, &image.path, size_bytes).await
+}
+
+/// Makes an empty file that is marked so.
+fn create(path: &Path, migration: MigrationId) -> Result<(), String> {
+    let shown = path.display();
+    let unusable = |error: std::io::Error| format!("{shown} cannot be made: {error}");
     let mut options = OpenOptions::new();
-    let file = options.write(true).create_new(true).mode(0o600).open(&image.path);
+    let file = options.write(true).create_new(true).mode(0o600).open(path);
     let file = file.map_err(unusable)?;
     if let Err(error) = Mark::arriving(migration).put(&file) {
-        let _ = std::fs::remove_file(&image.path);
+        let _ = std::fs::remove_file(path);
         return Err(format!(
-            "{path} cannot be made: its file system takes no extended attributes ({error}), by which an image that may be replaced is known"
+            "{shown} cannot be made: its file system takes no extended attributes ({error}), by which an image that may be replaced is known"
         ));
     }
-    drop(file);
-    let cannot = |reason: QemuImgError| format!("{path} cannot be made: {reason}");
+    Ok(())
+}
+
+/// Makes of an empty file what an image is.
+async fn fill(image: &VmImage, path: &Path, size_bytes: u64) -> Result<(), String> {
+    let cannot = |reason: QemuImgError| format!("{} cannot be made: {reason}", path.display());
     let mut create = qemu_img::command();
     create.args(["create", "-q", "-f", &image.format.to_string()]);
     if matches!(image.format, ImageFormat::Raw | ImageFormat::Qcow2) {
@@ -218,13 +310,13 @@ pub(crate) async fn make_new(image: &VmImage, migration: MigrationId, size_bytes
     if let Some(base) = backing {
         create.args(["-F", &base.format.to_string(), "-b"]).arg(&base.path);
     }
-    create.arg(&image.path).arg(size_bytes.to_string());
+    create.arg(path).arg(size_bytes.to_string());
     qemu_img::run(create, MAKE_DEADLINE).await.map_err(cannot)?;
     if let Some(base) = copied {
         let mut convert = qemu_img::command();
         convert.args(["convert", "-n", "--target-is-zero", "-f", &base.format.to_string()]);
         convert.args(["-O", &image.format.to_string()]);
-        convert.arg(&base.path).arg(&image.path);
+        convert.arg(&base.path).arg(path);
         qemu_img::run(convert, MAKE_DEADLINE).await.map_err(cannot)?;
     }
     Ok(())

@@ -10,19 +10,20 @@ use crate::gateway::destination::DestinationStart;
 use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::check_offer;
 use crate::gateway::disks::mark::{self, Rest};
+use crate::gateway::disks::place;
 use crate::gateway::disks::volumes::{self, Old};
 use crate::gateway::hooks::{self, Facts};
 use crate::gateway::{Core, clock, launches};
 use crate::proto::ownership::{Destination, DestinationTerms};
-use crate::proto::wire::message::ColdOffer;
+use crate::proto::wire::message::{ColdOffer, DiskPlace};
 
 /// Everything that speaks against an offer: images are made, and removed again.
-pub(crate) async fn check(core: &Core, peer: &str, offer: &ColdOffer) -> Vec<String> {
+pub(crate) async fn check(core: &Core, peer: &str, offer: &ColdOffer, places: &[DiskPlace]) -> Vec<String> {
     let tried = async {
         core.registry.gives_way(&offer.vm, None).await;
         let vm = look(core, offer)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
-        let made = make(core, peer, vm, offer, Old::Stays).await;
+        let made = make(core, peer, vm, offer, (places, Old::Stays)).await;
         if made.is_ok() {
             mark::discard(vm, offer.migration, Rest::Untouched).await;
         }
@@ -38,8 +39,14 @@ pub(crate) async fn check(core: &Core, peer: &str, offer: &ColdOffer) -> Vec<Str
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
-pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offer: ColdOffer, channel: Channel) {
-    let accepted = accept(&core, &peer, known, &offer).await;
+pub(crate) async fn open(
+    core: Arc<Core>,
+    peer: String,
+    known: &Known,
+    (offer, places): (ColdOffer, Vec<DiskPlace>),
+    channel: Channel,
+) {
+    let accepted = accept(&core, &peer, known, &offer, &places).await;
     drive(&core, &peer, offer.migration, &offer.vm, accepted, channel).await;
 }
 
@@ -67,14 +74,27 @@ fn look<'a>(core: &'a Core, offer: &ColdOffer) -> Result<&'a Vm, String> {
     Ok(vm)
 }
 
-async fn make(core: &Core, peer: &str, vm: &Vm, offer: &ColdOffer, old: Old) -> Result<(), String> {
+async fn make(
+    core: &Core,
+    peer: &str,
+    vm: &Vm,
+    offer: &ColdOffer,
+    (places, old): (&[DiskPlace], Old),
+) -> Result<(), String> {
+    let places = place::find(&core.config, vm, &offer.disks, places)?;
     let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
     hooks::run(core, Hook::PreCheck, &facts).await?;
     launches::begin(core, offer.migration)?;
-    volumes::make(&core.config.site, vm, offer.migration, &offer.disks, old).await
+    volumes::make(&core.config, vm, offer.migration, (&offer.disks, &places), old).await
 }
 
-async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) -> Result<super::Accepted, String> {
+async fn accept(
+    core: &Arc<Core>,
+    peer: &str,
+    known: &Known,
+    offer: &ColdOffer,
+    places: &[DiskPlace],
+) -> Result<super::Accepted, String> {
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let vm = look(core, offer)?;
     super::expect(core, offer.migration).await?;
@@ -86,7 +106,7 @@ async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offer: &ColdOffer) 
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
         .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
-    super::prepare(core, &entry, make(core, peer, vm, offer, Old::Used)).await?;
+    super::prepare(core, &entry, make(core, peer, vm, offer, (places, Old::Used))).await?;
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
         own_journal: core.journal.id(),

@@ -2,6 +2,7 @@
 
 pub(super) mod cold;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -16,6 +17,7 @@ use crate::gateway::destination::{DestinationDriver, DestinationStart};
 use crate::gateway::destination_vmm::DestinationVmm;
 use crate::gateway::disks::check_offer;
 use crate::gateway::disks::mark::{self, Rest};
+use crate::gateway::disks::place;
 use crate::gateway::disks::volumes::{self, Old};
 use crate::gateway::hooks::{self, Facts};
 use crate::gateway::inbound::Shelf;
@@ -29,26 +31,24 @@ use crate::proto::ownership::{Destination, DestinationEvent, DestinationTerms};
 use crate::proto::page::MigrationId;
 use crate::proto::reduce::DictionaryLimits;
 use crate::proto::session::Decoder;
-use crate::proto::wire::message::{KnownImage, Offer, OfferedDisk};
+use crate::proto::wire::message::{DiskPlace, KnownImage, Offer, OfferedDisk};
 use crate::proto::wire::{Limits, SessionMessage, hello};
 use crate::store::pages::KnownShelf;
 use crate::store::spill::SpillShelf;
 
 /// Everything that speaks against an offer: what would receive the VM is started, compared and ended again.
-pub(crate) async fn check(
-    core: &Core,
-    peer: &str,
-    agreed: Limits,
-    offer: &Offer,
-    disks: &[OfferedDisk],
-) -> Vec<String> {
+pub(crate) async fn check(core: &Core, peer: &str, agreed: Limits, offered: &Offered) -> Vec<String> {
+    let Offered {
+        offer, disks, places, ..
+    } = offered;
     let tried = async {
         core.registry.gives_way(&offer.vm, None).await;
         let (vm, source) = look(core, offer)?;
         look_at_disks(core, vm, disks, &source)?;
+        let places = find_places(core, vm, disks, places)?;
         core.journal.reserve().await.map_err(|error| error.to_string())?;
         dictionary(core, peer, offer, agreed, Vec::new()).await?;
-        let started = start_vm(core, peer, vm, offer, (disks, Old::Stays), &source).await;
+        let started = start_vm(core, peer, vm, offer, (disks, &places, Old::Stays), &source).await;
         let found = match started {
             Ok(vmm) => {
                 vmm.abandon().await;
@@ -123,6 +123,22 @@ fn look_at_disks(core: &Core, vm: &Vm, disks: &[OfferedDisk], source: &VmInvento
     Ok(())
 }
 
+/// Where disks go that are wanted somewhere.
+fn find_places(
+    core: &Core,
+    vm: &Vm,
+    disks: &[OfferedDisk],
+    places: &[DiskPlace],
+) -> Result<Vec<Option<PathBuf>>, String> {
+    if vm.command.is_none() && !places.is_empty() {
+        return Err(format!(
+            "the hypervisor of {} that waits at {} has opened its images already: leave --disk away",
+            vm.name, core.config.site
+        ));
+    }
+    place::find(&core.config, vm, disks, places)
+}
+
 /// A migration that is offered, with what comes with it.
 #[derive(Debug)]
 pub(crate) struct Offered {
@@ -131,6 +147,8 @@ pub(crate) struct Offered {
     pub(crate) images: Vec<KnownImage>,
     /// Disks that are copied.
     pub(crate) disks: Vec<OfferedDisk>,
+    /// Where some of them are wanted.
+    pub(crate) places: Vec<DiskPlace>,
 }
 
 impl Offered {
@@ -140,15 +158,16 @@ impl Offered {
             offer,
             images: Vec::new(),
             disks: Vec::new(),
+            places: Vec::new(),
         }
     }
 }
 
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
 pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offered: Offered, channel: Channel) {
-    let Offered { offer, images, disks } = offered;
-    let accepted = accept(&core, &peer, known, &offer, images, disks).await;
-    drive(&core, &peer, offer.migration, &offer.vm, accepted, channel).await;
+    let (migration, vm) = (offered.offer.migration, offered.offer.vm.clone());
+    let accepted = accept(&core, &peer, known, offered).await;
+    drive(&core, &peer, migration, &vm, accepted, channel).await;
 }
 
 /// An offer that was taken.
@@ -225,17 +244,17 @@ fn begin(
     }
 }
 
-async fn accept(
-    core: &Arc<Core>,
-    peer: &str,
-    known: &Known,
-    offer: &Offer,
-    images: Vec<KnownImage>,
-    disks: Vec<OfferedDisk>,
-) -> Result<Accepted, String> {
+async fn accept(core: &Arc<Core>, peer: &str, known: &Known, offered: Offered) -> Result<Accepted, String> {
+    let Offered {
+        ref offer,
+        images,
+        disks,
+        places,
+    } = offered;
     core.registry.gives_way(&offer.vm, Some(peer)).await;
     let (vm, source) = look(core, offer)?;
     look_at_disks(core, vm, &disks, &source)?;
+    let places = find_places(core, vm, &disks, &places)?;
     expect(core, offer.migration).await?;
     let agreement = known.agreement();
     let agreed = agreement.limits;
@@ -244,7 +263,7 @@ async fn accept(
         .registry
         .add(offer.migration, &offer.vm, peer, Role::Destination, clock::now())
         .map_err(|busy| format!("{} is busy: {busy}", core.config.site))?;
-    let starting = start_vm(core, peer, vm, offer, (&disks, Old::Used), &source);
+    let starting = start_vm(core, peer, vm, offer, (&disks, &places, Old::Used), &source);
     let vmm = prepare(core, &entry, starting).await?;
     entry.set_phase(Phase::Preparing);
     let machine = Destination::new(DestinationTerms {
@@ -339,7 +358,7 @@ async fn start_vm(
     peer: &str,
     vm: &Vm,
     offer: &Offer,
-    (disks, old): (&[OfferedDisk], Old),
+    (disks, places, old): (&[OfferedDisk], &[Option<PathBuf>], Old),
     source: &VmInventory,
 ) -> Result<DestinationVmm, String> {
     let facts = Facts::new(offer.migration, &offer.vm, peer, Role::Destination);
@@ -347,7 +366,7 @@ async fn start_vm(
     launches::begin(core, offer.migration)?;
     // A hypervisor that waits already has opened its images.
     if vm.command.is_some() {
-        volumes::make(&core.config.site, vm, offer.migration, disks, old).await?;
+        volumes::make(&core.config, vm, offer.migration, (disks, places), old).await?;
     }
     let started = start_with_images(core, vm, offer, source).await;
     if started.is_err() {

@@ -119,6 +119,7 @@ impl<'a> Scene<'a> {
             warm: None,
             cold: false,
             disk_rate_bytes_per_second: None,
+            disk_places: Vec::new(),
         }
     }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::page::JournalId;
 
 /// Newest version of the wire format that this gateway speaks.
-pub const VERSION: u16 = 11;
+pub const VERSION: u16 = 12;
 
 /// First version in which a stream's end is protected by [`super::repair`]s.
 pub const REPAIRS: u16 = 2;
@@ -36,6 +36,9 @@ pub const HELD_DISKS: u16 = 10;
 
 /// First version in which a VM that is off moves, which is its disks.
 pub const COLD: u16 = 11;
+
+/// First version in which the source says where disks are put.
+pub const PLACES: u16 = 12;
 
 /// Oldest version that this gateway still speaks.
 pub const OLDEST_VERSION: u16 = 1;

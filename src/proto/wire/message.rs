@@ -97,6 +97,66 @@ pub enum Request {
     CheckCold(ColdOffer),
     /// As `OpenWithDisks`, of a VM that is off: its disks are all that there is. Since version 11.
     OpenCold(ColdOffer),
+    /// As what is in it, with disks put where the source's operator wants them. Since version 12.
+    Placed {
+        /// What is asked.
+        request: Placeable,
+        /// At most one for each disk.
+        places: Vec<DiskPlace>,
+    },
+}
+
+/// Requests that come with disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Placeable {
+    /// As `CheckWithDisks`.
+    Check {
+        /// The migration.
+        offer: Offer,
+        /// Its disks.
+        disks: Vec<OfferedDisk>,
+    },
+    /// As `OpenWithDisks`.
+    Open {
+        /// The migration.
+        offer: Offer,
+        /// As in `OpenKnowing`.
+        images: Vec<KnownImage>,
+        /// As in `OpenWithDisks`.
+        disks: Vec<OfferedDisk>,
+    },
+    /// As `CheckCold`.
+    CheckCold(ColdOffer),
+    /// As `OpenCold`.
+    OpenCold(ColdOffer),
+}
+
+impl Request {
+    /// The same with disks put elsewhere, where it comes with any.
+    #[must_use]
+    pub fn with_places(self, places: Vec<DiskPlace>) -> Self {
+        if places.is_empty() {
+            return self;
+        }
+        let request = match self {
+            Self::CheckWithDisks { offer, disks } => Placeable::Check { offer, disks },
+            Self::OpenWithDisks { offer, images, disks } => Placeable::Open { offer, images, disks },
+            Self::CheckCold(offer) => Placeable::CheckCold(offer),
+            Self::OpenCold(offer) => Placeable::OpenCold(offer),
+            other => return other,
+        };
+        Self::Placed { request, places }
+    }
+}
+
+/// Where a disk is put at the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPlace {
+    /// The disk, as people call it or as the inventory names it.
+    pub disk: String,
+    /// A pool of the destination and a file in it: `POOL/FILE`.
+    pub place: String,
 }
 
 /// The migration of a VM that is off.
