@@ -186,11 +186,11 @@ fn a_destination_with_other_memory_or_devices_is_refused_before_anything_moves()
         ..Machine::firmware()
     };
     let rig = booted(other(larger));
-    assert_refused(&rig, &migrate(&rig.a), &["64", "128"]);
+    assert_refused(&rig, &migrate(&rig.a), &["65544 KiB", "131080 KiB"]);
     // A dry run finds the same, and ends what it started for that.
     let dry = rig.a.run(&["migrate", "vm", "--to", "b", "--dry-run"]);
     assert_eq!(dry.code, Some(2), "{dry:?}");
-    assert_says(&dry.stdout, &["64", "128"]);
+    assert_says(&dry.stdout, &["65544 KiB", "131080 KiB"]);
     rig.assert_only(&[(&rig.a, "vm")]);
 
     let rig = booted(other(Machine::firmware().with(&["-device", "virtio-rng-pci"])));

@@ -64,7 +64,8 @@ impl Machine {
 
     /// The command line, with `qmp` and a second monitor `qmp.test`. The kernel, where it has one, is written to `folder`.
     pub(crate) fn command(&self, folder: &Path, qmp: &str) -> Vec<String> {
-        let memory = self.memory_mb.to_string();
+        // 8 KiB more than whole 256 KiB: otherwise QEMU before 9.0 loses writes of the guest while it moves (`Launch::memory_kb` of the lab).
+        let memory = format!("{}k", (self.memory_mb << 10) + 8);
         let mut words: Vec<String> = [
             &qemu_program(),
             "-M",
