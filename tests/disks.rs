@@ -453,12 +453,31 @@ fn a_disk_is_put_where_the_command_says_and_is_found_there_again() {
     assert_eq!(mark(&placed), None);
     rig.assert_only(&[(&rig.b, "vm")]);
 
-    // Elsewhere again: what it has left makes way for the link.
+    // Elsewhere again: what it has left there makes way.
     assert_completed(&migrate(&rig.b, "a"));
     assert_completed(&rig.a.run(&to("vda=fast/vm.qcow2")));
     disk_guest::assert_checks(&at_b);
     assert_eq!(std::fs::read_link(&at_b).unwrap(), pool.join("vm.qcow2"));
     assert!(!placed.exists());
+}
+
+#[test]
+fn an_image_that_was_left_at_the_path_itself_makes_way_for_the_link() {
+    need!(qemu(), program("qemu-img"));
+    let (mut rig, [_, at_b], pool) = rig_with_pool();
+    rig.a.boot("vm");
+    assert_completed(&migrate(&rig.a, "b"));
+    assert_completed(&migrate(&rig.b, "a"));
+    assert!(mark(&at_b).is_some() && std::fs::symlink_metadata(&at_b).unwrap().is_file());
+    let to_pool = ["migrate", "vm", "--to", "b", "--disk", "vda=fast/vm.qcow2", "--output", "json"];
+    let checked = rig.a.run(&[&to_pool[..], &["--dry-run"]].concat());
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    assert!(std::fs::symlink_metadata(&at_b).unwrap().is_file());
+    assert_completed(&rig.a.run(&to_pool));
+    disk_guest::assert_checks(&at_b);
+    assert_eq!(std::fs::read_link(&at_b).unwrap(), pool.join("vm.qcow2"));
+    assert_eq!(mark(&at_b), None);
+    rig.assert_only(&[(&rig.b, "vm")]);
 }
 
 #[test]

@@ -172,7 +172,8 @@ pub(super) fn is_dangling(path: &Path) -> bool {
     is_link(path) && std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
-fn is_link(path: &Path) -> bool {
+/// Whether the path is a link, wherever that leads.
+pub(super) fn is_link(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink())
 }
 

@@ -247,12 +247,13 @@ async fn make_at(
         if !is_ours() {
             return Err(format!("{shown} was taken this moment, by another migration"));
         }
+        // A file at the path itself goes with the link that takes its place.
+        let had_other = had_old && place::is_link(&image.path);
         let (path, leads_to) = (image.path.clone(), target.to_owned());
         let linked = tokio::task::spawn_blocking(move || place::link(&path, &leads_to)).await;
         linked.expect("making a link does not panic").map_err(unusable)?;
         tracing::info!(path = %image.path.display(), target = %shown, "an image is put elsewhere");
-        // A file at the path itself went with the link that took its place.
-        if had_old && old.exists() {
+        if had_other {
             let _ = tokio::fs::remove_file(&old).await;
         }
         Ok(())
@@ -266,6 +267,10 @@ async fn make_at(
 
 /// Whether an image can be made there, without making one.
 fn try_out(target: &Path, migration: MigrationId) -> Result<(), String> {
+    if target.exists() {
+        // Begun by a gateway that was killed.
+        return Ok(());
+    }
     create(target, migration)?;
     std::fs::remove_file(target).map_err(|error| format!("{} stays: {error}", target.display()))
 }
