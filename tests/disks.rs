@@ -399,6 +399,18 @@ fn a_cut_while_disks_are_copied_is_waited_for_and_nothing_is_lost() {
     rig.assert_only(&[(&rig.b, "vm")]);
 }
 
+/// Moves it to B, with its disk in the pool there.
+const TO_POOL: [&str; 8] = [
+    "migrate",
+    "vm",
+    "--to",
+    "b",
+    "--disk",
+    "vda=fast/vm.qcow2",
+    "--output",
+    "json",
+];
+
 /// The VM `vm` with its disk at A; where it will be at B, and a pool there where it may be put.
 fn rig_with_pool() -> (Rig, [PathBuf; 2], PathBuf) {
     let mut pool = PathBuf::new();
@@ -455,7 +467,7 @@ fn a_disk_is_put_where_the_command_says_and_is_found_there_again() {
 
     // Elsewhere again: what it has left there makes way.
     assert_completed(&migrate(&rig.b, "a"));
-    assert_completed(&rig.a.run(&to("vda=fast/vm.qcow2")));
+    assert_completed(&rig.a.run(&TO_POOL));
     disk_guest::assert_checks(&at_b);
     assert_eq!(std::fs::read_link(&at_b).unwrap(), pool.join("vm.qcow2"));
     assert!(!placed.exists());
@@ -469,11 +481,10 @@ fn an_image_that_was_left_at_the_path_itself_makes_way_for_the_link() {
     assert_completed(&migrate(&rig.a, "b"));
     assert_completed(&migrate(&rig.b, "a"));
     assert!(mark(&at_b).is_some() && std::fs::symlink_metadata(&at_b).unwrap().is_file());
-    let to_pool = ["migrate", "vm", "--to", "b", "--disk", "vda=fast/vm.qcow2", "--output", "json"];
-    let checked = rig.a.run(&[&to_pool[..], &["--dry-run"]].concat());
+    let checked = rig.a.run(&[&TO_POOL[..], &["--dry-run"]].concat());
     assert_eq!(checked.code, Some(0), "{checked:?}");
     assert!(std::fs::symlink_metadata(&at_b).unwrap().is_file());
-    assert_completed(&rig.a.run(&to_pool));
+    assert_completed(&rig.a.run(&TO_POOL));
     disk_guest::assert_checks(&at_b);
     assert_eq!(std::fs::read_link(&at_b).unwrap(), pool.join("vm.qcow2"));
     assert_eq!(mark(&at_b), None);
@@ -487,16 +498,7 @@ fn a_disk_is_put_nowhere_where_an_image_is_that_is_not_to_be_replaced() {
     rig.a.boot("vm");
     std::fs::write(&at_b, "somebody's").unwrap();
     let placed = pool.join("vm.qcow2");
-    let refused = rig.a.run(&[
-        "migrate",
-        "vm",
-        "--to",
-        "b",
-        "--disk",
-        "vda=fast/vm.qcow2",
-        "--output",
-        "json",
-    ]);
+    let refused = rig.a.run(&TO_POOL);
     assert_eq!(refused.code, Some(2), "{refused:?}");
     assert!(refused.stdout.contains("move it away"), "{refused:?}");
     assert_eq!(std::fs::read(&at_b).unwrap(), b"somebody's");
@@ -511,16 +513,7 @@ fn a_cancelled_migration_leaves_nothing_of_a_disks_place() {
     let (mut rig, [at_a, at_b], pool) = rig_with_pool();
     rig.a.boot("vm");
     let placed = pool.join("vm.qcow2");
-    let client = rig.a.begin(&[
-        "migrate",
-        "vm",
-        "--to",
-        "b",
-        "--disk",
-        "vda=fast/vm.qcow2",
-        "--rate",
-        "20mbit",
-    ]);
+    let client = rig.a.begin(&[&TO_POOL[..], &["--rate", "20mbit"]].concat());
     until_on_its_way(&rig.a, &placed);
     client.signal(Signal::INT);
     assert_eq!(client.wait().code, Some(1));
@@ -560,18 +553,7 @@ fn a_killed_gateway_goes_on_where_the_disk_was_put() {
     let (mut rig, [_, at_b], pool) = rig_with_pool();
     rig.a.boot("vm");
     let placed = pool.join("vm.qcow2");
-    let client = rig.a.begin(&[
-        "migrate",
-        "vm",
-        "--to",
-        "b",
-        "--disk",
-        "vda=fast/vm.qcow2",
-        "--rate",
-        "6mbit",
-        "--output",
-        "json",
-    ]);
+    let client = rig.a.begin(&[&TO_POOL[..], &["--rate", "6mbit"]].concat());
     until_there_are(&placed, 3 << 20);
     kill_and_restart(&mut rig.b);
     until_there_are(&placed, 4 << 20);
