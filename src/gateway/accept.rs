@@ -147,55 +147,51 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             };
             reply(channel, answer).await
         }
-        Request::Check(offered) => {
-            let against = offer::check(core, peer, known.agreement().limits, &Offered::bare(offered)).await;
-            reply(channel, Reply::Checked(against)).await
+        Request::Check(offer) => {
+            let request = Placeable::Check { offer, disks: vec![] };
+            offered(core, peer, known, request, vec![], channel).await
         }
         Request::CheckWithDisks { offer, disks } => {
-            let offered = Offered {
-                disks,
-                ..Offered::bare(offer)
-            };
-            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
-            reply(channel, Reply::Checked(against)).await
+            offered(core, peer, known, Placeable::Check { offer, disks }, vec![], channel).await
         }
-        Request::Open(offered) => {
-            offer::open(
-                Arc::clone(core),
-                peer.to_owned(),
+        Request::Open(offer) => {
+            let (images, disks) = (vec![], vec![]);
+            offered(
+                core,
+                peer,
                 known,
-                Offered::bare(offered),
+                Placeable::Open { offer, images, disks },
+                vec![],
                 channel,
             )
-            .await;
-            Ok(())
+            .await
         }
         Request::OpenKnowing { offer, images } => {
-            let offered = Offered {
-                images,
-                ..Offered::bare(offer)
-            };
-            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
-            Ok(())
+            let disks = vec![];
+            offered(
+                core,
+                peer,
+                known,
+                Placeable::Open { offer, images, disks },
+                vec![],
+                channel,
+            )
+            .await
         }
         Request::OpenWithDisks { offer, images, disks } => {
-            let offered = Offered {
-                images,
-                disks,
-                ..Offered::bare(offer)
-            };
-            offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
-            Ok(())
+            offered(
+                core,
+                peer,
+                known,
+                Placeable::Open { offer, images, disks },
+                vec![],
+                channel,
+            )
+            .await
         }
-        Request::CheckCold(offer) => {
-            let against = offer::cold::check(core, peer, &offer, &[]).await;
-            reply(channel, Reply::Checked(against)).await
-        }
-        Request::OpenCold(offer) => {
-            offer::cold::open(Arc::clone(core), peer.to_owned(), known, (offer, vec![]), channel).await;
-            Ok(())
-        }
-        Request::Placed { request, places } => placed(core, peer, known, request, places, channel).await,
+        Request::CheckCold(offer) => offered(core, peer, known, Placeable::CheckCold(offer), vec![], channel).await,
+        Request::OpenCold(offer) => offered(core, peer, known, Placeable::OpenCold(offer), vec![], channel).await,
+        Request::Placed { request, places } => offered(core, peer, known, request, places, channel).await,
         Request::Disks { migration, stream } => {
             tunnel::open_disks(Arc::clone(core), peer.to_owned(), known, migration, stream, channel).await;
             Ok(())
@@ -226,8 +222,8 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
     }
 }
 
-/// What comes with disks that are to be put somewhere.
-async fn placed(
+/// A VM is offered, or asked about, with its disks where they come with it, some of them for places of their own.
+async fn offered(
     core: &Arc<Core>,
     peer: &str,
     known: &Known,
@@ -235,20 +231,17 @@ async fn placed(
     places: Vec<DiskPlace>,
     channel: Channel,
 ) -> Result<(), ChannelError> {
-    match request {
+    let against = match request {
         Placeable::Check { offer, disks } => {
             let offered = Offered {
+                offer,
+                images: vec![],
                 disks,
                 places,
-                ..Offered::bare(offer)
             };
-            let against = offer::check(core, peer, known.agreement().limits, &offered).await;
-            return reply(channel, Reply::Checked(against)).await;
+            offer::check(core, peer, known.agreement().limits, &offered).await
         }
-        Placeable::CheckCold(offer) => {
-            let against = offer::cold::check(core, peer, &offer, &places).await;
-            return reply(channel, Reply::Checked(against)).await;
-        }
+        Placeable::CheckCold(offer) => offer::cold::check(core, peer, &offer, &places).await,
         Placeable::Open { offer, images, disks } => {
             let offered = Offered {
                 offer,
@@ -257,12 +250,14 @@ async fn placed(
                 places,
             };
             offer::open(Arc::clone(core), peer.to_owned(), known, offered, channel).await;
+            return Ok(());
         }
         Placeable::OpenCold(offer) => {
             offer::cold::open(Arc::clone(core), peer.to_owned(), known, (offer, places), channel).await;
+            return Ok(());
         }
-    }
-    Ok(())
+    };
+    reply(channel, Reply::Checked(against)).await
 }
 
 async fn reply(mut channel: Channel, reply: Reply) -> Result<(), ChannelError> {

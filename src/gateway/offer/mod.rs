@@ -151,18 +151,6 @@ pub(crate) struct Offered {
     pub(crate) places: Vec<DiskPlace>,
 }
 
-impl Offered {
-    /// Nothing comes with it.
-    pub(crate) fn bare(offer: Offer) -> Self {
-        Self {
-            offer,
-            images: Vec::new(),
-            disks: Vec::new(),
-            places: Vec::new(),
-        }
-    }
-}
-
 /// Takes an offer, or refuses it with one sentence; sees the migration through to its end.
 pub(crate) async fn open(core: Arc<Core>, peer: String, known: &Known, offered: Offered, channel: Channel) {
     let (migration, vm) = (offered.offer.migration, offered.offer.vm.clone());
