@@ -90,6 +90,20 @@ impl DestinationDriver {
         replaced.map(|image| image.path.clone())
     }
 
+    /// What is at their paths is what was written, and of a VM that is off nobody gets at it from now on.
+    async fn take_over_images(&mut self) -> Result<(), String> {
+        if let Some(path) = self.replaced_image() {
+            return Err(format!(
+                "{} is not what was written any more: somebody has removed or replaced it",
+                path.display()
+            ));
+        }
+        match self.vmm.as_mut().filter(|vmm| vmm.is_off()) {
+            Some(vmm) => vmm.hold_images().await,
+            None => Ok(()),
+        }
+    }
+
     /// What wrote them has ended.
     pub(super) async fn on_taken(&mut self, taken: Result<Taken, JoinError>) {
         self.take = None;
@@ -99,30 +113,18 @@ impl DestinationDriver {
                 stream,
             }) => {
                 tracing::info!(migration = %self.entry.migration, vm = self.entry.vm, "disks are written");
-                let missing = self.replaced_image();
-                let is_missing = missing.is_some();
-                match self.vmm.as_mut().filter(|vmm| vmm.is_off()) {
-                    _ if is_missing => {
-                        self.taken = Some(stream);
-                        let path = missing.unwrap_or_default();
-                        format!(
-                            "{} is not what was written any more: somebody has removed or replaced it, at {}",
-                            path.display(),
-                            self.core.config.site
-                        )
-                    }
-                    None => return self.feed(&DestinationEvent::BarrierPassed),
-                    // There is nothing else.
-                    Some(vmm) => match vmm.hold_images().await {
-                        Ok(()) => {
+                match self.take_over_images().await {
+                    Ok(()) => {
+                        if self.vmm.as_ref().is_some_and(DestinationVmm::is_off) {
+                            // There is nothing else.
                             self.feed(&DestinationEvent::StreamEnded(sum_of(digest)));
-                            return self.feed(&DestinationEvent::BarrierPassed);
                         }
-                        Err(reason) => {
-                            self.taken = Some(stream);
-                            format!("{reason} at {}", self.core.config.site)
-                        }
-                    },
+                        return self.feed(&DestinationEvent::BarrierPassed);
+                    }
+                    Err(reason) => {
+                        self.taken = Some(stream);
+                        format!("{reason} at {}", self.core.config.site)
+                    }
                 }
             }
             Ok(Taken {

@@ -26,6 +26,7 @@ pub(crate) mod rest;
 pub(crate) mod take;
 mod tell;
 pub(crate) mod volumes;
+mod watch;
 
 use crate::hypervisor::qemu::GuestDisk;
 use crate::proto::disk::stream::MAX_DISKS;

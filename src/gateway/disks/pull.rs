@@ -16,12 +16,12 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::cold_image::ColdImage;
 use super::compare::{self, Compared, Told, ToldError};
 use super::records::Records;
+use super::watch::{GuestWatch, Watched};
 use crate::api::DiskFigures;
 use crate::gateway::registry::Entry;
 use crate::gateway::{Core, clock, tunnel};
@@ -32,7 +32,7 @@ use crate::proto::disk::extents::{Allocation, Dirtiness, Extents, Transfer, tran
 use crate::proto::disk::held::{BlockKey, Part};
 use crate::proto::disk::nbd::{MetaContext, Piece, Reading};
 use crate::proto::page::ByteRate;
-use crate::proto::precopy::{DiskRounds, ReadPace, guest_io};
+use crate::proto::precopy::DiskRounds;
 use crate::proto::wire::hello;
 use crate::shaper::Shaper;
 
@@ -354,13 +354,17 @@ impl Rounds {
         if self.asks {
             self.records.ask().await?;
         }
-        let watched = self.watch_guest(block).await;
+        let watch = GuestWatch::begin(Watched {
+            migration: self.entry.migration,
+            block: block.clone(),
+            disks: self.disks.clone(),
+            pace: Arc::clone(&self.pace),
+            most: self.most,
+            tell: Arc::clone(&self.tell),
+        });
+        let watch = watch.await;
         self.round(None).await?;
-        if let Some(watched) = watched {
-            watched.abort();
-            // Gone before the rate is set for good.
-            let _ = watched.await;
-        }
+        watch.end().await;
         self.pace.set_rate(self.most);
         if self.asks {
             // The last part: the guest must not stand until that has been written.
@@ -390,47 +394,6 @@ impl Rounds {
         // The destination closes it once it has everything.
         self.told.end().await?;
         Ok(())
-    }
-
-    /// Reads slower from now on where the guest suffers, until that is dropped. A hypervisor that does not say is read as fast as it goes.
-    async fn watch_guest(&self, block: &BlockLayer) -> Option<AbortOnDropHandle<()>> {
-        let before = block.guest_io(&self.disks).await;
-        let before = before.inspect_err(|error| tracing::warn!("how the guest fares is not known: {error}"));
-        let mut kept = ReadPace::new(before.ok()?, self.most);
-        let (block, disks, most) = (block.clone(), self.disks.clone(), self.most);
-        let (pace, tell) = (Arc::clone(&self.pace), Arc::clone(&self.tell));
-        let read_bytes = move || tell.borrow().figures.read_bytes;
-        let tell = Arc::clone(&self.tell);
-        let (migration, vm) = (self.entry.migration, self.entry.vm.clone());
-        Some(AbortOnDropHandle::new(tokio::spawn(async move {
-            let mut looks = tokio::time::interval(guest_io::LOOK);
-            looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            looks.tick().await;
-            let mut last = (clock::now(), read_bytes());
-            loop {
-                looks.tick().await;
-                let Ok(io) = block.guest_io(&disks).await else {
-                    pace.set_rate(most);
-                    continue;
-                };
-                let now = (clock::now(), read_bytes());
-                let rate = ByteRate::over(now.1 - last.1, now.0.saturating_duration_since(last.0));
-                last = now;
-                let rate = kept.look(io, rate);
-                if rate != pace.rate() {
-                    tracing::debug!(%migration, vm, ?rate, "disks are read no faster, for the guest's sake");
-                }
-                pace.set_rate(rate);
-                let seen = kept.seen();
-                if seen.requests > 0 {
-                    let each = |nanos: f64| Some(nanos / seen.requests as f64 * 1e-9);
-                    tell.send_modify(|state| {
-                        state.figures.guest_io_seconds = each(seen.nanos);
-                        state.figures.guest_io_usual_seconds = each(seen.usual_nanos);
-                    });
-                }
-            }
-        })))
     }
 
     /// Until the next round is due; whether it is the last.
