@@ -222,10 +222,10 @@ pub const MAX_BLOCKS: usize = 1024;
 
 /// Bytes of the word that starts every RAM record: an address, its low bits flags.
 const WORD: usize = 8;
-const PAGE_BITS: u32 = PAGE_SIZE.trailing_zeros();
-const FLAG_ZERO: u64 = 0x002;
-const FLAG_PAGE: u64 = 0x008;
-const FLAG_CONTINUE: u64 = 0x020;
+pub(crate) const PAGE_BITS: u32 = PAGE_SIZE.trailing_zeros();
+pub(crate) const FLAG_ZERO: u64 = 0x002;
+pub(crate) const FLAG_PAGE: u64 = 0x008;
+pub(crate) const FLAG_CONTINUE: u64 = 0x020;
 
 /// Where a parser puts what it finds.
 struct Output<'a> {

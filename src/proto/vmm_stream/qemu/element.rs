@@ -14,18 +14,18 @@
 use super::super::{LostTrackReason, Read};
 
 /// "QEVM", version 3: the only one in use since 2009.
-pub(super) const FILE_HEADER: [u8; 8] = [0x51, 0x45, 0x56, 0x4d, 0, 0, 0, 3];
+pub(crate) const FILE_HEADER: [u8; 8] = [0x51, 0x45, 0x56, 0x4d, 0, 0, 0, 3];
 
-pub(super) const EOF: u8 = 0x00;
-pub(super) const START: u8 = 0x01;
-pub(super) const PART: u8 = 0x02;
-pub(super) const END: u8 = 0x03;
-pub(super) const FULL: u8 = 0x04;
+pub(crate) const EOF: u8 = 0x00;
+pub(crate) const START: u8 = 0x01;
+pub(crate) const PART: u8 = 0x02;
+pub(crate) const END: u8 = 0x03;
+pub(crate) const FULL: u8 = 0x04;
 pub(super) const SUBSECTION: u8 = 0x05;
-pub(super) const DESCRIPTION: u8 = 0x06;
-pub(super) const CONFIGURATION: u8 = 0x07;
+pub(crate) const DESCRIPTION: u8 = 0x06;
+pub(crate) const CONFIGURATION: u8 = 0x07;
 pub(super) const COMMAND: u8 = 0x08;
-pub(super) const FOOTER: u8 = 0x7e;
+pub(crate) const FOOTER: u8 = 0x7e;
 
 /// The command whose data states the length of a nested stream behind it.
 pub(super) const COMMAND_PACKAGED: u16 = 7;

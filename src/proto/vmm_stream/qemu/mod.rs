@@ -19,10 +19,10 @@
 //! `multifd` makes one stream of a migration's main stream and multifd channels, before this parser sees it. Not here: the return path.
 
 mod configuration;
-mod element;
+pub(crate) mod element;
 pub mod multifd;
 mod opaque;
-mod ram;
+pub(crate) mod ram;
 
 use self::element::Element;
 use self::opaque::{Candidate, Needles, Search, Signs};

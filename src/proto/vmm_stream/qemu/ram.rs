@@ -25,12 +25,12 @@ use super::element::{be16, be32, be64};
 use crate::proto::page::{PAGE_SIZE, PageAddress};
 
 /// The section's name and the only version there is.
-pub(super) const SECTION_NAME: &[u8] = b"ram";
-pub(super) const SECTION_VERSION: u32 = 4;
+pub(crate) const SECTION_NAME: &[u8] = b"ram";
+pub(crate) const SECTION_VERSION: u32 = 4;
 
-const FLAG_MASK: u64 = PAGE_SIZE as u64 - 1;
-const FLAG_MEM_SIZE: u64 = 0x004;
-pub(super) const FLAG_EOS: u64 = 0x010;
+pub(crate) const FLAG_MASK: u64 = PAGE_SIZE as u64 - 1;
+pub(crate) const FLAG_MEM_SIZE: u64 = 0x004;
+pub(crate) const FLAG_EOS: u64 = 0x010;
 const FLAG_XBZRLE: u64 = 0x040;
 const FLAG_COMPRESS: u64 = 0x100;
 pub(super) const FLAG_FLUSH: u64 = 0x200;
