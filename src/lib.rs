@@ -24,7 +24,7 @@
 //! | [`migrate`] | edge | one migration seen from its source: phases in a straight line, one exit that says where the VM is |
 //! | [`transport`] | edge | quinn and rustls: endpoints, paced socket, pinned keys, tuning from rate and RTT |
 //! | [`shaper`] | edge | whose turn it is on a link, and what passes: limits of links and of migrations |
-//! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit; NBD: its disks |
+//! | [`hypervisor`] | edge | QMP and QEMU: inventory, settings, launch, freeze, permit; NBD: its disks; the native engine for guests of KVM |
 //! | [`store`] | edge | ownership journal, trust, spilled dictionary pages, what VMs leave for their next move, on disk |
 //! | [`config`] | edge | TOML, flags and environment, validated once |
 //! | [`api`] | edge | the control socket: types, server, client |
@@ -42,7 +42,7 @@
 //! - Inside `proto` a stage imports only the noun of the stage before it. Only `session` sees several; `wire` also carries the
 //!   messages of `ownership`.
 //! - `transport` does not know what a page is, `shaper` does not know what a migration is.
-//! - `unsafe` is only in `wan/tun.rs` and `wan/schedule.rs`.
+//! - `unsafe` is only in `wan/tun.rs`, `wan/schedule.rs` and `hypervisor/kvm/`.
 //! - Every queue has a bound in bytes or entries where it is made, and no length that a peer, a hypervisor or a file states is
 //!   allocated before it was compared with a limit.
 //! - A record is in the journal before anything is done because of it. Drivers (`gateway::source`, `gateway::destination`) route
