@@ -10,6 +10,8 @@ mod control;
 mod dry_run;
 mod fingerprint;
 mod gateway;
+#[cfg(target_arch = "x86_64")]
+mod guest;
 mod journal;
 mod limit;
 mod link_test;
@@ -74,6 +76,8 @@ enum Verb {
     Store(store::StoreCommand),
     #[command(subcommand)]
     Journal(journal::JournalCommand),
+    #[cfg(target_arch = "x86_64")]
+    Guest(guest::Args),
     WanEmulator(EmulatorArgs),
     #[command(subcommand)]
     Lab(LabCommand),
@@ -100,6 +104,8 @@ impl Verb {
             Self::Fingerprint(args) => ask(fingerprint::run(args)),
             Self::Store(command) => store::run(&command).map(ExitCode::from),
             Self::Journal(command) => journal::run(&command).map(ExitCode::from),
+            #[cfg(target_arch = "x86_64")]
+            Self::Guest(args) => guest::run(args).map(ExitCode::from),
             Self::WanEmulator(args) => crate::wan::run(args).map_err(|error| Failure::no(with_causes(&error))),
             Self::Lab(lab) => run_lab(lab),
         }

@@ -15,6 +15,8 @@ pub(crate) struct Machine {
     pub(crate) more: Vec<String>,
     /// Bytes that are rewritten for ever; `None` where the firmware alone runs.
     pub(crate) fill: Option<Fill>,
+    /// Words behind `longhaul guest`, where that is the hypervisor.
+    pub(crate) native: Option<Vec<String>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,7 @@ impl Machine {
             memory_mb: 64,
             more: Vec::new(),
             fill: None,
+            native: None,
         }
     }
 
@@ -57,6 +60,23 @@ impl Machine {
         }
     }
 
+    /// Under the native engine: `longhaul guest` with these words.
+    pub(crate) fn native(memory_mb: u32, words: &[&str]) -> Self {
+        Self {
+            memory_mb,
+            native: Some(words.iter().map(|word| (*word).to_owned()).collect()),
+            ..Self::firmware()
+        }
+    }
+
+    /// The same with more words for `longhaul guest`.
+    pub(crate) fn with_native(mut self, more: &[&str]) -> Self {
+        if let Some(words) = &mut self.native {
+            words.extend(more.iter().map(|word| (*word).to_owned()));
+        }
+        self
+    }
+
     pub(crate) fn with(mut self, more: &[&str]) -> Self {
         self.more.extend(more.iter().map(|word| (*word).to_owned()));
         self
@@ -64,6 +84,9 @@ impl Machine {
 
     /// The command line, with `qmp` and a second monitor `qmp.test`. The kernel, where it has one, is written to `folder`.
     pub(crate) fn command(&self, folder: &Path, qmp: &str) -> Vec<String> {
+        if let Some(native) = &self.native {
+            return self.native_command(native, qmp);
+        }
         // 8 KiB more than whole 256 KiB: otherwise QEMU before 9.0 loses writes of the guest while it moves (`Launch::memory_kb` of the lab).
         let memory = format!("{}k", (self.memory_mb << 10) + 8);
         let mut words: Vec<String> = [
@@ -91,6 +114,20 @@ impl Machine {
         }
         words.extend(self.more.iter().cloned());
         words
+    }
+
+    fn native_command(&self, words: &[String], qmp: &str) -> Vec<String> {
+        let program = std::env::var("LONGHAUL_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_longhaul").to_owned());
+        let memory = format!("{}mib", self.memory_mb);
+        let test = format!("{qmp}.test");
+        let serial = format!("{qmp}.says");
+        let own = [
+            &program, "guest", "--qmp", qmp, "--qmp", &test, "--serial", &serial, "--memory", &memory,
+        ];
+        own.into_iter()
+            .map(str::to_owned)
+            .chain(words.iter().cloned())
+            .collect()
     }
 
     /// Whether the guest says so once its memory is filled.

@@ -48,7 +48,7 @@ impl SitePlan {
         std::fs::create_dir(&folder).unwrap();
         let vms = vms.iter().map(|(vm, machine)| {
             let mut command = machine.command(&folder, "{qmp}");
-            command.extend(["-incoming", "defer", "-S"].map(str::to_owned));
+            command.extend(["--incoming", "defer", "-S"].map(str::to_owned));
             let plan = VmPlan {
                 machine: machine.clone(),
                 qmp: folder.join(format!("{vm}.qmp")),
@@ -280,6 +280,11 @@ impl Site {
         for id in self.hypervisors(vm) {
             send(id, Signal::KILL);
         }
+    }
+
+    /// Where its files are.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.plan.folder
     }
 
     /// What is in the state directory and does not have to outlive a migration.

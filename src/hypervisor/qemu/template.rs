@@ -89,7 +89,9 @@ impl LaunchTemplate {
         if !has_monitor {
             mistakes.push(TemplateError::NoMonitor);
         }
-        if !arguments.windows(2).any(|pair| pair == ["-incoming", "defer"]) {
+        // QEMU takes both, `longhaul guest` the longer one.
+        let waits = [["-incoming", "defer"], ["--incoming", "defer"]];
+        if !arguments.windows(2).any(|pair| waits.iter().any(|wait| pair == wait)) {
             mistakes.push(TemplateError::NotDeferred);
         }
         if !arguments.iter().any(|argument| argument == "-S") {
