@@ -151,6 +151,7 @@ impl GuestArgs {
             accelerator: self.accelerator,
             image,
             dials: self.dials,
+            native: None,
         };
         let start = if self.incoming {
             Start::ReceivePaused

@@ -90,6 +90,7 @@ async fn record(args: &RecordArgs, image: Image, folder: &Path) -> Result<u64, L
         accelerator: Accelerator::Tcg,
         image,
         dials: args.dials.clone(),
+        native: None,
     };
     let log = folder.join("vm.log");
     let mut guest = Process::spawn("QEMU", None, &launch.command(&files, Start::Boot), &log)?;

@@ -31,6 +31,8 @@ pub(super) enum Engine {
     Longhaul,
     /// The gateways, and a source whose QEMU sends over multifd channels.
     LonghaulMultifd,
+    /// The gateways, and a guest of KVM under the native engine.
+    LonghaulKvm,
     /// QEMU and kernel as they come: CUBIC, the kernel's default buffers, QEMU's cap of 128 MiB/s.
     QemuTcpCubicDefault,
     /// CUBIC, socket buffers of 256 MB on both hosts, no cap.
@@ -139,9 +141,10 @@ impl fmt::Display for Engine {
 
 impl Engine {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Longhaul,
         Self::LonghaulMultifd,
+        Self::LonghaulKvm,
         Self::QemuTcpCubicDefault,
         Self::QemuTcpCubicTuned,
         Self::QemuTcpBbrDefault,
@@ -157,6 +160,7 @@ impl Engine {
         match self {
             Self::Longhaul => "longhaul",
             Self::LonghaulMultifd => "longhaul-multifd",
+            Self::LonghaulKvm => "longhaul-kvm",
             Self::QemuTcpCubicDefault => "qemu-tcp-cubic-default",
             Self::QemuTcpCubicTuned => "qemu-tcp-cubic-tuned",
             Self::QemuTcpBbrDefault => "qemu-tcp-bbr-default",
@@ -170,13 +174,14 @@ impl Engine {
 
     /// Whether the gateways move the guest.
     pub(super) fn has_gateways(self) -> bool {
-        matches!(self, Self::Longhaul | Self::LonghaulMultifd)
+        matches!(self, Self::Longhaul | Self::LonghaulMultifd | Self::LonghaulKvm)
     }
 
     /// What TCP of the engine's hosts uses. The gateways use none.
     pub(super) fn congestion_control(self) -> &'static str {
         match self {
-            Self::Longhaul | Self::LonghaulMultifd | Self::QemuTcpCubicDefault | Self::QemuTcpCubicTuned => "cubic",
+            Self::QemuTcpCubicDefault | Self::QemuTcpCubicTuned => "cubic",
+            _ if self.has_gateways() => "cubic",
             _ => "bbr",
         }
     }
@@ -184,10 +189,8 @@ impl Engine {
     /// `tcp_rmem` and `tcp_wmem` of the engine's hosts.
     fn buffers(self) -> [&'static str; 2] {
         match self {
-            // Of a host with some GiB of memory (tcp(7)).
-            Self::Longhaul | Self::LonghaulMultifd | Self::QemuTcpCubicDefault | Self::QemuTcpBbrDefault => {
-                ["4096 131072 6291456", "4096 16384 4194304"]
-            }
+            Self::QemuTcpCubicDefault | Self::QemuTcpBbrDefault => DEFAULT_BUFFERS,
+            _ if self.has_gateways() => DEFAULT_BUFFERS,
             _ => ["4096 131072 268435456", "4096 16384 268435456"],
         }
     }
@@ -224,7 +227,7 @@ impl Engine {
     /// QEMU's migration parameters for a guest of `memory_mb`.
     fn parameters(self, memory_mb: u64) -> Option<Value> {
         let mut parameters = match self {
-            Self::Longhaul | Self::QemuTcpCubicDefault => return None,
+            Self::Longhaul | Self::LonghaulKvm | Self::QemuTcpCubicDefault => return None,
             // As many as the gateway uses; the rest it sets itself.
             Self::LonghaulMultifd => return Some(json!({ "multifd-channels": 2 })),
             _ => json!({ "max-bandwidth": NO_CAP, "downtime-limit": DOWNTIME_LIMIT_MS }),
@@ -248,6 +251,8 @@ impl Engine {
     }
 }
 
+/// `tcp_rmem` and `tcp_wmem` of a host with some GiB of memory (tcp(7)).
+const DEFAULT_BUFFERS: [&str; 2] = ["4096 131072 6291456", "4096 16384 4194304"];
 /// Far above any link, in bytes a second.
 const NO_CAP: u64 = 10 << 30;
 /// As the gateways' default.

@@ -24,6 +24,7 @@ use self::frontier::Search;
 use self::matrix::{Cell, cells};
 use self::measure::Bench;
 use self::summary::Summary;
+use super::engine::Engine;
 use super::error::LabError;
 use super::guest::{Accelerator, GuestDials, Image, Launch, Workload};
 use super::interrupt::interrupted;
@@ -316,9 +317,14 @@ impl Course<'_> {
             Ok(qemu) => qemu,
             Err(reason) => return Ok(self.bench.unavailable(cell, reason)),
         };
+        let is_native = cell.engine == Engine::LonghaulKvm;
+        if is_native && let Some(reason) = not_native(&cell.dials) {
+            return Ok(self.bench.unavailable(cell, reason));
+        }
         let launch = Launch {
             qemu: qemu.program.clone(),
             accelerator: self.args.accelerator,
+            native: is_native.then(|| self.bench.longhaul.clone()),
             ..Launch::new(self.images[&cell.dials.application].clone(), cell.dials.clone())
         };
         let run = self.bench.measure(cell, &launch, &qemu.version).await?;
@@ -376,6 +382,22 @@ impl Course<'_> {
             })?;
         }
         Ok(())
+    }
+}
+
+/// Why there is no such guest under the native engine here.
+fn not_native(dials: &GuestDials) -> Option<&'static str> {
+    let usual = GuestDials::default();
+    let is_known = dials.application == Workload::None
+        && dials.address.is_none()
+        && (dials.zero_percent, dials.duplicated_percent) == (0, 0)
+        && dials.hot_pages_percent == usual.hot_pages_percent;
+    match (Path::new("/dev/kvm").exists(), is_known) {
+        (false, _) => Some("there is no /dev/kvm here"),
+        (true, false) => {
+            Some("its guest has no application, no network, no pages that are zero or alike, and a hot tenth")
+        }
+        (true, true) => None,
     }
 }
 
