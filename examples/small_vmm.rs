@@ -5,8 +5,8 @@
 //! cargo run --release --example small_vmm -- there.qmp --incoming defer -S      a machine for it at the other site
 //! ```
 //!
-//! A `[[vm]]` of each site's gateway names its socket as `qmp`; then `longhaul migrate` moves the guest. One vCPU, 2 MiB, a port that prints; no interrupt
-//! controller. The engine is the lines around `Machine` and `Monitor` in `main`, and the four functions of `Vmm` that it needs.
+//! A `[[vm]]` of each site's gateway names its socket, with its whole path, as `qmp`; then `longhaul migrate` moves the guest. One vCPU, 2 MiB, a port that prints; no interrupt
+//! controller. The engine is the lines around `Machine` and `Monitor` in `main`, and the eight functions of `Vmm`, of which three have nothing to do here.
 
 #![expect(unsafe_code, reason = "KVM is given the guest's memory")]
 
@@ -107,17 +107,18 @@ mod vmm {
         vcpu: Mutex<VcpuFd>,
         state: Mutex<State>,
         changed: Condvar,
-        /// The thread that runs the vCPU, and its number.
+        /// The thread that runs the vCPU.
         thread: OnceLock<std::thread::JoinHandle<()>>,
     }
 
     #[derive(Default)]
     struct State {
         runs: bool,
-        /// Somebody looks at the vCPU.
-        visits: bool,
+        /// How many look at the vCPU.
+        visits: usize,
         is_inside: bool,
         is_over: bool,
+        /// What the kernel calls it.
         thread: u32,
     }
 
@@ -142,7 +143,7 @@ mod vmm {
             lock(&self.state).thread = rustix::thread::gettid().as_raw_pid().unsigned_abs();
             self.changed.notify_all();
             loop {
-                let mut state = self.wait_while(|state| !state.is_over && (!state.runs || state.visits));
+                let mut state = self.wait_while(|state| !state.is_over && (!state.runs || state.visits > 0));
                 if state.is_over {
                     return;
                 }
@@ -216,9 +217,9 @@ mod vmm {
         }
 
         fn visit_vcpus(&self, visit: &mut Visit<'_>) -> Result<(), VmmError> {
-            self.call_out(|state| state.visits = true);
+            self.call_out(|state| state.visits += 1);
             let outcome = visit(0, &mut lock(&self.vcpu));
-            lock(&self.state).visits = false;
+            lock(&self.state).visits -= 1;
             self.changed.notify_all();
             outcome
         }

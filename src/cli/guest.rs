@@ -30,11 +30,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "64mib", value_parser = parse_size)]
     memory: u64,
 
-    /// Its vCPUs.
+    /// Its vCPUs, 1 to 16.
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: usize,
 
-    /// Memory that it writes to and checks, at most 16 MiB less than its memory.
+    /// Memory that it writes to and checks, at most its memory less 16 MiB.
     #[arg(long, value_name = "SIZE", default_value = "16mib", value_parser = parse_size)]
     working_set: u64,
 
@@ -42,7 +42,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pages_per_second: u64,
 
-    /// Bytes that change in a page that it writes.
+    /// Bytes that change in a page that it writes, 8 to 4096.
     #[arg(long, value_name = "N", default_value_t = 64)]
     bytes_per_page: u64,
 
@@ -54,7 +54,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "KIND", default_value = "text")]
     content: Content,
 
-    /// Share of the pages that hold random bytes instead, in percent.
+    /// Share of the pages that hold random bytes instead, in percent; with text only.
     #[arg(long, value_name = "PERCENT", default_value_t = 0)]
     random_percent: u64,
 
@@ -70,11 +70,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "SOCKET")]
     heartbeat: Option<PathBuf>,
 
-    /// Time between two signs of life.
+    /// Time between two signs of life, at least 1 ms; 0s: none.
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = parse_duration)]
     beat: Duration,
 
-    /// `defer`: there is no guest yet, it comes from another site; the dials are its own then.
+    /// `defer`: there is no guest yet, it comes from another site. It brings its own dials, and those given here are ignored.
     #[arg(long, value_name = "defer")]
     incoming: Option<Incoming>,
 

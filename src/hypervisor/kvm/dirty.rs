@@ -31,7 +31,7 @@ const MANUAL_PROTECT: u64 = 1;
 
 /// The kernel cannot keep the log, or not read it.
 #[derive(Debug, thiserror::Error)]
-pub enum DirtyError {
+pub(super) enum DirtyError {
     /// Of one slot.
     #[error("KVM does not log what is written to slot {slot} of the guest's memory ({at}): {error}")]
     Slot {

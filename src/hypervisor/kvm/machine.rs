@@ -11,9 +11,10 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::dirty::{DirtyError, DirtyLog};
 use super::memory::GuestRam;
 use super::migration::Guidance;
-use super::monitor::{CpuFeature, CpuRegister};
+use super::monitor::CpuFeature;
 use super::mover::{MoveError, Mover};
 use super::page_map::PageMap;
+use super::state::WORDS;
 use super::stream::StreamError;
 use super::vmm::{Vmm, VmmError};
 use super::{clock, receiving, sending, state};
@@ -123,21 +124,16 @@ impl Machine {
             }
             let entries = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
             let entries = entries.map_err(|error| VmmError(format!("KVM does not tell a vCPU's CPUID: {error}")))?;
-            for (leaf, subleaf, register) in FEATURE_WORDS {
-                let is_it = |entry: &&kvm_cpuid_entry2| entry.function == leaf && entry.index == subleaf;
+            for word in WORDS.iter().filter(|word| !word.is_conditional()) {
+                let is_it = |entry: &&kvm_cpuid_entry2| entry.function == word.function && entry.index == word.index;
                 let Some(entry) = entries.as_slice().iter().find(is_it) else {
                     continue;
                 };
                 features.push(CpuFeature {
-                    leaf,
-                    subleaf,
-                    register,
-                    bits: match register {
-                        CpuRegister::Eax => entry.eax,
-                        CpuRegister::Ebx => entry.ebx,
-                        CpuRegister::Ecx => entry.ecx,
-                        CpuRegister::Edx => entry.edx,
-                    } & !set_by_the_guest(leaf, register),
+                    leaf: word.function,
+                    subleaf: word.index,
+                    register: word.register,
+                    bits: word.of(entry) & word.features(),
                 });
             }
             Ok(())
@@ -156,30 +152,6 @@ impl Machine {
                 }
             }
         });
-    }
-}
-
-/// The words of CPUID in which every bit is something that a guest may use (Intel SDM 2, CPUID; AMD APM 3, appendix E).
-const FEATURE_WORDS: [(u32, u32, CpuRegister); 10] = [
-    (1, 0, CpuRegister::Ecx),
-    (1, 0, CpuRegister::Edx),
-    (7, 0, CpuRegister::Ebx),
-    (7, 0, CpuRegister::Ecx),
-    (7, 0, CpuRegister::Edx),
-    (7, 1, CpuRegister::Eax),
-    (0xd, 1, CpuRegister::Eax),
-    (0x8000_0001, 0, CpuRegister::Ecx),
-    (0x8000_0001, 0, CpuRegister::Edx),
-    (0x8000_0008, 0, CpuRegister::Ebx),
-];
-
-/// Bits that say what the guest has switched on (CR4, the base of its APIC), not what there is.
-fn set_by_the_guest(leaf: u32, register: CpuRegister) -> u32 {
-    match (leaf, register) {
-        (1, CpuRegister::Ecx) => 1 << 27,
-        (1, CpuRegister::Edx) => 1 << 9,
-        (7, CpuRegister::Ecx) => 1 << 4,
-        _ => 0,
     }
 }
 

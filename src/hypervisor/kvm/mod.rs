@@ -3,7 +3,7 @@
 //! A VMM gives the [`Machine`] what makes its guest (the VM's file, its memory, and [`Vmm`], by which vCPUs are stopped and shown) and serves a [`Monitor`].
 //! From then on a gateway moves the guest as it moves one of QEMU: the monitor answers the same commands, and the guest goes by the same stream. So there is
 //! one core and two edges: ownership, resume, reduction, shaping, forecast and report are the gateway's and know no difference. What differs is who decides
-//! what is sent: here that is [`proto::precopy`](crate::proto::precopy)'s heat, page by page, and every page is sent only while it is worth it.
+//! what is sent: here that is [`proto::precopy`](crate::proto::precopy)'s heat, page by page: after the first passes hot pages wait for the end.
 //!
 //! ```text
 //!              VMM                      engine                                             gateway
@@ -25,6 +25,7 @@
 //! | `state/` | what KVM knows of it beside its memory |
 //! | `monitor/` | the commands of a gateway, and what becomes of the guest by them |
 //! | `migration.rs`, `mover.rs` | what monitor and engine share |
+//! | `clock.rs` | its looks at the clock |
 //! | `demo/` | a guest for tests, the lab and first steps, and the VMM around it |
 //!
 //! # Bits
@@ -51,7 +52,9 @@ mod state;
 mod stream;
 mod vmm;
 
-pub use dirty::DirtyError;
+/// Their types are in the interface.
+pub use {kvm_ioctls, vm_memory};
+
 pub use machine::Machine;
 pub use memory::{Block, GuestRam, RamError};
 pub use migration::{Guidance, Progress};

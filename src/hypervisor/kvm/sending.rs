@@ -1,7 +1,7 @@
 //! Sends a guest: passes over what it has written, until the rest is small enough, then the rest and what is not memory.
 //!
-//! Each pass is in the order of addresses. What the guest writes again and again is sent once and then held back ([`Heat`]) as long as it fits into the
-//! last part, since every other time would be for nothing.
+//! Each pass is in the order of addresses. What the guest writes again and again is held back ([`Heat`]) as long as it fits into the last part, since every
+//! other time would be for nothing.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -24,7 +24,7 @@ const RECORD: u64 = PAGE_SIZE as u64 + 8;
 /// Words of a map that are protected and sent at a time: 64 MiB of memory.
 const SPAN: usize = 256;
 
-/// A pass of fewer bytes fits into the socket's buffer (208 KiB, Linux's `net.core.wmem_default`) and says nothing of what takes them out of it.
+/// Fewer bytes may still be in the socket's buffer (208 KiB, Linux's `net.core.wmem_default`), and say nothing of what takes them out of it.
 const LEAST_MEASURED: u64 = 1 << 20;
 
 /// The log is not read more often: a pass of a few pages costs as much as one of many.
@@ -254,12 +254,13 @@ impl Rate {
         self.begin(now, bytes);
     }
 
-    /// The pass is over, and so is all that is known of the first one if it was short.
+    /// The pass is over. Where nothing is known yet, it has to do, however short.
     fn end(&mut self, now: Instant, bytes: u64) {
         let seconds = now.saturating_duration_since(self.since).as_secs_f64().max(1e-6);
         if self.bytes_per_second.is_none() {
             self.bytes_per_second = Some((bytes - self.bytes) as f64 / seconds);
         }
+        self.begin(now, bytes);
     }
 }
 

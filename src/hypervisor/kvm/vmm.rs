@@ -8,7 +8,8 @@ use kvm_ioctls::VcpuFd;
 pub struct VmmError(pub String);
 
 /// A VMM, as far as a migration needs it: a process that runs one guest, which a gateway stops (SIGSTOP) once the guest is handed over, and ends (SIGKILL) when that
-/// runs elsewhere. Called from threads of the engine and of its monitor, also from two at once.
+/// runs elsewhere. Called from threads of the engine and of its monitor, also from two at once; some of that under the monitor's lock: nothing of
+/// [`Monitor`](super::Monitor) is to be called from here, and it is not to be dropped here.
 pub trait Vmm: Send + Sync + 'static {
     /// Stops the guest: when it returns, no vCPU is in `KVM_RUN`, the exit by which each came out is completed (KVM was entered again with `immediate_exit`
     /// until it gave `EINTR`: what an exit to a port or to memory reads is written to the guest only then), and no device writes to the guest's memory. Fine where it stands already.
@@ -38,7 +39,8 @@ pub trait Vmm: Send + Sync + 'static {
     fn vcpu_threads(&self) -> Vec<u32>;
 
     /// The state of the devices that are not KVM's own. The guest stands; what this stores in the guest's memory still goes with it. Whatever the devices have
-    /// open elsewhere (disks, locks of images) is flushed and let go: the process may end without another call.
+    /// open elsewhere (disks, locks of images) is flushed and let go: the process may end without another call. If the
+    /// migration then comes to nothing, [`Vmm::resume`] follows, and takes it back.
     ///
     /// # Errors
     /// The migration fails, and the guest runs on.
@@ -50,7 +52,7 @@ pub trait Vmm: Send + Sync + 'static {
     /// The guest cannot run here.
     fn load_devices(&self, state: &[u8]) -> Result<(), VmmError>;
 
-    /// Tells the network where the guest is now. Called once it runs here.
+    /// Tells the network where the guest is now. Called when it runs here, once for each round that the gateway asks for.
     fn announce(&self) {}
 
     /// Ends the process, soon: somebody has said `quit`.

@@ -42,7 +42,8 @@ pub enum TemplateError {
     NoMonitor,
     /// It would receive, or boot, before the gateway says so.
     #[error(
-        "The command does not contain \"-incoming\", \"defer\", so the gateway could not decide when the VM is received."
+        "The command does not contain \"-incoming\" (or \"--incoming\"), \"defer\", so the gateway could not decide when the VM is \
+         received."
     )]
     NotDeferred,
     /// It would run the VM as soon as it is loaded.

@@ -1,7 +1,7 @@
-//! Which pages a guest writes again and again: sending them before it stands is of no use beyond the first time.
+//! Which pages a guest writes again and again: sending them again before it stands is of no use.
 //!
 //! For an engine that chooses what it sends. A page is hot while it was dirty at each of the last few looks; hot pages are held back to the end as long as
-//! they fit into what may be sent there. Each was sent once before that, so that its last version is a difference.
+//! they fit into what may be sent there. Each was sent before that, so that its last version is a difference.
 
 /// A page that was dirty at so many looks in a row is hot: the least of them for which what is hot fits is used.
 const LOOKS_IN_A_ROW: [u32; 3] = [3, 5, 8];

@@ -17,7 +17,7 @@ pub(super) const IDT: u64 = 0x2000;
 /// The root of the page tables, their second level, and four tables of 2 MiB pages: all of the first 4 GiB, where each
 /// address is itself.
 pub(super) const PAGE_TABLES: u64 = 0x3000;
-/// [`Parameters`].
+/// The page of [`parameter`]s.
 pub(super) const PARAMETERS: u64 = 0x9000;
 /// [`COUNTERS_SIZE`] bytes for each vCPU.
 pub(super) const COUNTERS: u64 = 0xa000;

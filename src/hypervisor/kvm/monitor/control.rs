@@ -593,7 +593,7 @@ impl Control {
             "start-time": sample.begun_seconds,
             "calc-time": sample.period_seconds,
             "calc-time-unit": "second",
-            "mode": "dirty-ring",
+            "mode": "dirty-bitmap",
             "sample-pages": 0,
         });
         if let Some(mebibytes) = rate {

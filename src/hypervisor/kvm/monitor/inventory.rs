@@ -32,7 +32,7 @@ pub enum CpuRegister {
 }
 
 impl CpuRegister {
-    fn name(self) -> &'static str {
+    pub(in crate::hypervisor::kvm) fn name(self) -> &'static str {
         match self {
             CpuRegister::Eax => "EAX",
             CpuRegister::Ebx => "EBX",

@@ -3,7 +3,7 @@
 //! ```text
 //! listener.rs   sockets                               session.rs    one client: greeting, commands in order
 //! hub.rs        answers to one, events to all         commands.rs   commands by name
-//! states.rs     what may follow what                  control.rs    the one place where the guest stops and starts
+//! states/       what may follow what                  control.rs    the one place where the guest stops and starts
 //! settings.rs   capabilities and parameters           inventory.rs  what the machine consists of
 //! ```
 //!

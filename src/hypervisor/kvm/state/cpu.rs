@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn names_stand_at_their_bits() {
-        use super::super::features::Register::{Eax, Ebx, Ecx, Edx};
+        use crate::hypervisor::kvm::monitor::CpuRegister::{Eax, Ebx, Ecx, Edx};
         for (function, index, register, bit, name) in [
             (1, 0, Ecx, 30, "rdrand"),
             (1, 0, Edx, 31, "pbe"),

@@ -2,29 +2,22 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
+use crate::hypervisor::kvm::monitor::CpuRegister as Register;
+
 /// A word of CPUID of which every bit is a feature.
 #[derive(Debug)]
-pub(super) struct Word {
-    pub(super) function: u32,
-    pub(super) index: u32,
-    pub(super) register: Register,
+pub(in crate::hypervisor::kvm) struct Word {
+    pub(in crate::hypervisor::kvm) function: u32,
+    pub(in crate::hypervisor::kvm) index: u32,
+    pub(in crate::hypervisor::kvm) register: Register,
     /// Names from bit 0 on; `-` has none, and a bit with `!` in front is no feature of the host: it follows from what
     /// the guest has switched on, from its topology, or KVM emulates it and the VMM decides.
     names: &'static str,
 }
 
-/// Which of the four.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
-
 impl Word {
     /// Its value in `entry`.
-    pub(super) fn of(&self, entry: &kvm_cpuid_entry2) -> u32 {
+    pub(in crate::hypervisor::kvm) fn of(&self, entry: &kvm_cpuid_entry2) -> u32 {
         match self.register {
             Register::Eax => entry.eax,
             Register::Ebx => entry.ebx,
@@ -43,18 +36,24 @@ impl Word {
         }
     }
 
+    /// Whether it means something only to a guest that knows the hypervisor by its name, or that has hardware virtualisation.
+    pub(in crate::hypervisor::kvm) fn is_conditional(&self) -> bool {
+        matches!(self.function, KVM_FEATURES | SVM_FEATURES)
+    }
+
+    /// Its bits that are features of a host.
+    pub(in crate::hypervisor::kvm) fn features(&self) -> u32 {
+        (0..u32::BITS)
+            .filter(|&bit| self.name(bit).is_some())
+            .fold(0, |bits, bit| bits | 1 << bit)
+    }
+
     /// What bit `bit` is called; `None`: it is no feature of a host.
     pub(super) fn name(&self, bit: u32) -> Option<String> {
         match self.names.split_ascii_whitespace().nth(bit as usize) {
             Some(name) if name.starts_with('!') => None,
             Some("-") | None => {
-                let register = match self.register {
-                    Register::Eax => "EAX",
-                    Register::Ebx => "EBX",
-                    Register::Ecx => "ECX",
-                    Register::Edx => "EDX",
-                };
-                let (function, index) = (self.function, self.index);
+                let (function, index, register) = (self.function, self.index, self.register.name());
                 Some(format!("bit {bit} of {register} of CPUID {function:#x}.{index}"))
             }
             Some(name) => Some(name.to_owned()),
@@ -83,7 +82,7 @@ pub(super) const XSTATE: u32 = 0xd;
 pub(super) const ADDRESSES: u32 = 0x8000_0008;
 
 /// The words that are compared.
-pub(super) const WORDS: [Word; 17] = [
+pub(in crate::hypervisor::kvm) const WORDS: [Word; 17] = [
     word(
         1,
         0,

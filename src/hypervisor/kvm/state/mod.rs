@@ -34,6 +34,7 @@ use std::time::Duration;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use self::cpu::{Host, Lacks};
+pub(super) use self::features::WORDS;
 use self::machine::VmState;
 use self::tsc::Counters;
 use self::vcpu::VcpuState;
