@@ -176,7 +176,9 @@ fn a_migration_of_a_guest_of_kvm_that_is_cancelled_or_cut_leaves_it_running_and_
     });
     rig.a.boot("vm");
     for way in ["cancel", "kill"] {
-        let client = rig.a.begin(&["migrate", "vm", "--to", "b", "--deadline", "20s"]);
+        let client = rig
+            .a
+            .begin(&["migrate", "vm", "--to", "b", "--rate", "4mbit", "--deadline", "5m"]);
         rig.a.until_phase("precopy");
         match way {
             "cancel" => {

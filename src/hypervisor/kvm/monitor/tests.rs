@@ -22,7 +22,7 @@ use crate::hypervisor::qemu::{
 };
 use crate::hypervisor::qmp::QmpClient;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 const DOWNTIME: Duration = Duration::from_millis(40);
 
 /// A VMM of one vCPU, which is the thread that made it.
@@ -241,6 +241,7 @@ async fn until(mut holds: impl AsyncFnMut() -> bool) {
 
 fn read_all(mut stream: UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
+    stream.set_read_timeout(Some(SOON)).unwrap();
     stream.read_to_end(&mut all).unwrap();
     all
 }
@@ -741,6 +742,8 @@ impl Elsewhere {
             .args(["--exact", &format!("{name}::a_vmm_for_another_test")])
             .env(ELSEWHERE, directory)
             .stdout(Stdio::null())
+            // Whoever waits for the end of these tests' output does not wait for it.
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         until(async || UnixStream::connect(directory.join("second")).is_ok()).await;
@@ -758,7 +761,8 @@ fn a_vmm_for_another_test() {
     engine.may_finish.store(true, Ordering::SeqCst);
     let paths = ["qmp", "second"].map(|name| directory.join(name));
     let monitor = serve(Start::Running, paths.to_vec(), &vmm, &engine).unwrap();
-    quit.recv().unwrap();
+    // Not for ever: the other test may have been killed.
+    quit.recv_timeout(2 * SOON).unwrap();
     drop(monitor);
 }
 

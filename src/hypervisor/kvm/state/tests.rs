@@ -65,7 +65,7 @@ impl Vmm for Machine {
 /// `None`, and a word about it, where there is no KVM.
 fn kvm() -> Option<Kvm> {
     Kvm::new()
-        .inspect_err(|error| eprintln!("/dev/kvm cannot be opened ({error}): nothing was tested."))
+        .inspect_err(|error| println!("SKIP: /dev/kvm cannot be opened: {error}"))
         .ok()
 }
 
@@ -309,8 +309,9 @@ fn a_machine_that_is_put_back_is_the_one_that_was_saved_but_for_time() {
     for (number, (before, after)) in saved.vcpus.iter().zip(&again.vcpus).enumerate() {
         let ticks = after.msr(TSC).unwrap() - before.msr(TSC).unwrap();
         let passed = Duration::from_nanos(ticks * 1_000_000 / u64::from(before.tsc_khz));
+        // A vCPU is saved after the one before, and goes on beside it.
         assert!(
-            passed >= downtime && passed < downtime + Duration::from_secs(20),
+            passed + Duration::from_secs(1) >= downtime && passed < downtime + Duration::from_secs(20),
             "vCPU {number}: {passed:?}"
         );
     }
@@ -436,6 +437,11 @@ fn what_the_host_lacks_is_named_in_one_sentence() {
 #[test]
 fn a_register_that_does_not_take_its_value_is_named() {
     let Some(kvm) = kvm() else { return };
+    let ignores = std::fs::read_to_string("/sys/module/kvm/parameters/ignore_msrs").unwrap_or_default();
+    if ignores.trim() == "Y" {
+        println!("SKIP: this host's KVM takes any register (ignore_msrs)");
+        return;
+    }
     let machine = Machine::new(&kvm, 1, true);
     let mut state = machine.save();
     // There is no such register; but one that held nothing is no loss.
