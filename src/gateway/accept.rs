@@ -136,6 +136,7 @@ async fn request(channel: &mut Channel) -> Result<Request, ChannelError> {
 
 async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Channel) -> Result<(), ChannelError> {
     let request = request(&mut channel).await?;
+    let unplaced = |request, channel| offered(core, peer, known, request, vec![], channel);
     match request {
         Request::Hello(theirs) => greet_again(core, known, &theirs, channel).await,
         Request::Ping(number) => reply(channel, Reply::Pong(number)).await,
@@ -147,50 +148,21 @@ async fn serve(core: &Arc<Core>, peer: &str, known: &Arc<Known>, mut channel: Ch
             };
             reply(channel, answer).await
         }
-        Request::Check(offer) => {
-            let request = Placeable::Check { offer, disks: vec![] };
-            offered(core, peer, known, request, vec![], channel).await
-        }
-        Request::CheckWithDisks { offer, disks } => {
-            offered(core, peer, known, Placeable::Check { offer, disks }, vec![], channel).await
-        }
+        Request::Check(offer) => unplaced(Placeable::Check { offer, disks: vec![] }, channel).await,
+        Request::CheckWithDisks { offer, disks } => unplaced(Placeable::Check { offer, disks }, channel).await,
         Request::Open(offer) => {
             let (images, disks) = (vec![], vec![]);
-            offered(
-                core,
-                peer,
-                known,
-                Placeable::Open { offer, images, disks },
-                vec![],
-                channel,
-            )
-            .await
+            unplaced(Placeable::Open { offer, images, disks }, channel).await
         }
         Request::OpenKnowing { offer, images } => {
             let disks = vec![];
-            offered(
-                core,
-                peer,
-                known,
-                Placeable::Open { offer, images, disks },
-                vec![],
-                channel,
-            )
-            .await
+            unplaced(Placeable::Open { offer, images, disks }, channel).await
         }
         Request::OpenWithDisks { offer, images, disks } => {
-            offered(
-                core,
-                peer,
-                known,
-                Placeable::Open { offer, images, disks },
-                vec![],
-                channel,
-            )
-            .await
+            unplaced(Placeable::Open { offer, images, disks }, channel).await
         }
-        Request::CheckCold(offer) => offered(core, peer, known, Placeable::CheckCold(offer), vec![], channel).await,
-        Request::OpenCold(offer) => offered(core, peer, known, Placeable::OpenCold(offer), vec![], channel).await,
+        Request::CheckCold(offer) => unplaced(Placeable::CheckCold(offer), channel).await,
+        Request::OpenCold(offer) => unplaced(Placeable::OpenCold(offer), channel).await,
         Request::Placed { request, places } => offered(core, peer, known, request, places, channel).await,
         Request::Disks { migration, stream } => {
             tunnel::open_disks(Arc::clone(core), peer.to_owned(), known, migration, stream, channel).await;
