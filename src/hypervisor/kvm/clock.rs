@@ -11,7 +11,7 @@ pub(super) fn now() -> Instant {
 /// Time since 1970, by this host's clock.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the guest's clocks go on by what passed between two hosts"
+    reason = "events carry the time of day, and the guest's clocks go on by what passed between two hosts"
 )]
 pub(super) fn wall() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()

@@ -98,11 +98,6 @@ impl DemoVmm {
         Ok(vmm)
     }
 
-    /// Its VM.
-    pub fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
-    }
-
     /// Its memory: one block, slot 0.
     pub fn ram(&self) -> GuestRam {
         self.ram.clone()

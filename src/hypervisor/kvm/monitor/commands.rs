@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::super::vmm::VmmError;
 use super::control::Control;
 use super::inventory::{cpus, version};
-use super::settings::{Capability, SettingError, shown};
+use super::settings::{Capability, MOST_ANNOUNCE_ROUNDS, SettingError, shown};
 
 /// Why a command was not carried out: QMP's error object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -252,7 +252,5 @@ fn socket_path(uri: &str) -> Result<PathBuf, Refusal> {
 
 /// Bytes in the path of a unix socket (`sun_path` without its final zero, unix(7)).
 const LONGEST_PATH: usize = 107;
-/// QEMU's own bound.
-const MOST_ANNOUNCE_ROUNDS: u64 = 1000;
 /// QEMU's own bound.
 const LONGEST_ANNOUNCE_MS: u64 = 100_000;

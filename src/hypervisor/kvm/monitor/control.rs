@@ -10,10 +10,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
+use super::super::clock::{now, wall};
 use super::super::migration::Guidance;
 use super::super::mover::{MoveError, Mover};
 use super::super::vmm::{Vmm, VmmError};
@@ -201,7 +202,7 @@ impl Control {
     }
 
     fn say_event(&self, name: &str, data: Option<Value>, delivery: Delivery) {
-        let time = since_1970();
+        let time = wall();
         let timestamp = json!({ "seconds": time.as_secs(), "microseconds": time.subsec_micros() });
         let mut message = json!({ "event": name, "timestamp": timestamp });
         if let Some(data) = data {
@@ -352,17 +353,23 @@ impl Control {
         let outcome = self.send_into(path, guidance);
         let mut core = self.lock();
         let effects = core.states.sent(outcome.map_err(|error| error.0));
+        self.end_transfer(&mut core, "away", effects);
+    }
+
+    /// What follows from the end of a migration, which went away or to here.
+    fn end_transfer(&self, core: &mut Core, way: &'static str, effects: Vec<Effect>) {
         if let Some(transfer) = &mut core.transfer {
             transfer.stream = None;
             transfer.ended = Some(now());
         }
         tracing::info!(
+            way,
             status = core.states.status().name(),
             reason = core.states.error(),
-            "a migration away from here has ended"
+            "a migration has ended"
         );
         // Said in the log.
-        let _ = self.perform(&mut core, effects);
+        let _ = self.perform(core, effects);
     }
 
     fn send_into(&self, path: &Path, guidance: &Guidance) -> Result<(), MoveError> {
@@ -462,17 +469,7 @@ impl Control {
         let mut core = self.lock();
         core.has_arrived = outcome.is_ok();
         let effects = core.states.loaded(outcome.map_err(|error| error.0));
-        if let Some(transfer) = &mut core.transfer {
-            transfer.stream = None;
-            transfer.ended = Some(now());
-        }
-        tracing::info!(
-            status = core.states.status().name(),
-            reason = core.states.error(),
-            "a migration to here has ended"
-        );
-        // Said in the log.
-        let _ = self.perform(&mut core, effects);
+        self.end_transfer(&mut core, "to here", effects);
     }
 
     fn receive_from(&self, listener: Arc<Listener>) -> Result<(), MoveError> {
@@ -574,7 +571,7 @@ impl Control {
         thread.map_err(|error| Refusal::generic(&format!("No thread for the measurement: {error}.")))?;
         core.sample = Sample {
             status: SampleStatus::Measuring,
-            begun_seconds: since_1970().as_secs(),
+            begun_seconds: wall().as_secs(),
             period_seconds,
         };
         Ok(())
@@ -662,17 +659,4 @@ pub(super) fn spawn(what: &str, run: impl FnOnce() + Send + 'static) -> std::io:
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: how long a migration takes is told in its progress"
-)]
-fn now() -> Instant {
-    Instant::now()
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: events carry the time of day")]
-fn since_1970() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

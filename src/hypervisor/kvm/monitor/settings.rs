@@ -54,7 +54,7 @@ const RETURN_PATH: usize = 3;
 /// QEMU's own bound.
 const LONGEST_DOWNTIME_MS: u64 = 2_000_000;
 /// QEMU's own bound.
-const MOST_ANNOUNCE_ROUNDS: u64 = 1000;
+pub(super) const MOST_ANNOUNCE_ROUNDS: u64 = 1000;
 
 impl Default for Settings {
     fn default() -> Self {
